@@ -1,0 +1,3 @@
+module github.com/sluicefs/sluice
+
+go 1.26
