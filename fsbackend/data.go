@@ -1,0 +1,228 @@
+package fsbackend
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fuseproto"
+	"github.com/sluicefs/sluice/internal/sys"
+)
+
+// vector is memory in pieces, used up from its front.
+type vector struct {
+	iov  []unix.Iovec // the pieces not used up
+	left int          // bytes in iov
+	done int          // bytes used up
+}
+
+// reset takes iov, whose elements it changes: the first skip bytes are left out, and what is beyond limit more.
+func (v *vector) reset(iov []unix.Iovec, skip, limit uint64) {
+	for len(iov) > 0 && skip >= iov[0].Len {
+		skip -= iov[0].Len
+		iov = iov[1:]
+	}
+	if len(iov) > 0 {
+		sys.Advance(&iov[0], skip)
+	}
+	v.left, v.done = 0, 0
+	n := 0
+	for ; n < len(iov) && limit > 0; n++ {
+		iov[n].Len = min(iov[n].Len, limit)
+		limit -= iov[n].Len
+		v.left += int(iov[n].Len)
+	}
+	v.iov = iov[:n]
+}
+
+func (v *vector) advance(n int) {
+	v.left -= n
+	v.done += n
+	for len(v.iov) > 0 && uint64(n) >= v.iov[0].Len {
+		n -= int(v.iov[0].Len)
+		v.iov = v.iov[1:]
+	}
+	if n > 0 {
+		sys.Advance(&v.iov[0], uint64(n))
+	}
+}
+
+// move hands up to n bytes of the front pieces to transfer, in one call where they are at most sys.IOVMax, and uses up
+// what it took. It ends at the first short transfer.
+func (v *vector) move(transfer func(int, []unix.Iovec, int64, int) (int, unix.Errno), fd int, off int64, n, flags int) (int, Errno) {
+	n = min(n, v.left)
+	total := 0
+	for total < n {
+		pieces, size := 0, 0
+		for pieces < len(v.iov) && pieces < sys.IOVMax && size < n-total {
+			size += int(v.iov[pieces].Len)
+			pieces++
+		}
+		beyond := max(size-(n-total), 0)
+		last := &v.iov[pieces-1]
+		last.Len -= uint64(beyond)
+		got, errno := transfer(fd, v.iov[:pieces], off+int64(total), flags)
+		last.Len += uint64(beyond)
+		if errno != 0 {
+			return total, errno
+		}
+		v.advance(got)
+		total += got
+		if got < size-beyond {
+			break
+		}
+	}
+	return total, OK
+}
+
+// Sink is room in the guest's memory for a reply's data. What a backend puts in lands there directly.
+type Sink struct {
+	v vector
+}
+
+// Reset makes the Sink write to iov, whose elements it changes, from byte skip on and at most limit bytes.
+func (s *Sink) Reset(iov []unix.Iovec, skip, limit uint64) {
+	s.v.reset(iov, skip, limit)
+}
+
+// Len returns how many bytes still fit.
+func (s *Sink) Len() int { return s.v.left }
+
+// Written returns how many bytes have been put in.
+func (s *Sink) Written() int { return s.v.done }
+
+// ReadFrom reads up to n bytes of fd at byte off into the Sink with RWF_* flags: one preadv2 for up to 1024 pieces of
+// guest memory. It returns the bytes read before a short read or an error.
+func (s *Sink) ReadFrom(fd int, off int64, n, flags int) (int, Errno) {
+	return s.v.move(sys.Preadv2, fd, off, n, flags)
+}
+
+// Write copies p in and returns how many bytes of it fitted.
+func (s *Sink) Write(p []byte) int {
+	total := 0
+	for len(p) > 0 && s.v.left > 0 {
+		n := copy(sys.Bytes(&s.v.iov[0]), p)
+		s.v.advance(n)
+		p = p[n:]
+		total += n
+	}
+	return total
+}
+
+// Extent is a run of bytes in a file: where data of a backend lies that keeps it in other files.
+type Extent struct {
+	FD  int   // -1: zeros
+	Off int64 // bytes
+	Len int   // bytes
+}
+
+// ReadExtents fills the Sink from extents in turn and returns the bytes read; a short read ends it.
+func (s *Sink) ReadExtents(extents []Extent, flags int) (int, Errno) {
+	total := 0
+	for _, e := range extents {
+		n := min(e.Len, s.v.left)
+		if e.FD < 0 {
+			total += s.zero(n)
+			continue
+		}
+		got, errno := s.ReadFrom(e.FD, e.Off, n, flags)
+		total += got
+		if errno != 0 || got < n {
+			return total, errno
+		}
+	}
+	return total, OK
+}
+
+func (s *Sink) zero(n int) int {
+	n = min(n, s.v.left)
+	for left := n; left > 0; {
+		b := sys.Bytes(&s.v.iov[0])
+		b = b[:min(left, len(b))]
+		clear(b)
+		s.v.advance(len(b))
+		left -= len(b)
+	}
+	return n
+}
+
+// Source is a request's data in the guest's memory, which the guest may change at any time: take each byte once.
+type Source struct {
+	v vector
+}
+
+// Reset makes the Source read from iov, whose elements it changes, from byte skip on and at most limit bytes.
+func (s *Source) Reset(iov []unix.Iovec, skip, limit uint64) {
+	s.v.reset(iov, skip, limit)
+}
+
+// Len returns how many bytes have not been taken.
+func (s *Source) Len() int { return s.v.left }
+
+// WriteTo writes up to n bytes to fd at byte off with RWF_* flags: one pwritev2 for up to 1024 pieces of guest memory. It
+// returns the bytes written before a short write or an error.
+func (s *Source) WriteTo(fd int, off int64, n, flags int) (int, Errno) {
+	return s.v.move(sys.Pwritev2, fd, off, n, flags)
+}
+
+// Read copies the next bytes to p and returns how many there were.
+func (s *Source) Read(p []byte) int {
+	total := 0
+	for len(p) > 0 && s.v.left > 0 {
+		n := copy(p, sys.Bytes(&s.v.iov[0]))
+		s.v.advance(n)
+		p = p[n:]
+		total += n
+	}
+	return total
+}
+
+// DirList is the reply to READDIR or READDIRPLUS that a backend adds entries to.
+type DirList struct {
+	Sink
+	Plus bool // READDIRPLUS: entries are added with AddPlus
+	buf  [direntplusSize + 256 + 8]byte
+}
+
+const (
+	direntSize     = 24
+	direntplusSize = 152
+)
+
+func (l *DirList) size(nameLen int) int {
+	n := direntSize
+	if l.Plus {
+		n = direntplusSize
+	}
+	return (n + nameLen + 7) &^ 7
+}
+
+// Fits says whether an entry with a name of nameLen bytes still fits.
+func (l *DirList) Fits(nameLen int) bool {
+	return l.size(nameLen) <= l.Len()
+}
+
+// Add adds an entry to a READDIR reply: typ is DT_*, off where a READDIR that goes on after it starts (never 0). It reports false, and adds nothing, when the entry does not fit or its name is not 1 to 255 bytes.
+func (l *DirList) Add(ino, off uint64, typ uint32, name []byte) bool {
+	return l.add(nil, ino, off, typ, name)
+}
+
+// AddPlus is Add for READDIRPLUS, with the entry's lookup.
+func (l *DirList) AddPlus(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, name []byte) bool {
+	return l.add(entry, ino, off, typ, name)
+}
+
+func (l *DirList) add(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, name []byte) bool {
+	size := l.size(len(name))
+	if len(name) == 0 || len(name) > 255 || size > l.Len() || l.Plus != (entry != nil) {
+		return false
+	}
+	b := l.buf[:size]
+	clear(b)
+	at := 0
+	if entry != nil {
+		at = copy(b, entryBytes(entry))
+	}
+	at += copy(b[at:], direntBytes(&fuseproto.Dirent{Ino: ino, Off: off, Namelen: uint32(len(name)), Type: typ}))
+	copy(b[at:], name)
+	l.Write(b)
+	return true
+}
