@@ -64,7 +64,7 @@ func Resolve(b Backend) *Resolved {
 	r.CopyFileRanger, _ = b.(CopyFileRanger)
 	r.Statxer, _ = b.(Statxer)
 	r.Ioctler, _ = b.(Ioctler)
-	if s, ok := b.(interface{ Slow() bool }); ok {
+	if s, ok := b.(Slow); ok {
 		r.Slow = s.Slow()
 	}
 	return r
