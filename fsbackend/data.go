@@ -95,11 +95,14 @@ func (s *Sink) ReadFrom(fd int, off int64, n, flags int) (int, Errno) {
 	return s.v.move(sys.Preadv2, fd, off, n, flags)
 }
 
-// Write copies p in and returns how many bytes of it fitted.
+// Write copies p in and returns how many bytes of it fitted. Memory that is gone (sys.Guard) ends it.
 func (s *Sink) Write(p []byte) int {
 	total := 0
 	for len(p) > 0 && s.v.left > 0 {
-		n := copy(sys.Bytes(&s.v.iov[0]), p)
+		n := sys.Copy(sys.Bytes(&s.v.iov[0]), p)
+		if n == 0 {
+			break
+		}
 		s.v.advance(n)
 		p = p[n:]
 		total += n
@@ -132,16 +135,18 @@ func (s *Sink) ReadExtents(extents []Extent, flags int) (int, Errno) {
 	return total, OK
 }
 
+var zeros [4096]byte
+
 func (s *Sink) zero(n int) int {
-	n = min(n, s.v.left)
-	for left := n; left > 0; {
-		b := sys.Bytes(&s.v.iov[0])
-		b = b[:min(left, len(b))]
-		clear(b)
-		s.v.advance(len(b))
-		left -= len(b)
+	total := 0
+	for n > 0 {
+		got := s.Write(zeros[:min(n, len(zeros))])
+		if got == 0 {
+			break
+		}
+		total, n = total+got, n-got
 	}
-	return n
+	return total
 }
 
 // Source is a request's data in the guest's memory, which the guest may change at any time: take each byte once.
@@ -167,7 +172,10 @@ func (s *Source) WriteTo(fd int, off int64, n, flags int) (int, Errno) {
 func (s *Source) Read(p []byte) int {
 	total := 0
 	for len(p) > 0 && s.v.left > 0 {
-		n := copy(p, sys.Bytes(&s.v.iov[0]))
+		n := sys.Copy(p, sys.Bytes(&s.v.iov[0]))
+		if n == 0 {
+			break
+		}
 		s.v.advance(n)
 		p = p[n:]
 		total += n
@@ -200,7 +208,8 @@ func (l *DirList) Fits(nameLen int) bool {
 	return l.size(nameLen) <= l.Len()
 }
 
-// Add adds an entry to a READDIR reply: typ is DT_*, off where a READDIR that goes on after it starts (never 0). It reports false, and adds nothing, when the entry does not fit or its name is not 1 to 255 bytes.
+// Add adds an entry to a READDIR reply: typ is DT_*, off where a READDIR that goes on after it starts (never 0). It reports
+// false, and adds nothing, when the entry does not fit or its name is not 1 to 255 bytes.
 func (l *DirList) Add(ino, off uint64, typ uint32, name []byte) bool {
 	return l.add(nil, ino, off, typ, name)
 }

@@ -120,7 +120,13 @@ func (m *Map) overlap() error {
 	return nil
 }
 
-// Release gives back a Map got from Memory.Acquire; nothing translated through it may be used any more.
+// Retain holds m once more, for somebody who releases it later; the caller holds it already.
+func (m *Map) Retain() *Map {
+	m.refs.Add(1)
+	return m
+}
+
+// Release gives back a Map got from Memory.Acquire or Retain; nothing translated through it may be used any more.
 func (m *Map) Release() {
 	if m.refs.Add(-1) == 0 {
 		for _, r := range m.byGPA {
