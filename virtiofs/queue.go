@@ -1,0 +1,320 @@
+package virtiofs
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/sluicefs/sluice/guestmem"
+	"github.com/sluicefs/sluice/internal/sys"
+	"github.com/sluicefs/sluice/virtqueue"
+)
+
+const (
+	// batch is the most requests of one queue served before its worker looks at its other queues and publishes.
+	batch = 64
+	// batchBytes ends a batch early: small replies should not wait long behind large ones.
+	batchBytes = 256 << 10
+	// cancelGrace is how long a cancelled request gets to notice.
+	cancelGrace = 500 * time.Millisecond
+)
+
+// queue is one virtqueue of the device: the state that its worker, the pool and the session share.
+type queue struct {
+	device *Device
+	index  int
+	worker *worker
+
+	// mu is held for a few instructions at a time, never across a request.
+	mu       sync.Mutex
+	vq       *virtqueue.Queue // nil while stopped
+	bound    *guestmem.Map    // what vq translates with; held
+	kick     *kick
+	run      uint64 // counts starts: a completion of an earlier one is dropped
+	enabled  bool
+	stopping bool
+	broken   bool
+	inflight int
+	cancel   chan struct{} // closed when requests in flight are given up
+	drained  chan struct{} // closed when inflight gets to 0 while stopping
+	call     *notifier
+	err      *notifier
+
+	due due
+}
+
+// due is what has to be told once mu is released, for telling takes system calls.
+type due struct {
+	call  bool
+	ring  error
+	chain virtqueue.ChainError
+	bad   bool // chain is set
+}
+
+// unlock releases mu and tells what is due.
+func (q *queue) unlock() {
+	if q.due.ring != nil || q.due.bad {
+		q.unlockAndReport()
+		return
+	}
+	if !q.due.call {
+		q.mu.Unlock()
+		return
+	}
+	q.due.call = false
+	call := q.call.retain()
+	q.mu.Unlock()
+	call.signal()
+}
+
+// unlockAndReport is unlock where the guest has done wrong; apart, because its copies live on the heap.
+func (q *queue) unlockAndReport() {
+	due := q.due
+	q.due.call, q.due.ring, q.due.bad = false, nil, false
+	var call, errfd *notifier
+	if due.call {
+		call = q.call.retain()
+	}
+	if due.ring != nil {
+		errfd = q.err.retain()
+	}
+	q.mu.Unlock()
+	call.signal()
+	errfd.signal()
+	if due.ring != nil {
+		q.device.log.Warn("guest broke a virtqueue, which stops", "queue", q.index, "error", due.ring)
+	}
+	if due.bad {
+		q.device.log.Warn("guest sent a malformed descriptor chain", "queue", q.index, "error", &due.chain)
+	}
+}
+
+// runningLocked says whether requests may be fetched.
+func (q *queue) runningLocked() bool {
+	return q.vq != nil && q.enabled && !q.stopping && !q.broken
+}
+
+// readyLocked is runningLocked, but for a full pool. Hiprio's requests do not go there.
+func (q *queue) readyLocked() bool {
+	return q.runningLocked() && (q.index == 0 || !q.device.pool.full())
+}
+
+// setNotifier puts fd in place of *slot, one of q's own.
+func (q *queue) setNotifier(slot **notifier, fd *sys.FD) {
+	var n *notifier
+	if fd != nil {
+		n = newNotifier(fd)
+	}
+	q.mu.Lock()
+	old := *slot
+	*slot = n
+	q.unlock()
+	old.retire()
+}
+
+func (q *queue) start(vq *virtqueue.Queue, kickFD *sys.FD) error {
+	m := q.device.mem.Acquire()
+	if err := vq.Bind(m); err != nil {
+		m.Release()
+		return fmt.Errorf("start queue %d: %w", q.index, err)
+	}
+	k, err := q.worker.watch(kickFD)
+	if err != nil {
+		m.Release()
+		return fmt.Errorf("start queue %d: %w", q.index, err)
+	}
+	q.mu.Lock()
+	q.vq, q.bound, q.kick = vq, m, k
+	q.run++
+	q.stopping, q.broken, q.inflight = false, false, 0
+	q.cancel = make(chan struct{})
+	q.mu.Unlock()
+	// Requests may wait already, and their kick may have gone to an earlier back-end (reference: vhost-user, "Ring states").
+	q.worker.poke()
+	return nil
+}
+
+func (q *queue) enable(enabled bool) {
+	q.mu.Lock()
+	q.enabled = enabled
+	q.unlock()
+	q.worker.poke()
+}
+
+func (q *queue) stop(timeout time.Duration) (base uint32, err error) {
+	q.mu.Lock()
+	defer q.unlock()
+	if q.vq == nil {
+		return 0, nil
+	}
+	q.stopping = true
+	if q.inflight > 0 && !q.waitLocked(timeout) {
+		close(q.cancel)
+		if !q.waitLocked(cancelGrace) {
+			err = fmt.Errorf("stop queue %d: %d requests did not end within %v and were given up", q.index, q.inflight, timeout)
+			q.device.stats.abandoned.Add(uint64(q.inflight))
+		}
+	}
+	q.publishLocked()
+	base = uint32(q.vq.Base())
+	q.worker.unwatch(q.kick)
+	q.bound.Release()
+	q.vq, q.bound, q.kick = nil, nil, nil
+	q.run++
+	return base, err
+}
+
+// waitLocked waits for the requests in flight, mu free meanwhile, and says whether they ended in time.
+func (q *queue) waitLocked(timeout time.Duration) bool {
+	drained := make(chan struct{})
+	q.drained = drained
+	q.mu.Unlock()
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	select {
+	case <-drained:
+	case <-timer.C:
+	}
+	q.mu.Lock()
+	q.drained = nil
+	return q.inflight == 0
+}
+
+// rebind moves the queue to the present memory map.
+func (q *queue) rebind() {
+	m := q.device.mem.Acquire()
+	q.mu.Lock()
+	if q.vq == nil {
+		q.mu.Unlock()
+		m.Release()
+		return
+	}
+	q.publishLocked()
+	old := q.bound
+	q.bound = m
+	if err := q.vq.Bind(m); err != nil {
+		q.failLocked(err)
+	}
+	q.unlock()
+	old.Release()
+}
+
+// failLocked stops a queue whose ring is broken until the front-end starts it anew (virtio 1.3, 2.1: a device never
+// recovers such a ring by itself).
+func (q *queue) failLocked(err error) {
+	if q.broken {
+		return
+	}
+	q.broken = true
+	q.device.stats.ringErrors.Add(1)
+	q.due.ring = err
+}
+
+// popLocked fetches the next request into t. A chain that cannot be one is completed with nothing written, and passed over.
+func (q *queue) popLocked(t *task) bool {
+	for range batch {
+		ok, err := q.vq.Pop(&t.chain)
+		if err == nil {
+			if ok {
+				q.inflight++
+			}
+			return ok
+		}
+		chainErr, ok := err.(*virtqueue.ChainError)
+		if !ok {
+			q.failLocked(err)
+			return false
+		}
+		q.device.stats.chainErrors.Add(1)
+		q.due.chain, q.due.bad = *chainErr, true
+		if err := q.vq.Push(chainErr.Head, 0); err != nil {
+			q.failLocked(err)
+			return false
+		}
+	}
+	return false
+}
+
+// completeLocked gives a request back to the guest unless its queue has been started anew since. It is not seen before
+// publishLocked.
+func (q *queue) completeLocked(run uint64, head uint16, written uint32) {
+	if q.run != run || q.vq == nil {
+		return
+	}
+	if err := q.vq.Push(head, written); err != nil {
+		q.failLocked(err)
+	}
+	q.inflight--
+	if q.inflight == 0 && q.drained != nil {
+		close(q.drained)
+		q.drained = nil
+	}
+}
+
+// publishLocked shows the guest what has been completed, with one notification if it wants one.
+func (q *queue) publishLocked() {
+	if q.vq == nil || q.broken {
+		return
+	}
+	notify, err := q.vq.Publish()
+	if err != nil {
+		q.failLocked(err)
+		return
+	}
+	if notify {
+		q.due.call = true
+		q.device.stats.notifications.Add(1)
+	}
+}
+
+// serve handles a batch of requests with t and says whether there were any. It returns the task to go on with: t, unless
+// the pool has taken it.
+func (q *queue) serve(t *task) (next *task, busy bool) {
+	q.mu.Lock()
+	if !q.readyLocked() {
+		q.unlock()
+		return t, false
+	}
+	// Both stay as they are for this batch: stop waits for it.
+	m, run := q.bound.Retain(), q.run
+	if err := q.vq.Disarm(); err != nil {
+		q.failLocked(err)
+	}
+	bytes := uint64(0)
+	for n := 0; n < batch && bytes < batchBytes && q.run == run && q.runningLocked() && q.popLocked(t); n++ {
+		busy = true
+		t.cancel = q.cancel
+		q.mu.Unlock()
+
+		bytes += t.chain.ReadableLen + t.chain.WritableLen
+		written, done := t.begin()
+		if !done {
+			t.queue, t.run, t.mem = q, run, m.Retain()
+			t = q.device.pool.hand(t)
+			q.mu.Lock()
+			continue
+		}
+		head := t.chain.Head
+
+		q.mu.Lock()
+		q.completeLocked(run, head, written)
+	}
+	q.publishLocked()
+	q.unlock()
+	m.Release()
+	return t, busy
+}
+
+// arm asks the guest for a kick and says whether requests came in before it could have seen that.
+func (q *queue) arm() (pending bool) {
+	q.mu.Lock()
+	defer q.unlock()
+	if !q.readyLocked() {
+		return false
+	}
+	pending, err := q.vq.Arm()
+	if err != nil {
+		q.failLocked(err)
+	}
+	return pending
+}
