@@ -89,6 +89,14 @@ func (s *Sink) Len() int { return s.v.left }
 // Written returns how many bytes have been put in.
 func (s *Sink) Written() int { return s.v.done }
 
+// Commit makes what has been put in final, so that Written counts from 0 behind it again, and returns how many bytes that
+// were: a READ that came to a point where it might sleep goes on from there.
+func (s *Sink) Commit() int {
+	n := s.v.done
+	s.v.done = 0
+	return n
+}
+
 // ReadFrom reads up to n bytes of fd at byte off into the Sink with RWF_* flags: one preadv2 for up to 1024 pieces of
 // guest memory. It returns the bytes read before a short read or an error.
 func (s *Sink) ReadFrom(fd int, off int64, n, flags int) (int, Errno) {
@@ -186,8 +194,10 @@ func (s *Source) Read(p []byte) int {
 // DirList is the reply to READDIR or READDIRPLUS that a backend adds entries to.
 type DirList struct {
 	Sink
-	Plus bool // READDIRPLUS: entries are added with AddPlus
-	buf  [direntplusSize + 256 + 8]byte
+	Plus       bool   // READDIRPLUS: entries are added with AddPlus
+	EntryValid uint64 // seconds, for entries that leave theirs 0
+	AttrValid  uint64 // seconds, likewise
+	buf        [direntplusSize + 256 + 8]byte
 }
 
 const (
@@ -228,7 +238,14 @@ func (l *DirList) add(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, na
 	clear(b)
 	at := 0
 	if entry != nil {
-		at = copy(b, entryBytes(entry))
+		e := *entry
+		if e.NodeId != 0 && e.EntryValid == 0 && e.EntryValidNsec == 0 {
+			e.EntryValid = l.EntryValid
+		}
+		if e.AttrValid == 0 && e.AttrValidNsec == 0 {
+			e.AttrValid = l.AttrValid
+		}
+		at = copy(b, entryBytes(&e))
 	}
 	at += copy(b[at:], direntBytes(&fuseproto.Dirent{Ino: ino, Off: off, Namelen: uint32(len(name)), Type: typ}))
 	copy(b[at:], name)
