@@ -1,0 +1,114 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"runtime/debug"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"github.com/sluicefs/sluice/internal/config"
+)
+
+// version is set by the linker: -ldflags "-X main.version=v1.2.3".
+var version string
+
+// capabilities are the features of --print-capabilities and of the vhost-user discovery file, in the words of QEMU's
+// docs/interop/vhost-user.json. Only what is true belongs here: libvirt takes it as a promise.
+var capabilities = []string{"read-only", "separate-options"}
+
+// newCommand builds the command line. It parses into cfg and then calls serve.
+func newCommand(cfg *config.Config, serve func() error) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "sluiced --shared-dir DIR {--socket-path PATH | --fd FD} [OPTION]...",
+		Short: "Serve a directory to a virtual machine over vhost-user (virtio-fs)",
+		Long: "sluiced serves a directory to a virtual machine: it is a vhost-user back-end of the virtio-fs device,\n" +
+			"with the options of virtiofsd.",
+		Version: buildVersion(),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usageError{fmt.Errorf("unexpected argument %q; expected options only", args[0])}
+			}
+			return nil
+		},
+		RunE:                  func(*cobra.Command, []string) error { return serve() },
+		SilenceErrors:         true,
+		SilenceUsage:          true,
+		DisableFlagsInUseLine: true,
+	}
+	cmd.SetVersionTemplate("{{.Name}} {{.Version}}\n")
+	cmd.SetFlagErrorFunc(explainFlagError)
+	cmd.CompletionOptions.DisableDefaultCmd = true
+	cmd.SetHelpCommand(&cobra.Command{Hidden: true}) // --help is the one way
+	addFlags(cmd, cfg)
+
+	shells := []string{"bash", "zsh", "fish"}
+	cmd.AddCommand(&cobra.Command{
+		Use:       "completion {bash | zsh | fish}",
+		Short:     "Print a completion script for a shell",
+		ValidArgs: shells,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 || !slices.Contains(shells, args[0]) {
+				return usageError{fmt.Errorf("completion: expected one of bash, zsh, fish")}
+			}
+			return nil
+		},
+		RunE: func(sub *cobra.Command, args []string) error {
+			switch out := sub.OutOrStdout(); args[0] {
+			case "bash":
+				return cmd.GenBashCompletionV2(out, true)
+			case "zsh":
+				return cmd.GenZshCompletion(out)
+			default:
+				return cmd.GenFishCompletion(out, true)
+			}
+		},
+	}, &cobra.Command{
+		Use:   "man",
+		Short: "Print the manual page, in troff",
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usageError{fmt.Errorf("man: unexpected argument %q", args[0])}
+			}
+			return nil
+		},
+		RunE: func(sub *cobra.Command, _ []string) error {
+			return writeMan(sub.OutOrStdout(), cmd)
+		},
+	})
+	return cmd
+}
+
+// wantsCapabilities says whether args hold --print-capabilities, which overrides everything else, even what is wrong
+// (vhost-user specification, "Backend program conventions").
+func wantsCapabilities(args []string) bool {
+	for _, a := range args {
+		switch a {
+		case "--print-capabilities":
+			return true
+		case "--":
+			return false
+		}
+	}
+	return false
+}
+
+func printCapabilities(w io.Writer) error {
+	return json.NewEncoder(w).Encode(struct {
+		Type     string   `json:"type"`
+		Features []string `json:"features"`
+	}{"fs", capabilities})
+}
+
+// buildVersion is the version given by the linker, else that of the module (go install …@version), else "devel".
+func buildVersion() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
+		return info.Main.Version
+	}
+	return "devel"
+}

@@ -1,0 +1,214 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/sluicefs/sluice/internal/config"
+)
+
+// option is one row of the command line: a flag and the field of the configuration that it sets.
+type option struct {
+	name string
+	// usage names its argument in back quotes. It says the default where that is computed.
+	usage string
+	// computed says that the default differs from machine to machine, or is no value one could give.
+	computed bool
+	// files has a shell complete the argument with names of directories or files.
+	files bool
+	field func(*config.Config) any
+}
+
+// options are in the order of --help. A field without a row, or a row without a field, fails TestOptionsMatchConfig.
+var options = []option{
+	{name: "shared-dir", usage: "`DIR` (or single file) to serve", files: true, field: func(c *config.Config) any { return &c.Share.Dir }},
+	{name: "tag", usage: "`TAG` by which the guest mounts it, 1 to 36 bytes; for front-ends that leave the configuration space to the daemon (crosvm, User-Mode Linux)", field: func(c *config.Config) any { return &c.Share.Tag }},
+
+	{name: "socket-path", usage: "`PATH` of the Unix socket to create and listen on; PATH.pid is its lock", files: true, field: func(c *config.Config) any { return &c.SocketPath }},
+	{name: "socket-group", usage: "`GROUP` that may connect to the socket", field: func(c *config.Config) any { return &c.SocketGroup }},
+	{name: "fd", usage: "`FD` of an inherited Unix socket, listening or connected", computed: true, field: func(c *config.Config) any { return &c.FD }},
+	{name: "persist", usage: "listen again after a front-end has gone, instead of ending", field: func(c *config.Config) any { return &c.Persist }},
+	{name: "num-request-queues", usage: "offer `N` request queues; by default one for each CPU, at most 8", computed: true, field: func(c *config.Config) any { return &c.RequestQueues }},
+
+	{name: "cache", usage: "cache `POLICY` of the guest: never, metadata, auto or always", field: func(c *config.Config) any { return &c.Share.Cache }},
+	{name: "writeback", usage: "let the guest gather writes in its page cache", field: func(c *config.Config) any { return &c.Share.Writeback }},
+	{name: "readonly", usage: "refuse every change", field: func(c *config.Config) any { return &c.Share.ReadOnly }},
+	{name: "xattr", usage: "serve extended attributes", field: func(c *config.Config) any { return &c.Share.Xattr }},
+	{name: "allow-mmap", usage: "allow shared mappings of files that are open for direct I/O, as all are with --cache never and metadata", field: func(c *config.Config) any { return &c.Share.AllowMmap }},
+	{name: "allow-direct-io", usage: "pass O_DIRECT on to the host instead of dropping it", field: func(c *config.Config) any { return &c.Share.AllowDirectIO }},
+	{name: "no-readdirplus", usage: "list directories without the attributes of their entries", field: func(c *config.Config) any { return &c.Share.NoReaddirplus }},
+
+	{name: "sandbox", usage: "sandbox `MODE`: none. Needed until there is a sandbox to default to", field: func(c *config.Config) any { return &c.Sandbox }},
+	{name: "seccomp", usage: "`ACTION` on a system call outside the filter: none", field: func(c *config.Config) any { return &c.Seccomp }},
+	{name: "rlimit-nofile", usage: "limit of open files: `N`, or 0 to leave it alone; by default 1000000 or fs.nr_open, whichever is less", computed: true, field: func(c *config.Config) any { return &c.RlimitNofile }},
+	{name: "max-fds", usage: "keep at most `N` descriptors for inodes that the guest knows; by default half of what the limit of open files leaves, at most 65536", field: func(c *config.Config) any { return &c.Share.MaxFDs }},
+	{name: "max-inodes", usage: "let the guest know at most `N` inodes at a time; by default 16777216", field: func(c *config.Config) any { return &c.Share.MaxInodes }},
+
+	{name: "log-level", usage: "log `LEVEL`: error, warn, info, debug, trace or off", field: func(c *config.Config) any { return &c.LogLevel }},
+	{name: "syslog", usage: "log to syslog (facility user) instead of standard error", field: func(c *config.Config) any { return &c.Syslog }},
+}
+
+// settled is an option of virtiofsd that sets nothing here: its behaviour is not done yet, or the only one there is.
+// It is known so that it is refused by name. Ignoring it would, for many, be a hole in somebody's security.
+type settled struct {
+	name string
+	// short is set, and equal to name, where virtiofsd has a single letter.
+	short string
+	// same is the value that asks for what happens anyway and is therefore accepted; bare is that of the option alone.
+	same string
+	// usage is that of --help; without it the option is hidden there.
+	usage string
+	// reason follows "is not done yet".
+	reason string
+}
+
+// bare is the value of an option that was given without one.
+const bare = "true"
+
+// settledOptions is, with options, all of virtiofsd 1.14; TestVirtiofsdOptions holds the list.
+var settledOptions = []settled{
+	{name: "announce-submounts", same: bare, usage: "tell the guest of mounts in the directory, which is done anyway", reason: "mounts are always announced"},
+	{name: "no-announce-submounts", reason: "mounts in the directory are always announced"},
+	{name: "killpriv-v2", reason: "the guest clears set-user-ID bits itself"},
+	{name: "no-killpriv-v2", same: bare, usage: "leave clearing set-user-ID bits to the guest, which is done anyway", reason: "the guest clears set-user-ID bits itself"},
+	{name: "posix-acl", same: "never", reason: "only --posix-acl=never is"},
+	{name: "security-label", same: "never", reason: "only --security-label=never is"},
+	{name: "xattrmap", reason: "names of extended attributes pass unchanged"},
+	{name: "thread-pool-size", reason: "the number of threads follows --num-request-queues"},
+	{name: "inode-file-handles", reason: "descriptors are bounded by --max-fds"},
+	{name: "modcaps", reason: "it comes with the sandbox"},
+	{name: "uid-map", reason: "it comes with the sandbox"},
+	{name: "gid-map", reason: "it comes with the sandbox"},
+	{name: "translate-uid", reason: "user ids pass unchanged"},
+	{name: "translate-gid", reason: "group ids pass unchanged"},
+	{name: "preserve-noatime", reason: "O_NOATIME is dropped"},
+	{name: "migration-mode", reason: "a guest cannot be migrated"},
+	{name: "migration-on-error", reason: "a guest cannot be migrated"},
+	{name: "migration-verify-handles", reason: "a guest cannot be migrated"},
+	{name: "migration-confirm-paths", reason: "a guest cannot be migrated"},
+	{name: "socket", reason: "use --socket-path"},
+	{name: "o", short: "o", reason: "use the separate options"},
+	{name: "d", short: "d", reason: "use --log-level debug"},
+	{name: "f", short: "f", reason: "leave it out, sluiced stays in the foreground"},
+}
+
+// spelled is the option as it is typed.
+func (s *settled) spelled() string {
+	if s.short != "" {
+		return "-" + s.short
+	}
+	return "--" + s.name
+}
+
+// String, Set and Type make a settled option a pflag.Value.
+func (s *settled) String() string { return "" }
+
+// Set implements pflag.Value: it accepts the one value that changes nothing.
+func (s *settled) Set(v string) error {
+	if s.same != "" && v == s.same {
+		return nil
+	}
+	return refusedError{fmt.Sprintf("%s is not done yet: %s", s.spelled(), s.reason)}
+}
+
+// Type implements pflag.Value.
+func (s *settled) Type() string { return "bool" }
+
+// refusedError is a whole sentence on an option, to which its name need not be added.
+type refusedError struct{ text string }
+
+func (e refusedError) Error() string { return e.text }
+
+// addFlags gives cmd the flags of every row; they set cfg, which holds the defaults.
+func addFlags(cmd *cobra.Command, cfg *config.Config) {
+	fs := cmd.Flags()
+	fs.SortFlags = false
+	for _, o := range options {
+		switch p := o.field(cfg).(type) {
+		case *string:
+			fs.StringVar(p, o.name, *p, o.usage)
+		case *bool:
+			fs.BoolVar(p, o.name, *p, o.usage)
+		case *int:
+			fs.IntVar(p, o.name, *p, o.usage)
+		case *int64:
+			fs.Int64Var(p, o.name, *p, o.usage)
+		case pflag.Value:
+			fs.Var(p, o.name, o.usage)
+		default:
+			panic(fmt.Sprintf("option %s: no flag type for a %T", o.name, p))
+		}
+		f := fs.Lookup(o.name)
+		if strings.HasPrefix(f.DefValue, "-") {
+			f.DefValue = "0" // pflag then shows no default; the usage says it
+		}
+		complete(cmd, o, f)
+	}
+	for i := range settledOptions {
+		s := &settledOptions[i]
+		f := fs.VarPF(s, s.name, s.short, s.usage)
+		f.NoOptDefVal = bare
+		f.Hidden = s.usage == ""
+	}
+	fs.Bool("print-capabilities", false, "print what this program can do, in JSON, and end")
+	fs.BoolP("version", "V", false, "print the version and end")
+	fs.BoolP("help", "h", false, "print this help and end")
+}
+
+// complete tells the shells' completions what o's argument may be.
+func complete(cmd *cobra.Command, o option, f *pflag.Flag) {
+	values := cobra.NoFileCompletions
+	if c, ok := f.Value.(interface{ Choices() []string }); ok {
+		values = cobra.FixedCompletions(c.Choices(), cobra.ShellCompDirectiveNoFileComp)
+	} else if o.files {
+		values = func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+			return nil, cobra.ShellCompDirectiveDefault
+		}
+	}
+	if err := cmd.RegisterFlagCompletionFunc(o.name, values); err != nil {
+		panic(err) // the flag is there, and has no other function
+	}
+}
+
+// explainFlagError says in our words what pflag found wrong with the command line.
+func explainFlagError(_ *cobra.Command, err error) error {
+	var (
+		refused  refusedError
+		invalid  *pflag.InvalidValueError
+		missing  *pflag.ValueRequiredError
+		notExist *pflag.NotExistError
+	)
+	switch {
+	case errors.As(err, &refused):
+		err = refused
+	case errors.As(err, &invalid):
+		cause := invalid.Unwrap()
+		switch name, value := invalid.GetFlag().Name, invalid.GetValue(); {
+		case errors.Is(cause, strconv.ErrRange):
+			err = fmt.Errorf("--%s: %s is out of range", name, value)
+		case invalid.GetFlag().Value.Type() == "bool":
+			err = fmt.Errorf("--%s: %q is not true or false; expected the option alone", name, value)
+		case strings.HasPrefix(invalid.GetFlag().Value.Type(), "int"):
+			err = fmt.Errorf("--%s: %q is not a whole number", name, value)
+		default:
+			err = fmt.Errorf("--%s: %w", name, cause)
+		}
+	case errors.As(err, &missing):
+		err = fmt.Errorf("--%s needs an argument", missing.GetFlag().Name)
+	case errors.As(err, &notExist) && notExist.GetSpecifiedShortnames() != "":
+		err = fmt.Errorf("unknown option -%s", notExist.GetSpecifiedName())
+	case errors.As(err, &notExist):
+		err = fmt.Errorf("unknown option --%s", notExist.GetSpecifiedName())
+	}
+	return usageError{err}
+}
+
+// usageError is a command line that cannot be run: exit status 2.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }

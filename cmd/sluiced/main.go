@@ -1,0 +1,16 @@
+// Command sluiced serves a directory to a virtual machine: it is a vhost-user back-end of the virtio-fs device.
+package main
+
+import (
+	"context"
+	"os"
+)
+
+//go:generate sh -c "go run . man >../../docs/man/sluiced.1"
+//go:generate sh -c "go run . completion bash >../../contrib/completions/sluiced.bash"
+//go:generate sh -c "go run . completion zsh >../../contrib/completions/_sluiced"
+//go:generate sh -c "go run . completion fish >../../contrib/completions/sluiced.fish"
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], stdio{out: os.Stdout, err: os.Stderr}))
+}

@@ -1,0 +1,231 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/config"
+	"github.com/sluicefs/sluice/internal/listen"
+)
+
+// Exit statuses, as the manual page promises them.
+const (
+	exitOK    = 0 // the front-end left in good order, or a signal asked for the end
+	exitError = 1 // the start failed, the front-end broke the protocol, or the end took too long
+	exitUsage = 2 // the command line cannot be run
+)
+
+// stopTimeout is how long requests in progress may hold up the end that a signal asked for.
+const stopTimeout = 5 * time.Second
+
+// stdio are the standard streams of the process that it uses.
+type stdio struct{ out, err io.Writer }
+
+// program is one run: its surroundings, which tests replace, and nothing that changes.
+type program struct {
+	stdio
+	getenv      func(string) string
+	newServer   func(config.Config, *slog.Logger) (server, error)
+	stopTimeout time.Duration
+}
+
+// run runs sluiced with args, without the program's name, and returns the exit status.
+func run(ctx context.Context, args []string, std stdio) int {
+	p := program{stdio: std, getenv: os.Getenv, newServer: newServer, stopTimeout: stopTimeout}
+	return p.run(ctx, args)
+}
+
+func (p *program) run(ctx context.Context, args []string) int {
+	if wantsCapabilities(args) {
+		return p.exit(printCapabilities(p.out))
+	}
+	cfg := config.Default()
+	cmd := newCommand(&cfg, func() error { return p.serve(ctx, cfg) })
+	cmd.SetArgs(args)
+	cmd.SetOut(p.out)
+	cmd.SetErr(p.err)
+	return p.exit(cmd.ExecuteContext(ctx))
+}
+
+// exit says what went wrong, in one line, and returns the status for it. That line is for the launcher and thus goes to
+// standard error whatever --log-level and --syslog say.
+func (p *program) exit(err error) int {
+	if err == nil {
+		return exitOK
+	}
+	var usage usageError
+	if errors.As(err, &usage) {
+		fmt.Fprintf(p.err, "sluiced: %v (see sluiced --help)\n", err)
+		return exitUsage
+	}
+	fmt.Fprintf(p.err, "sluiced: %v\n", err)
+	return exitError
+}
+
+// serve is the daemon's life, from the checked configuration to the end.
+func (p *program) serve(ctx context.Context, cfg config.Config) (err error) {
+	if err := cfg.Validate(); err != nil {
+		return usageError{err}
+	}
+	if cfg.SocketPath == "" && cfg.FD == config.NoFD {
+		fd, ok, err := listen.FromSystemd(p.getenv)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return usageError{errors.New("--socket-path or --fd is needed: where the front-end connects to")}
+		}
+		cfg.FD = fd
+	}
+
+	log, closeLog, err := newLogger(cfg, p.err)
+	if err != nil {
+		return err
+	}
+	defer closeLog()
+	if cfg.Syslog {
+		defer func() {
+			if err != nil {
+				log.Error(err.Error())
+			}
+		}()
+	}
+
+	// From here on a signal ends the run in order, so that nothing is left behind.
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	defer signal.Stop(signals)
+	signal.Ignore(unix.SIGPIPE) // a launcher that closed our standard error is no reason to die
+
+	if err := checkDir(cfg.Share.Dir); err != nil {
+		return err
+	}
+	if err := setLimits(&cfg, log); err != nil {
+		return err
+	}
+	if os.Geteuid() == 0 && cfg.Sandbox == config.SandboxNone {
+		log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
+	}
+
+	srv, err := p.newServer(cfg, log)
+	if err != nil {
+		return err
+	}
+	ln, err := openListener(cfg)
+	if err != nil {
+		return errors.Join(err, srv.Close())
+	}
+	defer func() { err = errors.Join(err, ln.Close()) }()
+	if cfg.Persist && ln.Connected() {
+		return errors.Join(errors.New("--persist needs a listening socket, and the one passed is connected"), srv.Close())
+	}
+	// What is created from now on is created for the guest, with the mode that it asks for.
+	unix.Umask(0)
+
+	log.Info("Waiting for vhost-user socket connection...")
+	if err := listen.NotifyReady(p.getenv); err != nil {
+		log.Warn("the service manager does not know that sluiced is ready", "error", err)
+	}
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() {
+		err := sessions(ctx, cfg, ln, srv, log)
+		done <- errors.Join(err, srv.Close())
+	}()
+	select {
+	case err := <-done:
+		return err
+	case sig := <-signals:
+		log.Info("ending", "signal", signalName(sig))
+	}
+	cancel()
+	select {
+	case err := <-done:
+		return err
+	case sig := <-signals:
+		return fmt.Errorf("ended by a second signal (%s) before requests in progress were done", signalName(sig))
+	case <-time.After(p.stopTimeout):
+		return fmt.Errorf("requests in progress were not done %s after the signal", p.stopTimeout)
+	}
+}
+
+// sessions serves front-ends one after the other: one, or with --persist until ctx is done. It returns what ended it,
+// nil if that was in order.
+func sessions(ctx context.Context, cfg config.Config, ln *listen.Listener, srv server, log *slog.Logger) error {
+	for {
+		conn, err := ln.Accept(ctx)
+		if ctx.Err() != nil {
+			if conn != nil {
+				_ = conn.Close()
+			}
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if !cfg.Persist {
+			// A second front-end is refused; left in the queue it would hang for ever.
+			if err := ln.Refuse(); err != nil {
+				log.Warn("cannot stop listening", "error", err)
+			}
+		}
+		log.Info("Client connected, servicing requests")
+		err = srv.Serve(ctx, conn)
+		_ = conn.Close()
+		switch {
+		case ctx.Err() != nil:
+			if err != nil {
+				log.Debug("the session was cut off", "error", err)
+			}
+			return nil
+		case err != nil && !cfg.Persist:
+			return fmt.Errorf("serve the front-end: %w", err)
+		case err != nil:
+			log.Error("the session failed, waiting for the next", "error", err)
+		case !cfg.Persist:
+			log.Info("Client disconnected, shutting down")
+			return nil
+		default:
+			log.Info("Client disconnected, waiting for the next")
+		}
+	}
+}
+
+// openListener finds the socket that cfg names.
+func openListener(cfg config.Config) (*listen.Listener, error) {
+	if cfg.FD != config.NoFD {
+		return listen.FD(cfg.FD)
+	}
+	return listen.Path(cfg.SocketPath, cfg.SocketGroup)
+}
+
+// checkDir gives a wrong --shared-dir its own message; opening it again, and safely, is the server's affair.
+func checkDir(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("--shared-dir: %w", err)
+	}
+	if !info.IsDir() && !info.Mode().IsRegular() {
+		return fmt.Errorf("--shared-dir: %s is neither a directory nor a regular file", dir)
+	}
+	return nil
+}
+
+// signalName is SIGTERM rather than "terminated".
+func signalName(sig os.Signal) string {
+	if s, ok := sig.(syscall.Signal); ok {
+		return unix.SignalName(s)
+	}
+	return sig.String()
+}

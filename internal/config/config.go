@@ -1,0 +1,140 @@
+// Package config holds what a run of sluiced was asked to do, as data: no flags, no files, no I/O.
+//
+// Every field has one row in cmd/sluiced/flags.go, and a test holds the two together.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"unicode/utf8"
+)
+
+const (
+	// NoFD in Config.FD says that no socket was inherited.
+	NoFD = -1
+	// DefaultNofile in Config.RlimitNofile asks for the default limit: 1000000, or fs.nr_open if that is less.
+	DefaultNofile = -1
+
+	// MaxTag is the length of the tag field of struct virtio_fs_config, in bytes (virtio 1.3, 5.11.4).
+	MaxTag = 36
+	// MaxSocketPath is the longest path a Unix socket can be bound to, in bytes: sun_path less its NUL.
+	MaxSocketPath = 107
+	// MaxRequestQueues bounds Config.RequestQueues: with hiprio it is the most queues a QEMU virtio-pci device can have.
+	MaxRequestQueues = 1023
+
+	// DefaultMaxInodes is what Share.MaxInodes 0 stands for.
+	DefaultMaxInodes = 16 << 20
+
+	stderr = 2
+)
+
+// Config is one run of the daemon.
+type Config struct {
+	// Share is the directory to serve.
+	Share Share
+
+	// SocketPath is where to create the listening socket. Its pid file is the same path with ".pid" appended.
+	SocketPath string
+	// SocketGroup names the group that may connect to SocketPath; "" leaves it to the daemon's own user.
+	SocketGroup string
+	// FD is an inherited Unix stream socket, listening or connected; NoFD is none.
+	FD int
+	// Persist listens again after a front-end has gone.
+	Persist bool
+
+	// RequestQueues is the number of request queues offered, beside hiprio.
+	RequestQueues int
+
+	// Sandbox is what the daemon locks itself into before it serves. There is no default yet: SandboxUnset is refused.
+	Sandbox Sandbox
+	// Seccomp is what happens to a system call outside the filter.
+	Seccomp Seccomp
+
+	// RlimitNofile is the limit on open files to set, soft and hard; 0 leaves it as it is, DefaultNofile is the default.
+	RlimitNofile int64
+
+	// LogLevel is the least severe level that is logged.
+	LogLevel LogLevel
+	// Syslog sends the log to syslog instead of standard error.
+	Syslog bool
+}
+
+// Share is one directory and how the guest sees it.
+type Share struct {
+	// Dir is the directory, or the single file, on the host.
+	Dir string
+	// Tag is the name the guest mounts it by, 1 to MaxTag bytes; with "" the front-end provides the configuration space.
+	Tag string
+
+	// Cache says how long the guest may trust what it has cached.
+	Cache CachePolicy
+	// Writeback lets the guest gather writes in its page cache.
+	Writeback bool
+	// ReadOnly refuses every change with EROFS.
+	ReadOnly bool
+	// Xattr serves extended attributes; without it they are ENOSYS.
+	Xattr bool
+	// AllowMmap lets the guest map files shared that it has open for direct I/O (FUSE_DIRECT_IO_ALLOW_MMAP).
+	AllowMmap bool
+	// AllowDirectIO passes the guest's O_DIRECT on to the host; without it the flag is dropped.
+	AllowDirectIO bool
+	// NoReaddirplus withholds READDIRPLUS, as CacheNever does.
+	NoReaddirplus bool
+
+	// MaxFDs bounds the descriptors kept for inodes the guest knows, beside those of the files it has open; 0 derives it
+	// from the limit on open files.
+	MaxFDs int
+	// MaxInodes bounds the inodes the guest may know at one time; 0 is DefaultMaxInodes.
+	MaxInodes int
+}
+
+// Default returns the configuration of a command line without options, which still lacks a directory and a socket.
+func Default() Config {
+	return Config{
+		FD:            NoFD,
+		RequestQueues: min(runtime.NumCPU(), 8),
+		RlimitNofile:  DefaultNofile,
+	}
+}
+
+// Validate reports the first thing that cannot work, in terms of the options. That there is neither SocketPath nor FD is
+// no fault here: systemd may have passed a socket.
+func (c *Config) Validate() error {
+	switch {
+	case c.FD != NoFD && c.FD <= stderr:
+		return fmt.Errorf("--fd: %d is not an inherited socket; expected a number above %d, the last of the standard streams", c.FD, stderr)
+	case c.FD != NoFD && c.SocketPath != "":
+		return errors.New("--fd and --socket-path exclude each other: an inherited socket is already bound")
+	case c.FD != NoFD && c.SocketGroup != "":
+		return errors.New("--fd and --socket-group exclude each other: an inherited socket has its permissions already")
+	case c.SocketGroup != "" && c.SocketPath == "":
+		return errors.New("--socket-group needs --socket-path")
+	case len(c.SocketPath) > MaxSocketPath:
+		return fmt.Errorf("--socket-path: %d bytes are too long for a Unix socket; at most %d fit", len(c.SocketPath), MaxSocketPath)
+	case c.RequestQueues < 1 || c.RequestQueues > MaxRequestQueues:
+		return fmt.Errorf("--num-request-queues: %d is out of range; expected 1 to %d", c.RequestQueues, MaxRequestQueues)
+	case c.RlimitNofile < DefaultNofile:
+		return fmt.Errorf("--rlimit-nofile: %d is out of range; expected a number of files, or 0 to leave the limit alone", c.RlimitNofile)
+	case c.Sandbox == SandboxUnset:
+		return errors.New("the sandbox comes in a later version and there is no running without it unasked; run with --sandbox none")
+	}
+	return c.Share.Validate()
+}
+
+// Validate reports the first thing that cannot work, in terms of the options.
+func (s *Share) Validate() error {
+	switch {
+	case s.Dir == "":
+		return errors.New("--shared-dir is needed: it names the directory to serve")
+	case len(s.Tag) > MaxTag:
+		return fmt.Errorf("--tag: %d bytes are too long; at most %d fit", len(s.Tag), MaxTag)
+	case !utf8.ValidString(s.Tag):
+		return errors.New("--tag: not UTF-8")
+	case s.MaxFDs < 0:
+		return fmt.Errorf("--max-fds: %d is out of range; expected a number of descriptors, or 0 for the default", s.MaxFDs)
+	case s.MaxInodes < 0:
+		return fmt.Errorf("--max-inodes: %d is out of range; expected a number of inodes, or 0 for the default", s.MaxInodes)
+	}
+	return nil
+}
