@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"net"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -88,7 +89,7 @@ func ValidateTag(tag string) error {
 // Device serves one share to one front-end at a time.
 type Device struct {
 	cfg     Config
-	log     *slog.Logger // rate-limited: a guest can cause what is logged here
+	log     *ratelog.Logger // a guest can cause what is logged here
 	mem     *guestmem.Memory
 	queues  []*queue // queues[0] is hiprio
 	workers []*worker
@@ -144,6 +145,8 @@ func New(cfg Config) (*Device, error) {
 // Serve speaks vhost-user on conn until the front-end goes, breaks the protocol, or ctx ends; see vhostuser.Serve for the
 // errors. Afterwards the file system session is over and the device ready for another front-end.
 func (d *Device) Serve(ctx context.Context, conn *net.UnixConn) error {
+	// Stopping a queue publishes completions, in guest memory.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer d.cfg.Server.Reset()
 	return vhostuser.Serve(ctx, conn, vhostuser.Config{Device: d, Memory: d.mem, Log: d.cfg.Log, DrainTimeout: d.cfg.DrainTimeout})
 }

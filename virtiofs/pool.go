@@ -26,17 +26,17 @@ type task struct {
 	server *fuseserver.Server
 	req    *fuseserver.Request
 	chain  virtqueue.Chain
-	cancel <-chan struct{}
 
-	// Set where the pool takes it.
-	queue *queue
-	run   uint64
-	mem   *guestmem.Map
+	// Set by queue.parkLocked.
+	queue  *queue
+	run    uint64
+	mem    *guestmem.Map
+	cancel <-chan struct{}
+	slot   int // in queue.parked
 }
 
 // begin handles the request as far as it does not sleep.
 func (t *task) begin() (written uint32, done bool) {
-	t.req.MayBlock, t.req.Cancel = false, nil
 	t.server.Begin(t.req, t.chain.Readable, t.chain.Writable, t.chain.ReadableLen, t.chain.WritableLen)
 	return t.server.Handle(t.req)
 }
@@ -44,18 +44,8 @@ func (t *task) begin() (written uint32, done bool) {
 // finish handles the request to its end and gives it back to the guest.
 func (t *task) finish() {
 	t.req.MayBlock, t.req.Cancel = true, t.cancel
-	written, done := t.server.Handle(t.req)
-	if !done {
-		// The server's contract is broken; the guest must not wait for ever all the same.
-		written = 0
-	}
-	q := t.queue
-	q.mu.Lock()
-	q.completeLocked(t.run, t.chain.Head, written)
-	if q.run == t.run {
-		q.publishLocked()
-	}
-	q.unlock()
+	written, _ := t.server.Handle(t.req) // done, now that it may sleep
+	t.queue.finished(t, written)
 	t.mem.Release()
 	t.queue, t.mem, t.cancel = nil, nil, nil
 }

@@ -5,6 +5,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluicefs/sluice/guestmem"
 	"github.com/sluicefs/sluice/internal/sys"
 	"github.com/sluicefs/sluice/virtqueue"
@@ -34,8 +36,9 @@ type queue struct {
 	enabled  bool
 	stopping bool
 	broken   bool
-	inflight int
-	cancel   chan struct{} // closed when requests in flight are given up
+	inflight int           // requests popped and not completed
+	parked   []*task       // those of them that the pool has
+	cancel   chan struct{} // closed when nobody waits for requests in flight any longer
 	drained  chan struct{} // closed when inflight gets to 0 while stopping
 	call     *notifier
 	err      *notifier
@@ -150,7 +153,8 @@ func (q *queue) stop(timeout time.Duration) (base uint32, err error) {
 	q.stopping = true
 	if q.inflight > 0 && !q.waitLocked(timeout) {
 		close(q.cancel)
-		if !q.waitLocked(cancelGrace) {
+		q.abortLocked()
+		if q.inflight > 0 && !q.waitLocked(cancelGrace) {
 			err = fmt.Errorf("stop queue %d: %d requests did not end within %v and were given up", q.index, q.inflight, timeout)
 			q.device.stats.abandoned.Add(uint64(q.inflight))
 		}
@@ -159,9 +163,48 @@ func (q *queue) stop(timeout time.Duration) (base uint32, err error) {
 	base = uint32(q.vq.Base())
 	q.worker.unwatch(q.kick)
 	q.bound.Release()
-	q.vq, q.bound, q.kick = nil, nil, nil
+	q.vq, q.bound, q.kick, q.parked = nil, nil, nil, nil
 	q.run++
 	return base, err
+}
+
+// abortLocked answers requests that the pool has with EIO, but for those that the kernel may still read or write guest
+// memory for: their buffers cannot be given back.
+func (q *queue) abortLocked() {
+	for _, t := range q.parked {
+		if t.req.TouchesGuestMemory() {
+			continue
+		}
+		written := t.req.Abort(unix.EIO)
+		if t.req.Aborted() {
+			q.completeLocked(t.run, t.chain.Head, written)
+		}
+	}
+}
+
+// parkLocked hands t to the pool and returns the task to go on with.
+func (q *queue) parkLocked(t *task, m *guestmem.Map) *task {
+	t.queue, t.run, t.mem, t.cancel, t.slot = q, q.run, m.Retain(), q.cancel, len(q.parked)
+	q.parked = append(q.parked, t)
+	return q.device.pool.hand(t)
+}
+
+// finished completes t, which the pool has done.
+func (q *queue) finished(t *task, written uint32) {
+	q.mu.Lock()
+	defer q.unlock()
+	if q.run != t.run {
+		return // given up
+	}
+	last := len(q.parked) - 1
+	q.parked[t.slot] = q.parked[last]
+	q.parked[t.slot].slot = t.slot
+	q.parked[last] = nil
+	q.parked = q.parked[:last]
+	if !t.req.Aborted() {
+		q.completeLocked(t.run, t.chain.Head, written)
+	}
+	q.publishLocked()
 }
 
 // waitLocked waits for the requests in flight, mu free meanwhile, and says whether they ended in time.
@@ -207,6 +250,10 @@ func (q *queue) failLocked(err error) {
 	}
 	q.broken = true
 	q.device.stats.ringErrors.Add(1)
+	if ringErr, ok := err.(*virtqueue.RingError); ok {
+		kept := *ringErr // the queue uses its own again
+		err = &kept
+	}
 	q.due.ring = err
 }
 
@@ -275,7 +322,6 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 		q.unlock()
 		return t, false
 	}
-	// Both stay as they are for this batch: stop waits for it.
 	m, run := q.bound.Retain(), q.run
 	if err := q.vq.Disarm(); err != nil {
 		q.failLocked(err)
@@ -283,21 +329,22 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 	bytes := uint64(0)
 	for n := 0; n < batch && bytes < batchBytes && q.run == run && q.runningLocked() && q.popLocked(t); n++ {
 		busy = true
-		t.cancel = q.cancel
+		if q.bound != m { // rebound since
+			m.Release()
+			m = q.bound.Retain()
+		}
 		q.mu.Unlock()
-
 		bytes += t.chain.ReadableLen + t.chain.WritableLen
 		written, done := t.begin()
-		if !done {
-			t.queue, t.run, t.mem = q, run, m.Retain()
-			t = q.device.pool.hand(t)
-			q.mu.Lock()
-			continue
-		}
-		head := t.chain.Head
-
 		q.mu.Lock()
-		q.completeLocked(run, head, written)
+		switch {
+		case q.run != run:
+			// Given up while it was handled.
+		case done:
+			q.completeLocked(run, t.chain.Head, written)
+		default:
+			t = q.parkLocked(t, m)
+		}
 	}
 	q.publishLocked()
 	q.unlock()
