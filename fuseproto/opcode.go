@@ -6,6 +6,8 @@ package fuseproto
 // Opcode is fuse_in_header.opcode.
 type Opcode uint32
 
+//go:generate go tool stringer -type=Opcode
+
 // Opcodes, enum fuse_opcode.
 const (
 	FUSE_LOOKUP             Opcode = 1
