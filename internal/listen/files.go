@@ -61,10 +61,15 @@ func lockPidFile(path string) (*pidFile, error) {
 
 // tryLockPidFile returns neither file nor error if path was replaced before the lock was had.
 func tryLockPidFile(path string) (*pidFile, error) {
-	raw, err := unix.Open(path, unix.O_RDWR|unix.O_CREAT|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CREAT|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("create the pid file: %w", &os.PathError{Op: "open", Path: path, Err: err})
 	}
+	return lockOpened(fd, path)
+}
+
+// lockOpened is tryLockPidFile from the open descriptor raw of path on, which it takes over.
+func lockOpened(raw int, path string) (*pidFile, error) {
 	fd := sys.NewFD(raw)
 	locked := false
 	defer func() {

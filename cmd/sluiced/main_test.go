@@ -1,0 +1,84 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/sluicefs/sluice/internal/config"
+)
+
+// TestMain makes the test binary a sluiced with a fakeServer when a script runs it by that name.
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"sluiced": func() {
+			p := program{
+				stdio:       stdio{out: os.Stdout, err: os.Stderr},
+				getenv:      fakeSystemd,
+				newServer:   newFakeServer,
+				stopTimeout: stopTimeout,
+			}
+			if d, err := time.ParseDuration(os.Getenv("STOP_TIMEOUT")); err == nil {
+				p.stopTimeout = d
+			}
+			os.Exit(p.run(context.Background(), os.Args[1:]))
+		},
+	})
+}
+
+// fakeSystemd is os.Getenv, but LISTEN_PID=self is the pid that only systemd can know before the process starts.
+func fakeSystemd(name string) string {
+	if v := os.Getenv(name); name != "LISTEN_PID" || v != "self" {
+		return v
+	}
+	return strconv.Itoa(os.Getpid())
+}
+
+// fakeServer is a server whose front-end says what shall become of the session.
+type fakeServer struct{ log *slog.Logger }
+
+func newFakeServer(cfg config.Config, log *slog.Logger) (server, error) {
+	if cfg.Share.Tag == "unservable" {
+		return nil, errors.New("open the share: made to fail")
+	}
+	log.Debug("serving", "max-fds", cfg.Share.MaxFDs, "max-inodes", cfg.Share.MaxInodes)
+	return fakeServer{log}, nil
+}
+
+// Serve ends in good order with the connection, in an error after "break", and never after "hang".
+func (s fakeServer) Serve(ctx context.Context, conn *net.UnixConn) error {
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(0, 1)) })
+	defer stop()
+	buf := make([]byte, 16)
+	for {
+		n, err := conn.Read(buf)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return err
+		}
+		switch string(buf[:n]) {
+		case "break":
+			return errors.New("message 99: not a request of vhost-user")
+		case "hang":
+			s.log.Info("hanging")
+			select {}
+		}
+	}
+}
+
+func (s fakeServer) Close() error {
+	s.log.Info("server closed")
+	return nil
+}
