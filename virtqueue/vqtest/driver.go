@@ -178,7 +178,7 @@ func (d *Driver) indirect(head uint16, c Chain) virtqueue.Desc {
 			desc.Flags |= virtqueue.VIRTQ_DESC_F_NEXT
 			desc.Next = uint16(i + 1)
 		}
-		putDesc(b[16*i:], desc)
+		PutDesc(b[16*i:], desc)
 	}
 	return virtqueue.Desc{Addr: t.addr, Len: uint32(16 * len(c)), Flags: virtqueue.VIRTQ_DESC_F_INDIRECT}
 }
@@ -261,18 +261,19 @@ func (d *Driver) Desc(i uint16) virtqueue.Desc {
 }
 
 // SetDesc writes descriptor i of the table.
-func (d *Driver) SetDesc(i uint16, desc virtqueue.Desc) { putDesc(d.desc[16*int(i):], desc) }
+func (d *Driver) SetDesc(i uint16, desc virtqueue.Desc) { PutDesc(d.desc[16*int(i):], desc) }
 
 // WriteTable writes an indirect table to guest-physical addr, across adjacent regions, as it is.
 func (d *Driver) WriteTable(addr uint64, descs []virtqueue.Desc) {
 	b := make([]byte, 16*len(descs))
 	for i, desc := range descs {
-		putDesc(b[16*i:], desc)
+		PutDesc(b[16*i:], desc)
 	}
 	d.Mem.Write(addr, b)
 }
 
-func putDesc(b []byte, d virtqueue.Desc) {
+// PutDesc writes desc to the start of b, as a driver does.
+func PutDesc(b []byte, d virtqueue.Desc) {
 	_ = b[15]
 	binary.LittleEndian.PutUint64(b, d.Addr)
 	binary.LittleEndian.PutUint32(b[8:], d.Len)
