@@ -1,0 +1,179 @@
+package passthrough
+
+import (
+	"bytes"
+	"encoding/binary"
+	"math"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fuseproto"
+	"github.com/sluicefs/sluice/internal/sys"
+)
+
+// Opendir implements fsbackend.DirReader.
+func (fs *FS) Opendir(_ *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) fsbackend.Errno {
+	var r ref
+	if errno := fs.resolve(in.NodeId, &r); errno != 0 {
+		return errno
+	}
+	defer fs.put(&r)
+	if r.typ != typeDir {
+		return unix.ENOTDIR
+	}
+	flags := unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC
+	if fs.cfg.PreserveNoatime {
+		flags |= int(in.Flags) & unix.O_NOATIME
+	}
+	fd, errno := sys.OpenDot(r.fd, flags)
+	if errno != 0 {
+		return limit(errno)
+	}
+	out.Fh, errno = fs.openHandle(in.NodeId, fd, uint32(flags), true)
+	return errno
+}
+
+// Releasedir implements fsbackend.DirReader.
+func (fs *FS) Releasedir(_ *fsbackend.Context, in *fuseproto.ReleaseIn) {
+	fs.release(in)
+}
+
+// Readdir implements fsbackend.DirReader.
+func (fs *FS) Readdir(_ *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) fsbackend.Errno {
+	return fs.list(in, out)
+}
+
+// Readdirplus implements fsbackend.DirPlusReader.
+func (fs *FS) Readdirplus(_ *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) fsbackend.Errno {
+	return fs.list(in, out)
+}
+
+// Sizes of struct linux_dirent64: an entry's fixed part, and the most that one takes.
+const (
+	direntHeader = 19
+	direntMax    = 280
+)
+
+// list adds entries from offset in.Offset on until the reply is full or the directory at its end. The offsets are the
+// host's own.
+func (fs *FS) list(in *fuseproto.ReadIn, out *fsbackend.DirList) errno {
+	if in.Offset > math.MaxInt64 {
+		return unix.EINVAL
+	}
+	h := fs.handles.get(in.Fh, in.NodeId)
+	if h == nil {
+		return unix.EBADF
+	}
+	defer fs.handles.put(h)
+	if !h.dir {
+		return unix.ENOTDIR
+	}
+	buf := getBuffer()
+	defer putBuffer(buf)
+	var mount uint16
+	if in.NodeId != rootID && out.Plus {
+		s, n := fs.nodes.lock(in.NodeId)
+		if n != nil {
+			mount = n.mount
+		}
+		s.mu.Unlock()
+	}
+	dir := ref{fd: int(h.fd), mount: mount, typ: typeDir}
+
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.pos != int64(in.Offset) {
+		if _, errno := sys.Lseek(int(h.fd), int64(in.Offset), unix.SEEK_SET); errno != 0 {
+			return errno
+		}
+		h.pos = int64(in.Offset)
+	}
+	for out.Fits(1) {
+		// Not much more than will fit: what does not is read again. An entry of READDIRPLUS is about four times as long.
+		size := out.Len()
+		if out.Plus {
+			size /= 4
+		}
+		size = min(max(size, direntMax), len(buf))
+		n, errno := sys.Getdents64(int(h.fd), buf[:size])
+		if errno != 0 {
+			h.pos = -1
+			if out.Written() > 0 {
+				return 0
+			}
+			return errno
+		}
+		if n == 0 {
+			return 0
+		}
+		if !fs.listEntries(h, &dir, in.NodeId, buf[:n], out) {
+			h.pos = -1 // the descriptor is further on than the reply
+			return 0
+		}
+		if size-n >= direntMax && out.Written() > 0 {
+			return 0 // most likely the directory's end; the guest asks again to be sure
+		}
+	}
+	return 0
+}
+
+// listEntries adds the linux_dirent64 records in buf and reports false at the first that does not fit. It leaves h.pos
+// behind the last one.
+func (fs *FS) listEntries(h *handle, dir *ref, node uint64, buf []byte, out *fsbackend.DirList) bool {
+	for len(buf) >= direntHeader {
+		ino := binary.NativeEndian.Uint64(buf)
+		off := binary.NativeEndian.Uint64(buf[8:])
+		size := int(binary.NativeEndian.Uint16(buf[16:]))
+		typ := uint32(buf[18])
+		if size < direntHeader || size > len(buf) {
+			return true
+		}
+		name := buf[direntHeader:size]
+		if end := bytes.IndexByte(name, 0); end >= 0 && end < len(name) {
+			name = name[:end+1]
+		}
+		buf = buf[size:]
+		if len(name) < 2 {
+			continue
+		}
+		if !fs.listEntry(dir, node, ino, off, typ, name, out) {
+			return false
+		}
+		h.pos = int64(off)
+	}
+	return true
+}
+
+// listEntry adds one entry, whose name has its NUL, and reports whether it fitted. An entry that is gone is left out; one
+// that cannot be looked at is listed without its attributes.
+func (fs *FS) listEntry(dir *ref, node, ino, off uint64, typ uint32, cname []byte, out *fsbackend.DirList) bool {
+	name := cname[:len(cname)-1]
+	if !out.Fits(len(name)) {
+		return false
+	}
+	dotdot := string(name) == ".."
+	if dotdot && node == rootID {
+		ino = fs.rootIno // what is above the share is not the guest's business
+	}
+	if !out.Plus {
+		return out.Add(ino, off, typ, name)
+	}
+	var entry fuseproto.EntryOut
+	if dotdot || string(name) == "." {
+		entry.Attr.Ino, entry.Attr.Mode = ino, typ<<12
+		return out.AddPlus(&entry, ino, off, typ, name)
+	}
+	var st unix.Statx_t
+	errno := sys.Statx(dir.fd, &cname[0], statxFlags, statxMask, &st)
+	if errno == unix.ENOENT {
+		return true
+	}
+	if errno == 0 && fs.enter(dir, node, name, &st, -1, -1, &entry) == 0 {
+		ino, typ = st.Ino, uint32(st.Mode>>12)
+	} else {
+		entry = fuseproto.EntryOut{}
+		entry.Attr.Ino, entry.Attr.Mode = ino, typ<<12
+	}
+	return out.AddPlus(&entry, ino, off, typ, name)
+}

@@ -1,0 +1,465 @@
+package passthrough
+
+import (
+	"hash/maphash"
+	"math/bits"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/sys"
+)
+
+// A nodeid is, from its low bits up: shard, slot in the shard, and a generation that is never 0, so that no nodeid is
+// FUSE_ROOT_ID and a number that has died is seldom another node's soon.
+const (
+	shardBits = 5
+	slotBits  = 23
+	genBits   = 20 // 48 together: fsbackend keeps the bits above
+
+	shards    = 1 << shardBits
+	chunkSize = 128
+)
+
+// key is what a file is known by without a descriptor: birth time tells apart files that had an inode number in turn.
+type key struct {
+	ino   uint64
+	btime int64 // ns since 1970, 0 where the file system has none
+	mount uint16
+	typ   uint8 // S_IFMT >> 12
+}
+
+// Room for names and handles in a node; longer ones lie in shard.long and shard.longHandles.
+const (
+	inlineName   = 24
+	inlineHandle = 20 // Btrfs's 20 bytes, XFS's 12, ext4's 8
+)
+
+// node is an inode that the guest knows. It holds no pointers, so that the garbage collector never looks at a million
+// of them, and is guarded by its shard's mutex.
+type node struct {
+	ino        uint64
+	btime      int64
+	nlookup    uint64 // saturates
+	parent     uint64 // nodeid of the directory that name was last seen in
+	slot       int32  // of its descriptor in fdCache, -1: none
+	handles    uint32 // first open file handle, as index + 1; 0: none
+	gen        uint32 // 0: the node is free
+	mount      uint16
+	handleType uint16
+	typ        uint8
+	handleLen  uint8 // 0: no file handle known
+	nameLen    uint8 // 0: no location known
+	priv       bool  // had a set-user-id or set-group-id bit when last seen
+	handle     [inlineHandle]byte
+	name       [inlineName]byte
+}
+
+type chunk [chunkSize]node
+
+// shard is a part of the table with a lock of its own. No lock of this package is held across a system call.
+type shard struct {
+	mu          sync.Mutex
+	chunks      []*chunk // nil: no node of it is in use
+	fill        []uint8  // nodes in use in each
+	hint        int      // every chunk before it is full
+	gen         uint32
+	byKey       index // slot + 1
+	long        map[uint32]string
+	longHandles map[uint32]string
+	_           [64]byte
+}
+
+// nameShard maps (parent, name) to nodes: a hint, for a node's own fields are the truth.
+type nameShard struct {
+	mu sync.Mutex
+	index
+	_ [64]byte
+}
+
+// table is every node but the root.
+type table struct {
+	shards [shards]shard
+	names  [shards]nameShard
+	seed   maphash.Seed
+	mix    uint64
+	count  atomic.Int64
+	peak   atomic.Int64 // about the largest count since memory was last given back
+	max    int64
+}
+
+func (t *table) init(maxNodes int) {
+	t.seed = maphash.MakeSeed()
+	t.mix = rand.Uint64() | 1
+	t.max = int64(maxNodes)
+	for i := range t.shards {
+		t.shards[i].gen = rand.Uint32N(1 << genBits)
+	}
+}
+
+func (t *table) hashKey(k key) uint64 {
+	// A guest cannot choose inode numbers freely, so that a multiplication with an unknown factor does.
+	hi, lo := bits.Mul64(k.ino^t.mix, 0x9e3779b97f4a7c15^t.mix)
+	h := hi ^ lo ^ uint64(k.btime) ^ uint64(k.mount)<<40 ^ uint64(k.typ)<<56
+	hi, lo = bits.Mul64(h, t.mix)
+	return hi ^ lo
+}
+
+func (t *table) hashName(parent uint64, name []byte) uint64 {
+	hi, lo := bits.Mul64(maphash.Bytes(t.seed, name)^parent, t.mix)
+	return hi ^ lo
+}
+
+func shardOf(hash uint64) int { return int(hash >> (64 - shardBits)) }
+
+func makeID(shard int, slot, gen uint32) uint64 {
+	return uint64(gen)<<(shardBits+slotBits) | uint64(slot)<<shardBits | uint64(shard)
+}
+
+func splitID(id uint64) (shard int, slot, gen uint32) {
+	return int(id % shards), uint32(id>>shardBits) % (1 << slotBits), uint32(id >> (shardBits + slotBits))
+}
+
+// lock locks the shard of node id and returns both, the node nil if there is none.
+func (t *table) lock(id uint64) (*shard, *node) {
+	i, slot, gen := splitID(id)
+	s := &t.shards[i]
+	s.mu.Lock()
+	n := s.at(slot)
+	if n == nil || n.gen == 0 || n.gen != gen || id>>48 != 0 {
+		return s, nil
+	}
+	return s, n
+}
+
+func (s *shard) at(slot uint32) *node {
+	if c := int(slot / chunkSize); c < len(s.chunks) && s.chunks[c] != nil {
+		return &s.chunks[c][slot%chunkSize]
+	}
+	return nil
+}
+
+func (n *node) is(k key) bool {
+	return n.ino == k.ino && n.btime == k.btime && n.mount == k.mount && n.typ == k.typ
+}
+
+// findKey returns k's node in the locked shard.
+func (s *shard) findKey(hash uint32, k key) (uint32, *node) {
+	var found *node
+	ref := s.byKey.find(hash, func(ref uint32) bool {
+		found = s.at(ref - 1)
+		return found.is(k)
+	})
+	if ref == 0 {
+		return 0, nil
+	}
+	return ref - 1, found
+}
+
+// alloc returns a new node in the locked shard, nil if the shard is full.
+func (s *shard) alloc() (uint32, *node) {
+	for s.hint < len(s.fill) && s.fill[s.hint] == chunkSize {
+		s.hint++
+	}
+	if s.hint == len(s.fill) {
+		if s.hint == (1<<slotBits)/chunkSize {
+			return 0, nil
+		}
+		s.chunks = append(s.chunks, nil)
+		s.fill = append(s.fill, 0)
+	}
+	c := s.chunks[s.hint]
+	if c == nil {
+		c = new(chunk)
+		s.chunks[s.hint] = c
+	}
+	i := 0
+	for c[i].gen != 0 {
+		i++
+	}
+	s.fill[s.hint]++
+	s.gen = s.gen%(1<<genBits-1) + 1
+	c[i] = node{gen: s.gen, slot: -1}
+	return uint32(s.hint*chunkSize + i), &c[i]
+}
+
+// release frees the node in slot; its chunk goes with its last node.
+func (s *shard) release(slot uint32) {
+	delete(s.long, slot)
+	delete(s.longHandles, slot)
+	if len(s.long) == 0 {
+		s.long = nil // a map never shrinks by itself
+	}
+	if len(s.longHandles) == 0 {
+		s.longHandles = nil
+	}
+	c := int(slot / chunkSize)
+	s.chunks[c][slot%chunkSize].gen = 0
+	s.fill[c]--
+	s.hint = min(s.hint, c)
+	if s.fill[c] > 0 {
+		return
+	}
+	s.chunks[c] = nil
+	n := len(s.chunks)
+	for n > 0 && s.chunks[n-1] == nil {
+		n--
+	}
+	s.chunks, s.fill = s.chunks[:n], s.fill[:n]
+	s.hint = min(s.hint, n)
+	if n == 0 {
+		s.chunks, s.fill = nil, nil
+	}
+}
+
+// location is where a node was last seen, and its file handle: a copy, for use without the lock.
+type location struct {
+	parent  uint64
+	nameLen int
+	name    [256]byte // with a NUL
+	handle  sys.FileHandle
+	mount   uint16
+	typ     uint8
+	key     key
+}
+
+func (l *location) hasHandle() bool { return l.handle.Bytes > 0 }
+
+// describe fills l from the locked node.
+func (s *shard) describe(slot uint32, n *node, l *location) {
+	l.parent = n.parent
+	l.nameLen = len(s.nameOf(slot, n, &l.name))
+	l.name[l.nameLen] = 0
+	l.handle.Bytes = uint32(n.handleLen)
+	l.handle.Type = int32(n.handleType)
+	if n.handleLen <= inlineHandle {
+		copy(l.handle.Handle[:], n.handle[:])
+	} else {
+		copy(l.handle.Handle[:], s.longHandles[slot])
+	}
+	l.mount, l.typ = n.mount, n.typ
+	l.key = key{n.ino, n.btime, n.mount, n.typ}
+}
+
+// nameOf copies the name to buf.
+func (s *shard) nameOf(slot uint32, n *node, buf *[256]byte) []byte {
+	if n.nameLen <= inlineName {
+		return buf[:copy(buf[:n.nameLen], n.name[:])]
+	}
+	return buf[:copy(buf[:], s.long[slot])]
+}
+
+func (s *shard) nameIs(slot uint32, n *node, name []byte) bool {
+	if int(n.nameLen) != len(name) {
+		return false
+	}
+	if n.nameLen <= inlineName {
+		return string(n.name[:n.nameLen]) == string(name)
+	}
+	return s.long[slot] == string(name)
+}
+
+func (s *shard) setName(slot uint32, n *node, parent uint64, name []byte) {
+	if n.nameLen > inlineName {
+		delete(s.long, slot)
+	}
+	n.parent, n.nameLen = parent, uint8(len(name))
+	if len(name) <= inlineName {
+		copy(n.name[:], name)
+		return
+	}
+	if s.long == nil {
+		s.long = make(map[uint32]string)
+	}
+	s.long[slot] = string(name)
+}
+
+// setHandle keeps a file handle in the node; a nil one drops it.
+func (s *shard) setHandle(slot uint32, n *node, h *sys.FileHandle) {
+	if n.handleLen > inlineHandle {
+		delete(s.longHandles, slot)
+	}
+	if h == nil || h.Bytes > sys.MaxHandleSize || h.Type&^0xffff != 0 {
+		n.handleLen = 0
+		return
+	}
+	n.handleLen, n.handleType = uint8(h.Bytes), uint16(h.Type)
+	if h.Bytes <= inlineHandle {
+		copy(n.handle[:], h.Handle[:h.Bytes])
+		return
+	}
+	if s.longHandles == nil {
+		s.longHandles = make(map[uint32]string)
+	}
+	s.longHandles[slot] = string(h.Handle[:h.Bytes])
+}
+
+// insert counts a lookup of the file k, seen as name in parent, and returns its shard locked, its nodeid and node: nil if
+// the table is full. A new node has neither descriptor nor file handle.
+func (t *table) insert(k key, parent uint64, name []byte) (*shard, uint64, *node) {
+	h := t.hashKey(k)
+	i := shardOf(h)
+	s := &t.shards[i]
+	s.mu.Lock()
+	slot, n := s.findKey(uint32(h), k)
+	if n == nil {
+		count := t.count.Add(1)
+		if count > t.max {
+			t.count.Add(-1)
+			return s, 0, nil
+		}
+		if count%1024 == 0 && count > t.peak.Load() {
+			t.peak.Store(count)
+		}
+		if slot, n = s.alloc(); n == nil {
+			t.count.Add(-1)
+			return s, 0, nil
+		}
+		n.ino, n.btime, n.mount, n.typ = k.ino, k.btime, k.mount, k.typ
+		s.byKey.add(uint32(h), slot+1)
+	}
+	if n.nlookup++; n.nlookup == 0 {
+		n.nlookup--
+	}
+	if len(name) > 0 && (n.parent != parent || !s.nameIs(slot, n, name)) {
+		s.move(t, i, slot, n, parent, name)
+	}
+	return s, makeID(i, slot, n.gen), n
+}
+
+// move gives the locked node another location; an empty name takes it away.
+func (s *shard) move(t *table, i int, slot uint32, n *node, parent uint64, name []byte) {
+	ref := slot<<shardBits | uint32(i)
+	if n.nameLen > 0 {
+		var buf [256]byte
+		h := t.hashName(n.parent, s.nameOf(slot, n, &buf))
+		x := &t.names[shardOf(h)]
+		x.mu.Lock()
+		x.remove(uint32(h), ref+1)
+		x.mu.Unlock()
+	}
+	s.setName(slot, n, parent, name)
+	if len(name) == 0 {
+		return
+	}
+	h := t.hashName(parent, name)
+	x := &t.names[shardOf(h)]
+	x.mu.Lock()
+	x.add(uint32(h), ref+1)
+	x.mu.Unlock()
+}
+
+// maxSame bounds how many nodes of one name are looked at: a name has one node, unless hashes collide or it went to
+// another file behind the guest's back.
+const maxSame = 16
+
+// at returns the shard, locked, and node that name in parent was last seen to be; n is nil if none is known. The nodeid is
+// valid with n.
+func (t *table) at(parent uint64, name []byte) (s *shard, id uint64, n *node) {
+	h := t.hashName(parent, name)
+	var refs [maxSame]uint32
+	x := &t.names[shardOf(h)]
+	x.mu.Lock()
+	found := 0
+	x.find(uint32(h), func(ref uint32) bool {
+		refs[found] = ref - 1
+		found++
+		return found == maxSame
+	})
+	x.mu.Unlock()
+	for _, ref := range refs[:found] {
+		i, slot := int(ref%shards), ref>>shardBits
+		s := &t.shards[i]
+		s.mu.Lock()
+		n := s.at(slot)
+		if n != nil && n.gen != 0 && n.parent == parent && s.nameIs(slot, n, name) {
+			return s, makeID(i, slot, n.gen), n
+		}
+		s.mu.Unlock()
+	}
+	return nil, 0, nil
+}
+
+// moved says that the guest took the file away from name in parent: to another name, or, with an empty one, for good.
+func (t *table) moved(parent uint64, name []byte, newParent uint64, newName []byte) {
+	s, id, n := t.at(parent, name)
+	if n == nil {
+		return
+	}
+	i, slot, _ := splitID(id)
+	s.move(t, i, slot, n, newParent, newName)
+	s.mu.Unlock()
+}
+
+// exchanged says that the guest swapped two names.
+func (t *table) exchanged(parentA uint64, a []byte, parentB uint64, b []byte) {
+	id := uint64(0)
+	if s, found, n := t.at(parentA, a); n != nil {
+		id = found
+		s.mu.Unlock()
+	}
+	t.moved(parentB, b, parentA, a)
+	if s, n := t.lock(id); n != nil {
+		i, slot, _ := splitID(id)
+		s.move(t, i, slot, n, parentB, b)
+		s.mu.Unlock()
+	} else {
+		s.mu.Unlock()
+	}
+}
+
+// forget takes count lookups back and returns the descriptor's slot that the node, if it died, leaves to the caller to
+// drop; -1 if there is none. It reports whether the node died.
+func (t *table) forget(id, count uint64) (slot int32, died bool) {
+	s, n := t.lock(id)
+	defer s.mu.Unlock()
+	if n == nil {
+		return -1, false
+	}
+	if count < n.nlookup {
+		n.nlookup -= count
+		return -1, false
+	}
+	return t.remove(s, id, n), true
+}
+
+// remove takes the locked node out and returns its descriptor's slot.
+func (t *table) remove(s *shard, id uint64, n *node) int32 {
+	i, slot, _ := splitID(id)
+	s.byKey.remove(uint32(t.hashKey(key{n.ino, n.btime, n.mount, n.typ})), slot+1)
+	s.move(t, i, slot, n, 0, nil)
+	fd := n.slot
+	s.release(slot)
+	t.count.Add(-1)
+	return fd
+}
+
+// clear takes every node of shard i out and returns their descriptors' slots, added to slots.
+func (t *table) clear(i int, slots []int32) []int32 {
+	s := &t.shards[i]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := len(s.chunks) - 1; c >= 0; c-- {
+		for j := 0; j < chunkSize && c < len(s.chunks) && s.chunks[c] != nil; j++ {
+			n := &s.chunks[c][j]
+			if n.gen == 0 {
+				continue
+			}
+			if slot := t.remove(s, makeID(i, uint32(c*chunkSize+j), n.gen), n); slot >= 0 {
+				slots = append(slots, slot)
+			}
+		}
+	}
+	return slots
+}
+
+// keyOf is st's key on the mount with this number.
+func keyOf(st *unix.Statx_t, mount uint16) key {
+	k := key{ino: st.Ino, mount: mount, typ: uint8(st.Mode >> 12)}
+	if st.Mask&unix.STATX_BTIME != 0 {
+		k.btime = st.Btime.Sec*1e9 + int64(st.Btime.Nsec)
+	}
+	return k
+}
