@@ -118,10 +118,10 @@ func (s *suite) hammer(seed uint64, n int) error {
 			what = "CREATE"
 			var out fuseproto.CreateOut
 			if out, errno = s.Create(dir, name(), unix.O_RDWR, 0o644); errno == 0 {
-				if _, errno := s.Write(out.NodeId, out.Fh, uint64(rnd.IntN(20_000)), []byte(strings.Repeat("w", rnd.IntN(9000))), unix.O_RDWR); !tolerable(errno) {
+				if _, errno := s.Write(out.NodeId, out.Fh, uint64(rnd.IntN(20_000)), []byte(strings.Repeat("w", rnd.IntN(9000))), unix.O_RDWR); !s.tolerable(errno) {
 					return fmt.Errorf("WRITE: %s", errnoName(errno))
 				}
-				if _, errno := s.Read(out.NodeId, out.Fh, 0, 5000); !tolerable(errno) {
+				if _, errno := s.Read(out.NodeId, out.Fh, 0, 5000); !s.tolerable(errno) {
 					return fmt.Errorf("READ: %s", errnoName(errno))
 				}
 				s.Release(out.NodeId, out.Fh)
@@ -181,7 +181,7 @@ func (s *suite) hammer(seed uint64, n int) error {
 				s.R.Forget(out.NodeId, 1)
 			}
 		}
-		if !tolerable(errno) {
+		if !s.tolerable(errno) {
 			return fmt.Errorf("%s: %s", what, errnoName(errno))
 		}
 	}
@@ -189,8 +189,10 @@ func (s *suite) hammer(seed uint64, n int) error {
 }
 
 // tolerable says whether others that work on the same names can be the reason for errno.
-func tolerable(errno fsbackend.Errno) bool {
+func (s *suite) tolerable(errno fsbackend.Errno) bool {
 	switch errno {
+	case unix.EIO:
+		return s.cfg.NoRaces
 	case fsbackend.OK, unix.ENOENT, unix.EEXIST, unix.ENOTEMPTY, unix.EISDIR, unix.ENOTDIR, unix.EINVAL, unix.EPERM,
 		unix.ESTALE, unix.EBADF, unix.EBUSY, unix.ENOTSUP:
 		return true

@@ -311,28 +311,28 @@ func testErrnos(t *testing.T, s *suite) {
 	for _, row := range []struct {
 		what   string
 		node   bool // about the types of files
-		errno  fsbackend.Errno
+		call   func() fsbackend.Errno
 		expect []fsbackend.Errno
 	}{
-		{"MKDIR of a file's name", false, mkdir(Root, "f"), []fsbackend.Errno{unix.EEXIST}},
-		{"MKDIR of a directory's name", false, mkdir(Root, "d"), []fsbackend.Errno{unix.EEXIST}},
-		{"MKDIR in a file", false, mkdir(f.NodeId, "x"), []fsbackend.Errno{unix.ENOTDIR}},
-		{"CREATE with O_EXCL of a file's name", false, create("f", unix.O_RDWR|unix.O_EXCL), []fsbackend.Errno{unix.EEXIST}},
-		{"CREATE with O_EXCL of a directory's name", false, create("d", unix.O_RDWR|unix.O_EXCL), []fsbackend.Errno{unix.EEXIST}},
-		{"CREATE of a directory's name", true, create("d", unix.O_RDWR), []fsbackend.Errno{unix.EISDIR, unix.EEXIST}},
-		{"UNLINK of nothing", true, s.Unlink(Root, "none"), []fsbackend.Errno{unix.ENOENT}},
-		{"UNLINK of a directory", true, s.Unlink(Root, "d"), []fsbackend.Errno{unix.EISDIR}},
-		{"UNLINK in a file", false, s.Unlink(f.NodeId, "x"), []fsbackend.Errno{unix.ENOTDIR}},
-		{"RMDIR of nothing", true, s.Rmdir(Root, "none"), []fsbackend.Errno{unix.ENOENT}},
-		{"RMDIR of a file", true, s.Rmdir(Root, "f"), []fsbackend.Errno{unix.ENOTDIR}},
-		{"RMDIR of a directory with an entry", false, s.Rmdir(Root, "full"), []fsbackend.Errno{unix.ENOTEMPTY}},
-		{"OPEN of a directory for writing", true, open(d.NodeId, unix.O_RDWR), []fsbackend.Errno{unix.EISDIR}},
-		{"OPENDIR of a file", false, opendir(f.NodeId), []fsbackend.Errno{unix.ENOTDIR}},
+		{"MKDIR of a file's name", false, func() fsbackend.Errno { return mkdir(Root, "f") }, []fsbackend.Errno{unix.EEXIST}},
+		{"MKDIR of a directory's name", false, func() fsbackend.Errno { return mkdir(Root, "d") }, []fsbackend.Errno{unix.EEXIST}},
+		{"MKDIR in a file", false, func() fsbackend.Errno { return mkdir(f.NodeId, "x") }, []fsbackend.Errno{unix.ENOTDIR}},
+		{"CREATE with O_EXCL of a file's name", false, func() fsbackend.Errno { return create("f", unix.O_RDWR|unix.O_EXCL) }, []fsbackend.Errno{unix.EEXIST}},
+		{"CREATE with O_EXCL of a directory's name", false, func() fsbackend.Errno { return create("d", unix.O_RDWR|unix.O_EXCL) }, []fsbackend.Errno{unix.EEXIST}},
+		{"CREATE of a directory's name", true, func() fsbackend.Errno { return create("d", unix.O_RDWR) }, []fsbackend.Errno{unix.EISDIR, unix.EEXIST}},
+		{"UNLINK of nothing", true, func() fsbackend.Errno { return s.Unlink(Root, "none") }, []fsbackend.Errno{unix.ENOENT}},
+		{"UNLINK of a directory", true, func() fsbackend.Errno { return s.Unlink(Root, "d") }, []fsbackend.Errno{unix.EISDIR}},
+		{"UNLINK in a file", false, func() fsbackend.Errno { return s.Unlink(f.NodeId, "x") }, []fsbackend.Errno{unix.ENOTDIR}},
+		{"RMDIR of nothing", true, func() fsbackend.Errno { return s.Rmdir(Root, "none") }, []fsbackend.Errno{unix.ENOENT}},
+		{"RMDIR of a file", true, func() fsbackend.Errno { return s.Rmdir(Root, "f") }, []fsbackend.Errno{unix.ENOTDIR}},
+		{"RMDIR of a directory with an entry", false, func() fsbackend.Errno { return s.Rmdir(Root, "full") }, []fsbackend.Errno{unix.ENOTEMPTY}},
+		{"OPEN of a directory for writing", true, func() fsbackend.Errno { return open(d.NodeId, unix.O_RDWR) }, []fsbackend.Errno{unix.EISDIR}},
+		{"OPENDIR of a file", false, func() fsbackend.Errno { return opendir(f.NodeId) }, []fsbackend.Errno{unix.ENOTDIR}},
 	} {
 		if row.node && s.cfg.NoNodeChecks {
 			continue
 		}
-		want(t, row.errno, row.what, row.expect...)
+		want(t, row.call(), row.what, row.expect...)
 	}
 	if !s.cfg.NoSymlinks {
 		_, errno := s.Symlink(Root, "f", "x")
