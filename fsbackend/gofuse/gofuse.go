@@ -71,7 +71,8 @@ type Backend struct {
 	lastFh   uint64
 }
 
-// node is a node that the guest holds, or that a call or handle still uses. Its fields are under Backend.mu, but for raw.
+// node is a node that the guest holds, or that a call or handle still uses. Its fields are under Backend.mu, but for the
+// first three, which do not change.
 type node struct {
 	id, raw uint64
 	typ     uint32 // S_IFMT bits
@@ -262,16 +263,13 @@ func (b *Backend) adopt(out *fuseproto.EntryOut, pin bool) *node {
 	n := b.byRaw[out.NodeId]
 	if n == nil {
 		b.lastNode++
-		n = &node{id: b.lastNode, raw: out.NodeId}
-		b.byRaw[n.raw] = n
-	}
-	if n.id != fuseproto.FUSE_ROOT_ID {
-		if typ := out.Mode & unix.S_IFMT; typ != 0 {
-			n.typ = typ
-		}
+		n = &node{id: b.lastNode, raw: out.NodeId, typ: out.Mode & unix.S_IFMT}
 		if n.typ == 0 {
 			n.typ = unix.S_IFREG
 		}
+		b.byRaw[n.raw] = n
+	}
+	if n.id != fuseproto.FUSE_ROOT_ID {
 		n.count++
 		b.nodes[n.id] = n
 	}
