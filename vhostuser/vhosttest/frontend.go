@@ -91,6 +91,11 @@ func (f *FrontEnd) CloseWrite() error {
 	return f.conn.CloseWrite()
 }
 
+// Discard reads and drops what the back-end says until it disconnects.
+func (f *FrontEnd) Discard() {
+	_, _ = io.Copy(io.Discard, f.conn)
+}
+
 // Write sends bytes as they are, with descriptors on the first: what no front-end should.
 func (f *FrontEnd) Write(b []byte, fds ...int) error {
 	var oob []byte
