@@ -57,6 +57,8 @@ func Pair() (*FrontEnd, *net.UnixConn, error) {
 	front, err := fileConn(fds[0])
 	back, backErr := fileConn(fds[1])
 	if err := errors.Join(err, backErr); err != nil {
+		_ = front.Close()
+		_ = back.Close()
 		return nil, nil, err
 	}
 	return New(front), back, nil
