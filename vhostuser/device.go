@@ -4,7 +4,8 @@ import "github.com/sluicefs/sluice/internal/sys"
 
 // QueueConfig says where a ring lies and where to take it up.
 type QueueConfig struct {
-	Num uint16 // descriptors, 1 … 32768. That a split ring has a power of 2 is the device's to check: it knows the kind
+	// Num is the ring's descriptors, 1 … 32768. That a split ring has a power of 2 of them is the device's to check.
+	Num uint16
 	// Base is the vring state's num as it came over the wire or from StopQueue. Split: the low 16 bits are the next avail
 	// index. Packed: bits 0–14 avail index, 15 avail wrap, 16–30 used index, 31 used wrap; a fresh ring has 0x80008000.
 	Base uint32
@@ -45,8 +46,8 @@ type Device interface {
 	// SetErr sets the descriptor that tells the front-end that the ring is broken, as SetCall does.
 	SetErr(index int, fd *sys.FD)
 	// MemoryChanged tells that Config.Memory has a new Map: rings are to be translated anew, and the Map before released as
-	// soon as no request uses it, for which the session then waits. An error, such as that a ring lost its memory,
-	// is told to the front-end; the session goes on.
+	// soon as no request uses it, for which the session then waits. An error, such as that an enabled ring lost its memory,
+	// is told to the front-end; the session goes on. At the session's end it is called once more, with no memory left.
 	MemoryChanged() error
 	// Reset is VHOST_USER_RESET_DEVICE: all rings are stopped and disabled already; the FUSE session and the acknowledged
 	// features go, the descriptors of SetCall and SetErr stay. It may come at any time and several times in a row.

@@ -24,8 +24,5 @@ func (e *ProtocolError) Unwrap() error {
 
 // deviceError is a failure of our own while carrying out a legal message: the session tells the front-end and goes on.
 type deviceError struct {
-	err error
+	error
 }
-
-func (e *deviceError) Error() string { return e.err.Error() }
-func (e *deviceError) Unwrap() error { return e.err }

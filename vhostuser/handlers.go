@@ -7,6 +7,10 @@ import (
 )
 
 // handler is one row of the table: what must hold before do is called, and how the message is answered.
+//
+// To add a message: its number and name in message.go, its struct there and the struct's size in message_unsafe.go, its
+// feature in protocolFeatures, a row here, a sample in messages_test.go (which then breaks it in every way), and, if a
+// front-end of the field sends it, a step in vhosttest/sequences.go.
 type handler struct {
 	size    int                                // payload bytes, the same for every such message unless tail is set
 	tail    func(fixed []byte) int             // payload bytes after the first size, as those tell; nil: none

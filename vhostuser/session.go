@@ -141,7 +141,7 @@ func (s *session) close() {
 
 // handle carries out and answers one message; an error ends the session.
 func (s *session) handle(m *message) error {
-	s.log.Debug("vhost-user message", "request", m.Request, "size", m.Size, "fds", len(m.fds), "need_reply", m.Flags&FlagNeedReply != 0)
+	s.log.Debug("vhost-user message", "request", m.Request.String(), "size", m.Size, "fds", len(m.fds), "need_reply", m.Flags&FlagNeedReply != 0)
 	h := &refused
 	if m.Request < numRequests {
 		h = &handlers[m.Request]
@@ -173,7 +173,7 @@ func (s *session) handle(m *message) error {
 		// An acknowledgement would be taken for the typed reply, or none was asked for and the front-end would not know.
 		return &ProtocolError{m.Request, err}
 	case err != nil:
-		s.warn("vhost-user request failed", "request", m.Request, "err", err)
+		s.warn("vhost-user request failed", "request", m.Request.String(), "err", err)
 	}
 	if !wanted {
 		return nil

@@ -1,10 +1,12 @@
 package vhostuser_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -204,6 +206,20 @@ func TestFeaturesWithoutProtocolFeaturesEnableAll(t *testing.T) {
 	s.calls("enable 0 false; enable 1 false")
 }
 
+func TestFeaturesEnableAllRingsThoughOneFails(t *testing.T) {
+	checkLeaks(t)
+	s := negotiated(t, nil)
+	s.must(s.AddMemReg(region(t, 0)))
+	lost := testRing(t, 0)
+	lost.Desc += memSize // not in memory
+	s.refused(s.SetupRing(0, lost))
+	s.must(s.SetupRing(1, testRing(t, 1)))
+	s.refused(s.SetFeatures(testFeatures))
+	if got := s.dev.state(); got != "-e--- rec-k" {
+		t.Errorf("rings are %q", got)
+	}
+}
+
 func TestReplyAckNegotiatedByTheMessageItself(t *testing.T) {
 	checkLeaks(t)
 	s := serve(t, nil)
@@ -389,6 +405,22 @@ func TestLogDoesNotFlood(t *testing.T) {
 	if n := strings.Count(s.log.String(), "\n"); n < 2 || n > 30 {
 		t.Errorf("%d lines were logged of 1000 refused messages", n)
 	}
+}
+
+func TestEveryMessageIsLoggedAtDebug(t *testing.T) {
+	checkLeaks(t)
+	var log bytes.Buffer
+	s := serve(t, func(_ *fakeDevice, c *vhostuser.Config) {
+		c.Log = slog.New(slog.NewJSONHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	})
+	s.must(s.SetVringCall(1, eventFD(t)))
+	s.must(s.end())
+	if want := `"request":"SET_VRING_CALL","size":8,"fds":1,"need_reply":false`; !strings.Contains(log.String(), want) {
+		t.Errorf("log has no %s:\n%s", want, &log)
+	}
+	// Without a log nothing is said, and nothing breaks.
+	s = negotiated(t, func(_ *fakeDevice, c *vhostuser.Config) { c.Log = nil })
+	s.refused(s.SetVringEnable(2, true))
 }
 
 func TestTruncatedStream(t *testing.T) {

@@ -57,6 +57,8 @@ func Pair() (*FrontEnd, *net.UnixConn, error) {
 	front, err := fileConn(fds[0])
 	back, backErr := fileConn(fds[1])
 	if err := errors.Join(err, backErr); err != nil {
+		_ = front.Close()
+		_ = back.Close()
 		return nil, nil, err
 	}
 	return New(front), back, nil
@@ -89,6 +91,11 @@ func (f *FrontEnd) Close() error {
 // CloseWrite ends the stream to the back-end; what it still says can be read.
 func (f *FrontEnd) CloseWrite() error {
 	return f.conn.CloseWrite()
+}
+
+// Discard reads and drops what the back-end says until it disconnects.
+func (f *FrontEnd) Discard() {
+	_, _ = io.Copy(io.Discard, f.conn)
 }
 
 // Write sends bytes as they are, with descriptors on the first: what no front-end should.
