@@ -756,7 +756,7 @@ func device(q *virtqueue.Queue, n int, kick <-chan struct{}, call func()) error 
 		if err := q.Disarm(); err != nil {
 			return err
 		}
-		for batch := 0; batch < 5; batch++ {
+		for range 5 {
 			ok, err := q.Pop(&c)
 			if err != nil {
 				return err
