@@ -238,6 +238,7 @@ func TestAddRefuses(t *testing.T) {
 		"offset overflows":             func(c *guestmem.RegionConfig) { c.MmapOffset = ^uint64(0) - 1 },
 		"size overflows":               func(c *guestmem.RegionConfig) { c.Size = ^uint64(0) },
 		"offset is negative as signed": func(c *guestmem.RegionConfig) { c.MmapOffset = 1 << 63 },
+		"guest address past 2^63":      func(c *guestmem.RegionConfig) { c.GuestPhysAddr = 1 << 63 },
 		"same guest address":           func(c *guestmem.RegionConfig) { c.GuestPhysAddr = 0 },
 		"overlaps the start":           func(c *guestmem.RegionConfig) { c.GuestPhysAddr, c.Size = 3*page-1, 2 },
 		"overlaps the end":             func(c *guestmem.RegionConfig) { c.GuestPhysAddr = 8*page - 1 },
@@ -565,6 +566,32 @@ func TestConcurrent(t *testing.T) {
 	f.wantMappings(t, 1)
 	mm.Clear()
 	f.wantMappings(t, 0)
+}
+
+// TestAcquireRace acquires Maps at the moment when their last holder releases them.
+func TestAcquireRace(t *testing.T) {
+	mm := guestmem.New()
+	stop := make(chan struct{})
+	var reader sync.WaitGroup
+	reader.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			m := mm.Acquire()
+			if done(m) {
+				t.Error("an acquired Map is done")
+			}
+			m.Release()
+		}
+	})
+	for range 200000 {
+		mm.Clear()
+	}
+	close(stop)
+	reader.Wait()
 }
 
 func BenchmarkTranslate(b *testing.B) {

@@ -156,6 +156,14 @@ var Hostile = []HostileCase{
 		Set: func(d *Driver) []uint16 { return d.table(d.joined(d.maxChain())...) },
 	},
 	{
+		Name: "indirect table over-long, chain short", Features: indirectDesc, Outcome: ChainError, Reason: virtqueue.ReasonTooLong,
+		Set: func(d *Driver) []uint16 {
+			descs := d.joined(d.maxChain() + 1)
+			descs[0].Flags = 0
+			return d.table(descs...)
+		},
+	},
+	{
 		Name: "indirect table of 4 GiB", Features: indirectDesc, Outcome: ChainError, Reason: virtqueue.ReasonTooLong,
 		Set: func(d *Driver) []uint16 {
 			return d.chain(1, virtqueue.Desc{Addr: 0, Len: 0xffff_fff0, Flags: indirect})
@@ -172,6 +180,14 @@ var Hostile = []HostileCase{
 			descs := d.joined(3)
 			descs[1].Addr, descs[1].Len = 1<<63, 0
 			return d.table(descs...)
+		},
+	},
+	{
+		Name: "empty readable descriptor after a writable one", Features: indirectDesc, Outcome: Legal,
+		Set: func(d *Driver) []uint16 {
+			first := d.page(write | next)
+			first.Next = 1
+			return d.table(first, virtqueue.Desc{Addr: first.Addr})
 		},
 	},
 	{
