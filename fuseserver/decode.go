@@ -74,6 +74,9 @@ func (rule nameRule) dots() Errno {
 
 // decode takes names and extensions out of the private copy.
 func (r *Request) decode() Errno {
+	if len(r.args) < inHeaderSize+r.inSize() {
+		return syscall.EINVAL
+	}
 	rest := r.args[inHeaderSize+r.inSize():]
 	if r.op.flags&extended != 0 {
 		var errno Errno
@@ -101,7 +104,7 @@ func (r *Request) decode() Errno {
 
 // inSize returns the size of the struct behind the header.
 func (r *Request) inSize() int {
-	if r.Opcode() == fuseproto.FUSE_SETXATTR && r.session.Has(fuseproto.FUSE_SETXATTR_EXT) && len(r.args) >= inHeaderSize+16 {
+	if r.Opcode() == fuseproto.FUSE_SETXATTR && r.session.Has(fuseproto.FUSE_SETXATTR_EXT) {
 		return 16
 	}
 	return int(r.op.in)

@@ -156,6 +156,8 @@ func (s *Server) dispatch(r *Request) Errno {
 	if r.MayBlock {
 		r.ctx.Cancel = r.Cancel
 	}
+	r.outSize = int(op.out)
+	clear(r.out.body[:(op.out+7)/8])
 	return s.call(r)
 }
 
