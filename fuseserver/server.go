@@ -182,9 +182,9 @@ func (s *Server) recovered(r *Request, errno *Errno) {
 	}
 	s.stats.Panics.Add(1)
 	*errno = syscall.EIO
-	stack := ""
-	s.stacked.Do(func() { stack = string(debug.Stack()) })
-	s.log.Error("backend panicked; the guest gets EIO: please report this bug", "opcode", r.Opcode(), "panic", cause, "stack", stack)
+	about := []any{"opcode", r.Opcode(), "panic", cause}
+	s.stacked.Do(func() { about = append(about, "stack", string(debug.Stack())) })
+	s.log.Error("backend panicked; the guest gets EIO: please report this bug", about...)
 }
 
 // malformed counts and logs a request that breaks the protocol.
