@@ -28,8 +28,8 @@ const (
 	nameTarget          // a symbolic link's target
 )
 
-// check returns the errno that Linux gives for such a name, OK for a good one. No Linux guest sends a bad one: its own VFS
-// has taken it apart.
+// check returns the errno that Linux gives for such a name, OK for a good one. But for names too long, no Linux guest sends
+// a bad one: its own VFS has taken the path apart.
 func (rule nameRule) check(name fsbackend.Name) Errno {
 	switch rule {
 	case nameXattr:

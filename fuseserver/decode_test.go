@@ -58,7 +58,11 @@ func TestNames(t *testing.T) {
 	for _, tt := range tests {
 		g := mounted(t, Config{Xattr: true})
 		for name, want := range tt.rule {
+			before := g.s.Stats().Malformed.Load()
 			_, errno := g.do(tt.msg(name))
+			if counted := g.s.Stats().Malformed.Load() > before; counted != (want != 0 && want != syscall.ENAMETOOLONG) {
+				t.Errorf("%s %.20q (%d bytes): counted as malformed %v", tt.name, name, len(name), counted)
+			}
 			if errno != want {
 				t.Errorf("%s %.20q (%d bytes) is answered with %v, expected %v", tt.name, name, len(name), errno, want)
 			}

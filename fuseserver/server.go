@@ -146,7 +146,10 @@ func (s *Server) dispatch(r *Request) Errno {
 		return syscall.EROFS
 	}
 	if errno := r.decode(); errno != fsbackend.OK {
-		s.malformed(r, errno)
+		// A name of 256 bytes is nothing wrong: fuse lets longer ones through (Linux fs/fuse/fuse_i.h, FUSE_NAME_MAX).
+		if errno != syscall.ENAMETOOLONG {
+			s.malformed(r, errno)
+		}
 		return errno
 	}
 	if !r.MayBlock && (op.flags&mayBlock != 0 || s.backend.Slow && op.flags&inline == 0) {
