@@ -192,7 +192,7 @@ func (r *Request) suppGroups(body []byte) bool {
 	}
 	n := binary.NativeEndian.Uint32(body)
 	body = body[suppGroupsSize:]
-	if n > maxGroups || uint64(n)*4 > uint64(len(body)) {
+	if n > maxGroups || int(n)*4 > len(body) {
 		return false
 	}
 	for i := range n {

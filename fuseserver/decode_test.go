@@ -154,6 +154,7 @@ func TestExtensions(t *testing.T) {
 		{name: "empty header", area: make([]byte, 8), errno: syscall.EINVAL},
 		{name: "size below header", area: cat(uint32(7), uint32(32)), errno: syscall.EINVAL},
 		{name: "size not 8-aligned", area: cat(uint32(12), uint32(32), uint64(0)), errno: syscall.EINVAL},
+		{name: "sizes that are 8-aligned together", area: cat(uint32(12), uint32(0), uint32(0), uint32(12), uint32(32), uint32(0)), errno: syscall.EINVAL},
 		{name: "size beyond area", area: cat(uint32(24), uint32(32), uint64(0)), errno: syscall.EINVAL},
 		{name: "size 2^32-8", area: cat(uint32(1<<32-8), uint32(32), uint64(0)), errno: syscall.EINVAL},
 		{name: "unknown type", area: cat(uint32(16), uint32(33), uint64(0)), errno: syscall.EINVAL},

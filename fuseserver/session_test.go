@@ -324,15 +324,20 @@ func TestCachePolicy(t *testing.T) {
 	}
 }
 
-// negative answers LOOKUP with entries that are not there.
+// negative answers LOOKUP with entries that are not there, or not for long.
 type negative struct {
 	*stub
 	valid uint64
+	nsec  uint32
 	flags uint32
 }
 
 func (b *negative) Lookup(_ *fsbackend.Context, _ uint64, _ fsbackend.Name, out *fuseproto.EntryOut) Errno {
 	out.EntryValid = b.valid
+	if b.nsec > 0 {
+		b.entry(out)
+		out.EntryValidNsec, out.AttrValidNsec = b.nsec, b.nsec
+	}
 	return 0
 }
 
@@ -350,6 +355,10 @@ func TestBackendDecidesItself(t *testing.T) {
 	b.valid = 5
 	if body, errno := g.do(lookup); errno != 0 || !bytes.Equal(body[:24], cat(uint64(0), uint64(0), uint64(5))) {
 		t.Errorf("negative entry: %x, %v", body, errno)
+	}
+	b.valid, b.nsec = 0, 1
+	if body, errno := g.do(lookup); errno != 0 || !bytes.Equal(body[16:40], cat(uint64(0), uint64(0), uint32(1), uint32(1))) {
+		t.Errorf("entry valid for 1 ns: %x, %v", body, errno)
 	}
 	for flags, want := range map[uint32]uint32{
 		fuseproto.FOPEN_DIRECT_IO:  fuseproto.FOPEN_DIRECT_IO,
