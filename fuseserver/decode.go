@@ -28,8 +28,8 @@ const (
 	nameTarget          // a symbolic link's target
 )
 
-// check returns the errno that Linux gives for such a name, OK for a good one. No Linux guest sends a bad one: its own VFS
-// has taken it apart.
+// check returns the errno that Linux gives for such a name, OK for a good one. But for names too long, no Linux guest sends
+// a bad one: its own VFS has taken the path apart.
 func (rule nameRule) check(name fsbackend.Name) Errno {
 	switch rule {
 	case nameXattr:
@@ -74,6 +74,9 @@ func (rule nameRule) dots() Errno {
 
 // decode takes names and extensions out of the private copy.
 func (r *Request) decode() Errno {
+	if len(r.args) < inHeaderSize+r.inSize() {
+		return syscall.EINVAL
+	}
 	rest := r.args[inHeaderSize+r.inSize():]
 	if r.op.flags&extended != 0 {
 		var errno Errno
@@ -101,7 +104,7 @@ func (r *Request) decode() Errno {
 
 // inSize returns the size of the struct behind the header.
 func (r *Request) inSize() int {
-	if r.Opcode() == fuseproto.FUSE_SETXATTR && r.session.Has(fuseproto.FUSE_SETXATTR_EXT) && len(r.args) >= inHeaderSize+16 {
+	if r.Opcode() == fuseproto.FUSE_SETXATTR && r.session.Has(fuseproto.FUSE_SETXATTR_EXT) {
 		return 16
 	}
 	return int(r.op.in)
@@ -189,7 +192,7 @@ func (r *Request) suppGroups(body []byte) bool {
 	}
 	n := binary.NativeEndian.Uint32(body)
 	body = body[suppGroupsSize:]
-	if n > maxGroups || uint64(n)*4 > uint64(len(body)) {
+	if n > maxGroups || int(n)*4 > len(body) {
 		return false
 	}
 	for i := range n {

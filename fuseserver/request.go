@@ -135,8 +135,6 @@ func (s *Server) Begin(r *Request, readable, writable []unix.Iovec, readableLen,
 		r.writable = 0
 	}
 
-	r.outSize = int(r.op.out)
-	clear(r.out.body[:(r.op.out+7)/8])
 	if r.op.flags&data != 0 {
 		r.split(writable)
 	} else {

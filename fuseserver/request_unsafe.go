@@ -31,7 +31,7 @@ func in[T any](r *Request) *T {
 	return (*T)(unsafe.Pointer(unsafe.SliceData(r.words)))
 }
 
-// out returns the reply's struct, all 0 when a handler is first called.
+// out returns the reply's struct, all 0 when a handler is called.
 func out[T any](r *Request) *T {
 	return (*T)(unsafe.Pointer(&r.out.body))
 }

@@ -146,7 +146,10 @@ func (s *Server) dispatch(r *Request) Errno {
 		return syscall.EROFS
 	}
 	if errno := r.decode(); errno != fsbackend.OK {
-		s.malformed(r, errno)
+		// A name of 256 bytes is nothing wrong: fuse lets longer ones through (Linux fs/fuse/fuse_i.h, FUSE_NAME_MAX).
+		if errno != syscall.ENAMETOOLONG {
+			s.malformed(r, errno)
+		}
 		return errno
 	}
 	if !r.MayBlock && (op.flags&mayBlock != 0 || s.backend.Slow && op.flags&inline == 0) {
@@ -156,6 +159,8 @@ func (s *Server) dispatch(r *Request) Errno {
 	if r.MayBlock {
 		r.ctx.Cancel = r.Cancel
 	}
+	r.outSize = int(op.out)
+	clear(r.out.body[:(op.out+7)/8])
 	return s.call(r)
 }
 
@@ -180,9 +185,9 @@ func (s *Server) recovered(r *Request, errno *Errno) {
 	}
 	s.stats.Panics.Add(1)
 	*errno = syscall.EIO
-	stack := ""
-	s.stacked.Do(func() { stack = string(debug.Stack()) })
-	s.log.Error("backend panicked; the guest gets EIO: please report this bug", "opcode", r.Opcode(), "panic", cause, "stack", stack)
+	about := []any{"opcode", r.Opcode(), "panic", cause}
+	s.stacked.Do(func() { about = append(about, "stack", string(debug.Stack())) })
+	s.log.Error("backend panicked; the guest gets EIO: please report this bug", about...)
 }
 
 // malformed counts and logs a request that breaks the protocol.
