@@ -79,7 +79,7 @@ var settledOptions = []settled{
 	{name: "posix-acl", same: "never", reason: "only --posix-acl=never is"},
 	{name: "security-label", same: "never", reason: "only --security-label=never is"},
 	{name: "xattrmap", reason: "names of extended attributes pass unchanged"},
-	{name: "thread-pool-size", reason: "the number of threads follows --num-request-queues"},
+	{name: "thread-pool-size", reason: "the number of threads is not for the command line to say"},
 	{name: "inode-file-handles", reason: "descriptors are bounded by --max-fds"},
 	{name: "modcaps", reason: "it comes with the sandbox"},
 	{name: "uid-map", reason: "it comes with the sandbox"},

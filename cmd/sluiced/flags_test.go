@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"io"
 	"os"
 	"reflect"
@@ -190,5 +191,23 @@ func TestDocumented(t *testing.T) {
 		if !bytes.Contains(page, []byte("`"+name+"`")) && !bytes.Contains(page, []byte("`"+name+" ")) {
 			t.Errorf("docs/compatibility.md does not mention %s", name)
 		}
+	}
+}
+
+// TestDiscoveryFile holds the promise of the discovery file against that of --print-capabilities.
+func TestDiscoveryFile(t *testing.T) {
+	text, err := os.ReadFile("../../contrib/vhost-user/50-sluiced.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var file struct {
+		Type, Binary string
+		Features     []string
+	}
+	if err := json.Unmarshal(text, &file); err != nil {
+		t.Fatal(err)
+	}
+	if file.Type != "fs" || file.Binary != "/usr/bin/sluiced" || !slices.Equal(file.Features, capabilities) {
+		t.Errorf("it says %+v, want features %q", file, capabilities)
 	}
 }
