@@ -187,9 +187,9 @@ func qemuCommand(cfg Config) *exec.Cmd {
 	if kvmWorks() {
 		accel = "kvm"
 	}
-	console := "file:/dev/stdout"
+	console := "file,path=/dev/stdout"
 	if cfg.Shell != "" {
-		console = "stdio"
+		console = "stdio,signal=off" // Ctrl-C is the shell's
 	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none",
@@ -197,7 +197,7 @@ func qemuCommand(cfg Config) *exec.Cmd {
 		"-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", cfg.MemMiB), "-numa", "node,memdev=mem",
 		"-kernel", cfg.Kit.vmlinuz(), "-initrd", cfg.Initrd,
 		"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 oops=panic %s=/dev/vport0p1 %s=%s", agentproto.ParamPort, agentproto.ParamShell, cfg.Shell),
-		"-serial", console,
+		"-chardev", console + ",id=console", "-serial", "chardev:console",
 		"-device", "virtio-serial-pci", "-chardev", fmt.Sprintf("socket,id=port,fd=%d", portFD), "-device", "virtserialport,chardev=port",
 	}
 	for i, d := range cfg.Devices {

@@ -153,6 +153,8 @@ func shellMain(tag string) error {
 	shell := exec.Command("/bin/cttyhack", "sh", "-l")
 	shell.Dir = "/mnt"
 	shell.Env = append(os.Environ(), `PS1=guest:\w# `)
+	// cttyhack takes the console as the controlling terminal only of a session that it leads.
+	shell.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	shell.Stdin, shell.Stdout, shell.Stderr = os.Stdin, os.Stdout, os.Stderr
 	// What the last command of the shell returned is not an error of the guest.
 	if err := shell.Run(); err != nil && shell.ProcessState == nil {
