@@ -125,7 +125,7 @@ func (r *rig) connect() {
 	r.check(fe.SetFeatures(features))
 	for _, m := range r.mem.Regions() {
 		r.check(fe.AddMemReg(vhosttest.Region{
-			MemRegion: vhostuser.MemRegion{GuestPhysAddr: m.GuestPhysAddr, MemorySize: m.Size, UserspaceAddr: m.UserAddr, MmapOffset: m.MmapOffset},
+			MemRegion: vhostuser.MemRegion{GuestPhysAddr: m.GuestPhysAddr, Size: m.Size, UserAddr: m.UserAddr, MmapOffset: m.MmapOffset},
 			FD:        r.mem.FD(),
 		}))
 	}
@@ -151,7 +151,7 @@ func (r *rig) start(i, kick, call int) {
 	c := r.queues[i].QueueConfig()
 	r.check(r.fe.SetVringErr(uint8(i), r.queues[i].err.Int()))
 	r.check(r.fe.SetupRing(uint8(i), vhosttest.Ring{
-		Num: uint32(c.Num), Base: uint32(c.Base),
+		Num: uint32(c.Num), Base: uint32(r.queues[i].AvailIdx()),
 		Desc: c.DescUserAddr, Avail: c.AvailUserAddr, Used: c.UsedUserAddr,
 		Kick: kick, Call: call,
 	}))
@@ -327,7 +327,6 @@ func (r *rig) parse(q *rigQueue, head uint16, written uint32) reply {
 // do sends one request on queue i and waits for its reply, which must be the next there.
 func (r *rig) do(i int, c call) reply {
 	r.t.Helper()
-	mark := r.mem.Mark()
 	head := r.offer(i, c)
 	unique := r.unique
 	r.kick(i)
@@ -335,7 +334,6 @@ func (r *rig) do(i int, c call) reply {
 	if p.head != head || p.written > 0 && p.unique != unique {
 		r.t.Fatalf("reply to head %d, unique %d, expected head %d, unique %d", p.head, p.unique, head, unique)
 	}
-	r.mem.Reset(mark)
 	return p
 }
 

@@ -1,0 +1,65 @@
+# make            build bin/sluiced
+# make test       install what is missing, then all checks and tests, those in real guests too
+# make demo       pass files to and from a real guest and compare them
+# make guest SHARE=DIR [GUEST=uml]    a shell in a guest with DIR at /mnt
+GO ?= go
+GUEST ?= qemu
+SHARE ?=
+SLUICED ?= bin/sluiced
+FUZZTIME ?= 60s
+# The guest tests serve trees of several owners, which takes root.
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo --preserve-env --preserve-env=PATH)
+GUEST_TESTS := ./test/guest/...
+
+all: build
+
+build: bin/sluiced
+bin/sluiced: FORCE
+	$(GO) build -trimpath -o $@ ./cmd/sluiced
+
+build-arm64:
+	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) build -trimpath -o bin/arm64/ ./cmd/...
+	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) vet ./...
+
+setup:
+	@scripts/setup.sh
+
+# setup, and the servers that others have written, to compare with
+peers:
+	@scripts/setup.sh --peers
+
+demo: setup build
+	@$(GO) run ./internal/testguest/demo -kind $(GUEST) -daemon $(SLUICED)
+
+guest: setup build
+	@$(GO) run ./internal/testguest/shell -kind $(GUEST) -daemon $(SLUICED) -share "$(SHARE)"
+
+test: setup check
+
+check: lint unit test-guest
+
+lint:
+	@files=$$($(GO) tool gofumpt -l .) && [ -z "$$files" ] || { echo "not formatted, run 'go tool gofumpt -w .':" $$files; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	@dead=$$($(GO) tool deadcode -test ./...) && [ -z "$$dead" ] || { echo "dead code:"; echo "$$dead"; exit 1; }
+
+unit:
+	$(GO) test -race -timeout 10m $$($(GO) list ./... | grep -v /test/guest)
+
+test-guest:
+	$(GO) test -race -count=1 -timeout 15m -exec '$(SUDO)' $(GUEST_TESTS)
+
+# The same with the full sizes: 1 GiB files, a million inodes, 10,000 opens in each kind of guest.
+test-guest-full: setup
+	SLUICE_FULL=1 $(GO) test -count=1 -timeout 120m -exec '$(SUDO)' -v $(GUEST_TESTS)
+
+fuzz:
+	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
+		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
+
+clean:
+	rm -rf bin build
+
+FORCE:
+.PHONY: all build build-arm64 setup peers demo guest test check lint unit test-guest test-guest-full fuzz clean FORCE

@@ -1,0 +1,112 @@
+package testguest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// Kit is the directory that `make setup` fills with what guests are made of.
+type Kit struct{ Dir string }
+
+// FindKit returns the kit in $SLUICE_GUEST_KIT, or else in build/guest-kit of the module that the working directory belongs to.
+// The error for a kit that is not complete says how to get one.
+func FindKit() (Kit, error) {
+	dir := os.Getenv("SLUICE_GUEST_KIT")
+	if dir == "" {
+		root, err := ModuleRoot()
+		if err != nil {
+			return Kit{}, err
+		}
+		dir = filepath.Join(root, "build", "guest-kit")
+	}
+	kit := Kit{dir}
+	for _, part := range append([]string{kit.uml(), kit.vmlinuz(), kit.busybox()}, kit.modules()...) {
+		if _, err := os.Stat(part); err != nil {
+			return Kit{}, fmt.Errorf("the guest kit is not complete, run `make setup`: %w", err)
+		}
+	}
+	if _, err := exec.LookPath(qemuProgram); err != nil {
+		return Kit{}, fmt.Errorf("QEMU is not installed, run `make setup`: %w", err)
+	}
+	return kit, nil
+}
+
+const qemuProgram = "qemu-system-x86_64"
+
+func (k Kit) uml() string     { return filepath.Join(k.Dir, "linux-uml") }
+func (k Kit) vmlinuz() string { return filepath.Join(k.Dir, "vmlinuz") }
+func (k Kit) busybox() string { return filepath.Join(k.Dir, "busybox") }
+
+// modules returns the drivers that User-Mode Linux does not have built in, in the order in which they can be loaded.
+func (k Kit) modules() []string {
+	return []string{filepath.Join(k.Dir, "modules-uml", "fuse.ko"), filepath.Join(k.Dir, "modules-uml", "virtiofs.ko")}
+}
+
+// ModuleRoot returns the directory of the go.mod above the working directory.
+func ModuleRoot() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+		parent := filepath.Dir(dir)
+		if parent == dir {
+			return "", errors.New("find go.mod: the working directory is not inside the module")
+		}
+		dir = parent
+	}
+}
+
+// runGo runs the go command in the module's root; under sudo as the user who called it, so that the build cache stays theirs.
+func runGo(args ...string) error {
+	root, err := ModuleRoot()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command("go", args...)
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	uid, uidErr := strconv.ParseUint(os.Getenv("SUDO_UID"), 10, 32)
+	gid, gidErr := strconv.ParseUint(os.Getenv("SUDO_GID"), 10, 32)
+	if os.Geteuid() == 0 && uidErr == nil && gidErr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+// BuildProgram compiles a static program, given by its import path, and returns the file; remove deletes it.
+func BuildProgram(pkg string) (program string, remove func(), err error) {
+	return build(pkg, "build", "-trimpath")
+}
+
+// BuildTest compiles the static test program of a package, as BuildProgram does for a program.
+func BuildTest(pkg string) (program string, remove func(), err error) {
+	return build(pkg, "test", "-c")
+}
+
+func build(pkg string, args ...string) (string, func(), error) {
+	dir, err := os.MkdirTemp("", "sluice-build-")
+	if err != nil {
+		return "", nil, err
+	}
+	remove := func() { os.RemoveAll(dir) }
+	program := filepath.Join(dir, filepath.Base(pkg))
+	// runGo may be another user than this process is.
+	if err := errors.Join(os.Chmod(dir, 0o777), runGo(append(args, "-o", program, pkg)...)); err != nil {
+		remove()
+		return "", nil, err
+	}
+	return program, remove, nil
+}

@@ -1,0 +1,143 @@
+package testguest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// process is a child that dies with us, with the output it has left.
+type process struct {
+	name   string
+	cmd    *exec.Cmd
+	log    *logBuffer
+	exited chan struct{}
+	err    error // how it ended; valid when exited is closed
+}
+
+// spawner runs functions on one thread that lives as long as the process. PR_SET_PDEATHSIG is about the thread that forked,
+// not about its process, and Go ends threads when it likes.
+var spawner = sync.OnceValue(func() chan<- func() {
+	work := make(chan func())
+	go func() {
+		runtime.LockOSThread()
+		for f := range work {
+			f()
+		}
+	}()
+	return work
+})
+
+// startProcess starts cmd, whose standard error (and output, unless it is set) go to the log. A process group of its own lets kill reach
+// the processes that it forks; a program that is to read from the terminal must share ours.
+func startProcess(name string, cmd *exec.Cmd, ownGroup bool) (*process, error) {
+	p := &process{name: name, cmd: cmd, log: newLogBuffer(), exited: make(chan struct{})}
+	if cmd.Stdout == nil {
+		cmd.Stdout = p.log
+	}
+	if cmd.Stderr == nil {
+		cmd.Stderr = p.log
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: ownGroup}
+	// A grandchild that holds the output open must not keep Wait from returning.
+	cmd.WaitDelay = 2 * time.Second
+	started := make(chan error)
+	spawner() <- func() { started <- cmd.Start() }
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	go func() {
+		p.err = cmd.Wait()
+		p.log.close()
+		close(p.exited)
+	}()
+	return p, nil
+}
+
+// kill ends the process and its group and waits until it is gone.
+func (p *process) kill() {
+	if p.cmd.SysProcAttr.Setpgid {
+		_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+	}
+	_ = p.cmd.Process.Kill()
+	<-p.exited
+}
+
+// wait waits for the process to end by itself; nil means with status 0.
+func (p *process) wait(ctx context.Context) error {
+	select {
+	case <-p.exited:
+		if p.err != nil && !errors.Is(p.err, exec.ErrWaitDelay) {
+			return fmt.Errorf("%s: %w\n%s", p.name, p.err, p.log)
+		}
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%s has not ended: %w\n%s", p.name, ctx.Err(), p.log)
+	}
+}
+
+// logLimit is how many bytes of a process's output are kept: the last ones.
+const logLimit = 256 << 10
+
+// logBuffer keeps the end of what is written to it.
+type logBuffer struct {
+	mu      sync.Mutex
+	b       []byte
+	closed  bool
+	changed chan struct{} // closed, and replaced, at each write
+}
+
+func newLogBuffer() *logBuffer { return &logBuffer{changed: make(chan struct{})} }
+
+func (l *logBuffer) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.b = append(l.b, b...)
+	if drop := len(l.b) - logLimit; drop > 0 {
+		l.b = append(l.b[:0], l.b[drop:]...)
+	}
+	close(l.changed)
+	l.changed = make(chan struct{})
+	return len(b), nil
+}
+
+// close says that nothing more will be written.
+func (l *logBuffer) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	close(l.changed)
+	l.changed = make(chan struct{})
+}
+
+// await waits until text has been written.
+func (l *logBuffer) await(ctx context.Context, text string) error {
+	for {
+		l.mu.Lock()
+		found, closed, changed := bytes.Contains(l.b, []byte(text)), l.closed, l.changed
+		l.mu.Unlock()
+		switch {
+		case found:
+			return nil
+		case closed:
+			return fmt.Errorf("ended without %q", text)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("no %q: %w", text, ctx.Err())
+		}
+	}
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return string(l.b)
+}

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Installs what the build and the tests need on Debian 12: the packages of packages.txt, and the guest kit in build/guest-kit.
+# Does nothing, quickly, where everything is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+fail() { echo "setup: $*" >&2; exit 1; }
+
+need=$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/\1/p' go.mod)
+command -v go >/dev/null || fail "Go $need or later is needed and there is no go command; see https://go.dev/doc/install"
+have=$(GOTOOLCHAIN=local go env GOVERSION) || fail "'go env GOVERSION' failed"
+have=${have#go}
+printf '%s\n' "$need" "${have%%[^0-9.]*}" | sort -V -C || fail "Go $need or later is needed, this is $have; see https://go.dev/doc/install"
+[ "$(go env GOARCH)" = amd64 ] || fail "the guests are amd64 machines; this one is $(go env GOARCH)"
+command -v apt-get dpkg-query >/dev/null || fail "this is not Debian (no apt-get); install by hand what scripts/packages.txt lists"
+
+missing=()
+while read -r package; do
+  [ "$(dpkg-query -Wf '${db:Status-Abbrev}' "$package" 2>/dev/null)" = 'ii ' ] || missing+=("$package")
+done < <(grep -v '^#' scripts/packages.txt)
+if [ ${#missing[@]} -gt 0 ]; then
+  root=()
+  if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null || fail "become root or install sudo, to install: ${missing[*]}"
+    root=(sudo)
+  fi
+  echo "setup: installing ${missing[*]}"
+  "${root[@]}" apt-get update -qq || fail "'apt-get update' failed"
+  "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null ||
+    fail "apt-get could not install: ${missing[*]}"
+fi
+exec scripts/guest-kit.sh "$@"

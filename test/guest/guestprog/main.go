@@ -1,0 +1,128 @@
+// Command guestprog is what the tests of test/guest run inside a guest where no shell command will do.
+//
+//	guestprog posix DIR         one line for each case: "ok NAME" or "FAIL NAME: why"
+//	guestprog readonly DIR      the same, for a share that must refuse every change
+//	guestprog open FILE N       open, read and check the self-checking FILE N times
+//	guestprog mount TAG DIR N   mount and unmount N times
+//	guestprog sum DIR           the tree's sum and number of entries
+//	guestprog random FILE N S   write N bytes that depend on the seed S
+//	guestprog hold FILE A B     open FILE with O_DIRECT, say so on the FIFO A, close it when B says so
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/testguest/tree"
+	"github.com/sluicefs/sluice/test/guest/selfcheck"
+)
+
+func main() {
+	// Every case sets the umask it needs, and says what it expects of it.
+	unix.Umask(0)
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintf(os.Stderr, "guestprog: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	commands := map[string]struct {
+		args int
+		run  func(args []string) error
+	}{
+		"posix":    {1, func(a []string) error { return runCases(posixCases, a[0], true) }},
+		"readonly": {1, func(a []string) error { return runCases(readonlyCases, a[0], false) }},
+		"open":     {2, func(a []string) error { return withCount(a[1], func(n int64) error { return openMany(a[0], n) }) }},
+		"mount": {3, func(a []string) error {
+			return withCount(a[2], func(n int64) error { return mountMany(a[0], a[1], n) })
+		}},
+		"sum": {1, func(a []string) error { return printSum(a[0]) }},
+		"random": {3, func(a []string) error {
+			return withCount(a[1], func(n int64) error {
+				return withCount(a[2], func(seed int64) error { return tree.WriteRandom(a[0], n, byte(seed)) })
+			})
+		}},
+		"hold": {3, func(a []string) error { return hold(a[0], a[1], a[2]) }},
+	}
+	if len(args) == 0 {
+		return fmt.Errorf("no command")
+	}
+	c, ok := commands[args[0]]
+	if !ok || len(args) != c.args+1 {
+		return fmt.Errorf("do not understand %q", args)
+	}
+	return c.run(args[1:])
+}
+
+func withCount(arg string, f func(n int64) error) error {
+	n, err := strconv.ParseInt(arg, 10, 64)
+	if err != nil {
+		return err
+	}
+	return f(n)
+}
+
+func printSum(dir string) error {
+	sum, entries, err := tree.Digest(dir)
+	if err != nil {
+		return err
+	}
+	fmt.Println(sum, entries)
+	return nil
+}
+
+// openMany counts how the opens of a file end that the host replaces all the while.
+func openMany(file string, n int64) error {
+	counts := map[string]int{}
+	for range n {
+		content, err := os.ReadFile(file)
+		if err == nil {
+			err = selfcheck.Verify(content)
+		}
+		if err != nil {
+			counts[err.Error()]++
+		}
+	}
+	for what, count := range counts {
+		fmt.Printf("%d of %d: %s\n", count, n, what)
+	}
+	return nil
+}
+
+func mountMany(tag, dir string, n int64) error {
+	for i := range n {
+		if err := unix.Mount(tag, dir, "virtiofs", 0, ""); err != nil {
+			return fmt.Errorf("mount %d: %w", i, err)
+		}
+		names, err := os.ReadDir(dir)
+		if err == nil && len(names) > 0 {
+			_, err = os.Stat(filepath.Join(dir, names[0].Name()))
+		}
+		if err != nil {
+			return fmt.Errorf("use mount %d: %w", i, err)
+		}
+		if err := unix.Unmount(dir, 0); err != nil {
+			return fmt.Errorf("unmount %d: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// hold works by FIFOs of the guest's own: opening and writing them waits for the other side.
+func hold(file, say, hear string) error {
+	f, err := os.OpenFile(file, os.O_RDWR|unix.O_DIRECT, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := os.WriteFile(say, []byte("held\n"), 0); err != nil {
+		return err
+	}
+	_, err = os.ReadFile(hear)
+	return err
+}

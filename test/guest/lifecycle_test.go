@@ -1,0 +1,211 @@
+package guest_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/sluicefs/sluice/internal/testguest"
+	"github.com/sluicefs/sluice/internal/testguest/tree"
+	"github.com/sluicefs/sluice/test/guest/selfcheck"
+)
+
+// sameUsage compares two moments at which a daemon holds the same: the guest has mounted the share and looked at little.
+// Descriptors must be as many; memory that a garbage collector has not given back yet is no leak.
+func sameUsage(t *testing.T, before, after testguest.Usage) {
+	t.Helper()
+	const slack = 16 << 20
+	t.Logf("before %+v, after %+v", before, after)
+	if after.FDs > before.FDs {
+		t.Errorf("the daemon has %d descriptors, had %d before", after.FDs, before.FDs)
+	}
+	if after.RSS > before.RSS+slack {
+		t.Errorf("the daemon has %d KiB of memory, had %d before", after.RSS>>10, before.RSS>>10)
+	}
+}
+
+// TestMounts mounts and unmounts the share many times in one guest.
+func TestMounts(t *testing.T) {
+	mounts := size{1000, 1000}
+	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+		m := newMachine(t)
+		m.check(tree.WriteSample(m.path("tree"), 1))
+		m.boot(testguest.Config{Kind: kind})
+		m.sh("umount /mnt; guestprog mount %s /mnt 20", testguest.Tag)
+		before := m.usage()
+		m.sh("guestprog mount %s /mnt %d", testguest.Tag, mounts.n())
+		sameUsage(t, before, m.usage())
+	})
+}
+
+// TestReboots reboots a guest whose virtual machine keeps the daemon's connection.
+func TestReboots(t *testing.T) {
+	reboots := size{20, 20}
+	m := newMachine(t)
+	m.check(tree.WriteSample(m.path("tree"), 1))
+	want := digest(t, m.path("tree"))
+	m.boot(testguest.Config{Kind: testguest.QEMU})
+	var before testguest.Usage
+	for i := range reboots.n() + 1 {
+		if got := m.sh("guestprog sum /mnt/tree"); got != want {
+			t.Errorf("after %d reboots the guest has %s, want %s", i, got, want)
+		}
+		// The second boot, too, may find something for the first time.
+		if i == 1 {
+			before = m.usage()
+		}
+		if i < reboots.n() {
+			m.check(m.guest.Reboot(m.ctx))
+			m.mount()
+		}
+	}
+	sameUsage(t, before, m.usage())
+}
+
+// TestEnd looks at what the daemon does when the virtual machine goes away.
+func TestEnd(t *testing.T) {
+	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+		t.Run("daemon ends", func(t *testing.T) {
+			m := newMachine(t)
+			m.boot(testguest.Config{Kind: kind})
+			m.check(m.guest.PowerOff(m.ctx))
+			m.check(m.daemon.Wait(m.ctx))
+		})
+		t.Run("killed guest", func(t *testing.T) {
+			m := newMachine(t)
+			m.boot(testguest.Config{Kind: kind})
+			m.guest.Close()
+			m.check(m.daemon.Wait(m.ctx))
+		})
+		t.Run("persist", func(t *testing.T) {
+			m := newMachine(t, "--persist")
+			for i := range 3 {
+				m.boot(testguest.Config{Kind: kind})
+				m.sh("echo %d >/mnt/%d", i, i)
+				if i == 1 {
+					m.guest.Close()
+				} else {
+					m.check(m.guest.PowerOff(m.ctx))
+				}
+			}
+			if entries, err := os.ReadDir(m.share); err != nil || len(entries) != 3 {
+				t.Errorf("the share has %v, %v, want 3 files", entries, err)
+			}
+		})
+	})
+}
+
+// TestReplacedFile opens a file that the host replaces by rename as fast as it can. Whatever the cache policy, an open finds one
+// of the files, whole.
+func TestReplacedFile(t *testing.T) {
+	opens := map[testguest.Kind]size{testguest.UML: {10000, 10000}, testguest.QEMU: {3000, 10000}}
+	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+		for _, cache := range []string{"never", "metadata", "auto", "always"} {
+			t.Run(cache, func(t *testing.T) {
+				m := newMachine(t, "--cache", cache)
+				replace := func(n uint64) error {
+					if err := os.WriteFile(m.path("new"), selfcheck.Content(n), 0o644); err != nil {
+						return err
+					}
+					return os.Rename(m.path("new"), m.path("file"))
+				}
+				m.check(replace(0))
+				m.boot(testguest.Config{Kind: kind})
+
+				stop, stopped := make(chan struct{}), make(chan error, 1)
+				end := sync.OnceFunc(func() { close(stop) })
+				t.Cleanup(end)
+				replaced := uint64(0)
+				go func() {
+					for {
+						select {
+						case <-stop:
+							stopped <- nil
+							return
+						default:
+						}
+						replaced++
+						if err := replace(replaced); err != nil {
+							stopped <- err
+							return
+						}
+					}
+				}()
+				begin := time.Now()
+				bad := m.sh("guestprog open /mnt/file %d", opens[kind].n())
+				took := time.Since(begin)
+				end()
+				m.check(<-stopped)
+				t.Logf("%d opens in %v, %d replacements", opens[kind].n(), took, replaced)
+				if bad != "" {
+					t.Error(bad)
+				}
+				if replaced < 100 {
+					t.Errorf("the file was replaced only %d times", replaced)
+				}
+			})
+		}
+	})
+}
+
+// TestManyFiles walks over more files than the daemon may have descriptors.
+func TestManyFiles(t *testing.T) {
+	const maxFDs = 256
+	files := map[testguest.Kind]size{testguest.UML: {50_000, 1_000_000}, testguest.QEMU: {20_000, 200_000}}
+	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+		m := newMachine(t, "--max-fds", fmt.Sprint(maxFDs))
+		n := files[kind].n()
+		for i := range n {
+			dir := m.path(fmt.Sprint("dir", i/1000))
+			if i%1000 == 0 {
+				m.check(os.Mkdir(dir, 0o755))
+			}
+			m.check(os.WriteFile(fmt.Sprint(dir, "/file", i), nil, 0o644))
+		}
+		m.boot(testguest.Config{Kind: kind, MemMiB: 2048})
+		before := m.usage()
+
+		// The walk is watched from outside; the peaks are what counts.
+		stop, peak := make(chan struct{}), make(chan testguest.Usage, 1)
+		go func() {
+			tick := time.NewTicker(50 * time.Millisecond)
+			defer tick.Stop()
+			var top testguest.Usage
+			for {
+				if u, err := m.daemon.Usage(); err == nil {
+					top = testguest.Usage{FDs: max(top.FDs, u.FDs), RSS: max(top.RSS, u.RSS)}
+				}
+				select {
+				case <-tick.C:
+				case <-stop:
+					peak <- top
+					return
+				}
+			}
+		}()
+		begin := time.Now()
+		r, err := m.guest.Run(m.ctx, testguest.Command{Args: []string{"sh", "-c", "find /mnt -type f -size 0 -links 1 | wc -l"}})
+		close(stop)
+		top := <-peak
+		m.check(err)
+		t.Logf("walked over %d files in %v; before %+v, peak %+v", n, time.Since(begin), before, top)
+		if got := strings.TrimSpace(r.Stdout); got != fmt.Sprint(n) || r.Stderr != "" {
+			t.Errorf("find has found %s files, want %d:\n%.2000s", got, n, r.Stderr)
+		}
+		// Beside those of inodes a daemon has descriptors for its queues, its guest's memory and the like.
+		if top.FDs > maxFDs+64 {
+			t.Errorf("the daemon had %d descriptors with --max-fds %d", top.FDs, maxFDs)
+		}
+		if limit := before.RSS + 64<<20 + int64(n)*1024; top.RSS > limit {
+			t.Errorf("the daemon had %d KiB of memory, more than %d", top.RSS>>10, limit>>10)
+		}
+		m.sh("echo 3 >/proc/sys/vm/drop_caches")
+		t.Logf("after the guest has dropped its caches: %+v", m.usage())
+		// Removed by a process: it is quicker than the clean-up of the test's directory, and than the guest.
+		m.check(exec.Command("rm", "-rf", m.share).Run())
+	})
+}

@@ -1,0 +1,187 @@
+// Package guest_test runs a daemon in front of real Linux guests, of both kinds, and looks at what they see.
+//
+// The daemon is $SLUICED, or else ./cmd/sluiced built here. Everything is of a size that `make test` can afford on two CPUs without
+// hardware virtualisation; with SLUICE_FULL set (`make test-guest-full`) the sizes are those of the sizes table.
+package guest_test
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sluicefs/sluice/internal/testguest"
+)
+
+// size is how much a test does: in `make test`, and in a full run.
+type size struct{ usual, full int }
+
+func (s size) n() int {
+	if os.Getenv("SLUICE_FULL") != "" {
+		return s.full
+	}
+	return s.usual
+}
+
+var (
+	kinds = []testguest.Kind{testguest.UML, testguest.QEMU}
+
+	// What TestMain has made ready for all tests.
+	kit     testguest.Kit
+	initrd  string
+	program string // the daemon
+)
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	code, err := runTests(m)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "guest tests: %v\n", err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func runTests(m *testing.M) (code int, err error) {
+	if kit, err = testguest.FindKit(); err != nil {
+		return 1, err
+	}
+	dir, err := os.MkdirTemp("", "sluice-guest-tests-")
+	if err != nil {
+		return 1, err
+	}
+	defer os.RemoveAll(dir)
+	build := func(to *string, with func(string) (string, func(), error), pkg string) {
+		if err != nil {
+			return
+		}
+		var remove func()
+		if *to, remove, err = with(pkg); err == nil {
+			cleanups = append(cleanups, remove)
+		}
+	}
+	defer func() {
+		for _, f := range cleanups {
+			f()
+		}
+	}()
+	var guestprog, posixtest string
+	build(&guestprog, testguest.BuildProgram, "github.com/sluicefs/sluice/test/guest/guestprog")
+	build(&posixtest, testguest.BuildTest, "github.com/hanwen/go-fuse/v2/posixtest")
+	if program = os.Getenv("SLUICED"); program == "" {
+		build(&program, testguest.BuildProgram, "github.com/sluicefs/sluice/cmd/sluiced")
+	}
+	if err != nil {
+		return 1, err
+	}
+	initrd = filepath.Join(dir, "initrd")
+	if err := testguest.WriteInitramfs(initrd, kit, map[string]string{"guestprog": guestprog, "posixtest": posixtest}); err != nil {
+		return 1, err
+	}
+	return m.Run(), nil
+}
+
+var cleanups []func()
+
+// machine is a guest, the daemon that serves it, and the directory that both see.
+type machine struct {
+	t       *testing.T
+	ctx     context.Context
+	scratch string
+	share   string
+	daemon  *testguest.Daemon
+	guest   *testguest.Guest
+}
+
+// newMachine starts a daemon with these options on an empty directory. The test sees what daemon and guest have said if it fails.
+func newMachine(t *testing.T, options ...string) *machine {
+	t.Helper()
+	m := &machine{t: t}
+	// The end of all the time there is must come as an error here: when go test ends the process, nobody cleans up.
+	deadline, ok := t.Deadline()
+	if !ok {
+		deadline = time.Now().Add(time.Hour)
+	}
+	ctx, cancel := context.WithDeadline(context.Background(), deadline.Add(-20*time.Second))
+	m.ctx = ctx
+	t.Cleanup(cancel)
+	// t.TempDir has too long a name for a socket.
+	dir, err := os.MkdirTemp("", "sluice-")
+	m.check(err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	m.scratch = dir
+	m.share = filepath.Join(dir, "share")
+	m.check(os.Mkdir(m.share, 0o755))
+	m.daemon, err = testguest.StartDaemon(ctx, program, dir, m.share, options...)
+	m.check(err)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("daemon:\n%s", m.daemon.Log())
+		}
+		m.daemon.Close()
+	})
+	return m
+}
+
+// boot boots a guest and mounts the share at /mnt, with mount's options.
+func (m *machine) boot(cfg testguest.Config, mountOptions ...string) {
+	m.t.Helper()
+	cfg.Kit, cfg.Initrd, cfg.Scratch = kit, initrd, m.scratch
+	device := m.daemon.Device()
+	device.Queues = cfg.CPUs
+	cfg.Devices = []testguest.Device{device}
+	ctx, cancel := context.WithTimeout(m.ctx, time.Minute)
+	defer cancel()
+	g, err := testguest.Boot(ctx, cfg)
+	m.check(err)
+	m.guest = g
+	m.t.Cleanup(func() {
+		if m.t.Failed() {
+			m.t.Logf("%s guest's console:\n%s", cfg.Kind, g.Console())
+		}
+		g.Close()
+	})
+	m.mount(mountOptions...)
+}
+
+func (m *machine) mount(options ...string) {
+	m.t.Helper()
+	m.sh("mount -t virtiofs -o %s %s /mnt", strings.Join(append([]string{"rw"}, options...), ","), testguest.Tag)
+}
+
+// sh runs a shell script in the guest as root, which must succeed, and returns its output without the last newline.
+func (m *machine) sh(format string, args ...any) string {
+	m.t.Helper()
+	out, err := m.guest.Sh(m.ctx, fmt.Sprintf(format, args...))
+	m.check(err)
+	return strings.TrimSuffix(out, "\n")
+}
+
+// path is a file of the share on the host.
+func (m *machine) path(name string) string { return filepath.Join(m.share, name) }
+
+func (m *machine) usage() testguest.Usage {
+	m.t.Helper()
+	u, err := m.daemon.Usage()
+	m.check(err)
+	return u
+}
+
+// check ends the test if there is an error.
+func (m *machine) check(err error) {
+	m.t.Helper()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// eachKind runs a test for each kind of guest.
+func eachKind(t *testing.T, test func(t *testing.T, kind testguest.Kind)) {
+	for _, kind := range kinds {
+		t.Run(string(kind), func(t *testing.T) { test(t, kind) })
+	}
+}

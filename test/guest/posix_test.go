@@ -1,0 +1,182 @@
+package guest_test
+
+import (
+	"fmt"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/testguest"
+)
+
+// user is the guest's uid 1000, who is also in the group 2000.
+var user = testguest.Command{UID: 1000, GID: 1000, Groups: []uint32{1000, 2000}}
+
+// TestPOSIX runs the cases of guestprog as root and as a user, with the options that change how the daemon or the guest's kernel work.
+func TestPOSIX(t *testing.T) {
+	for _, test := range []struct {
+		options string
+		kinds   []testguest.Kind
+	}{
+		{"--xattr", kinds},
+		{"--xattr --writeback", kinds},
+		{"--xattr --cache never --allow-mmap --no-readdirplus", kinds[:1]},
+		{"--xattr --cache metadata", kinds[:1]},
+		{"--xattr --cache always --writeback --allow-direct-io", kinds[:1]},
+		{"--xattr --max-fds 64 --max-inodes 100000 --rlimit-nofile 1024 --log-level debug", kinds[:1]},
+	} {
+		for _, kind := range test.kinds {
+			t.Run(string(kind)+" "+test.options, func(t *testing.T) {
+				m := newMachine(t, strings.Fields(test.options)...)
+				m.makeFixtures()
+				m.boot(testguest.Config{Kind: kind})
+				m.runCases(t, "root", testguest.Command{Args: []string{"guestprog", "posix", "/mnt"}})
+				as := user
+				as.Args = []string{"guestprog", "posix", "/mnt"}
+				m.runCases(t, "user", as)
+				if left := m.sh("ls -A /mnt"); left != "fixtures" {
+					t.Errorf("the cases have left %q", left)
+				}
+			})
+		}
+	}
+}
+
+// makeFixtures makes what the cases of guestprog expect to find.
+func (m *machine) makeFixtures() {
+	m.t.Helper()
+	for _, f := range []struct {
+		name string
+		mode uint32
+		gid  int
+	}{
+		{"", 0o1777, 0},
+		{"fixtures", 0o755, 0},
+		{"fixtures/root-0755", 0o755, 0},
+		{"fixtures/root-0755/root-0644", 0o644, 0},
+		{"fixtures/root-0755/root-0600", 0o600, 0},
+		{"fixtures/sticky", 0o1777, 0},
+		{"fixtures/sticky/of-root", 0o644, 0},
+		{"fixtures/team-0770", 0o770, 2000},
+		{"fixtures/team-0770/team-0640", 0o640, 2000},
+		{"fixtures/team-setgid", 0o2777, 2000},
+	} {
+		path := m.path(f.name)
+		if permissions := f.name[strings.LastIndexByte(f.name, '-')+1:]; strings.HasPrefix(permissions, "06") || strings.HasSuffix(f.name, "of-root") {
+			m.check(os.WriteFile(path, []byte(permissions), 0o600))
+		} else {
+			m.check(os.MkdirAll(path, 0o755))
+		}
+		m.check(os.Chown(path, 0, f.gid))
+		m.check(unix.Chmod(path, f.mode))
+	}
+}
+
+// runCases runs guestprog and makes a subtest of each line that it prints.
+func (m *machine) runCases(t *testing.T, name string, command testguest.Command) {
+	t.Run(name, func(t *testing.T) {
+		r, err := m.guest.Run(m.ctx, command)
+		if err != nil {
+			t.Fatalf("%v\n%s%s", err, r.Stdout, r.Stderr)
+		}
+		cases, failed := 0, 0
+		for line := range strings.Lines(r.Stdout) {
+			cases++
+			line = strings.TrimSpace(line)
+			if name, ok := strings.CutPrefix(line, "ok "); ok {
+				t.Run(name, func(*testing.T) {})
+				continue
+			}
+			failed++
+			name, why, _ := strings.Cut(strings.TrimPrefix(line, "FAIL "), ": ")
+			t.Run(name, func(t *testing.T) { t.Error(why) })
+		}
+		if cases == 0 || (failed > 0) != (r.Status != 0) {
+			t.Errorf("%d cases, %d failed, status %d:\n%s", cases, failed, r.Status, r.Stderr)
+		}
+	})
+}
+
+// TestReadonly tries to change a share that the guest has mounted for writing.
+func TestReadonly(t *testing.T) {
+	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+		m := newMachine(t, "--readonly", "--xattr")
+		m.check(os.WriteFile(m.path("file"), []byte("content"), 0o666))
+		m.check(os.Mkdir(m.path("sub"), 0o777))
+		m.check(unix.Setxattr(m.path("file"), "user.present", []byte("1"), 0))
+		before := digest(t, m.share)
+		m.boot(testguest.Config{Kind: kind})
+		m.runCases(t, "root", testguest.Command{Args: []string{"guestprog", "readonly", "/mnt"}})
+		if after := digest(t, m.share); after != before {
+			t.Errorf("the share has changed: %s, was %s", after, before)
+		}
+	})
+}
+
+// TestPosixtest runs go-fuse's POSIX tests in the guest.
+func TestPosixtest(t *testing.T) {
+	result := regexp.MustCompile(`(?m)^ +--- (PASS|FAIL|SKIP): TestAll/(\S+)`)
+	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+		m := newMachine(t, "--xattr")
+		m.boot(testguest.Config{Kind: kind})
+		r, err := m.guest.Run(m.ctx, testguest.Command{Args: []string{"posixtest", "-posixdir=/mnt", "-test.v"}, Dir: "/tmp"})
+		if err != nil {
+			t.Fatalf("%v\n%s%s", err, r.Stdout, r.Stderr)
+		}
+		counts := map[string]int{}
+		for _, match := range result.FindAllStringSubmatch(r.Stdout, -1) {
+			counts[match[1]]++
+			if match[1] != "PASS" {
+				t.Logf("%s %s", match[1], match[2])
+			}
+		}
+		t.Log(counts)
+		if counts["PASS"] < 20 || counts["FAIL"] > 0 || r.Status != 0 {
+			t.Errorf("status %d:\n%s%s", r.Status, r.Stdout, r.Stderr)
+		}
+	})
+}
+
+// TestHostView makes something of each type in the guest and looks at it on the host.
+func TestHostView(t *testing.T) {
+	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+		m := newMachine(t)
+		m.check(os.Chmod(m.share, 0o777))
+		m.boot(testguest.Config{Kind: kind})
+		as := user
+		as.Args = []string{"sh", "-euc", `cd /mnt; umask 027; echo content >file; mkdir dir; ln -s file link; ln file hard; mkfifo fifo; chmod 1750 dir`}
+		if r, err := m.guest.Run(m.ctx, as); err != nil || r.Status != 0 {
+			t.Fatalf("status %d, %v\n%s", r.Status, err, r.Stderr)
+		}
+		m.sh("cd /mnt; mknod char c 1 3; mknod block b 7 9; chown 1234:5678 char; touch -d @1000000000 file")
+		for _, test := range []struct {
+			name         string
+			mode         uint32
+			uid, gid     uint32
+			nlink        uint64
+			major, minor uint32
+		}{
+			{"file", unix.S_IFREG | 0o640, 1000, 1000, 2, 0, 0},
+			{"hard", unix.S_IFREG | 0o640, 1000, 1000, 2, 0, 0},
+			{"dir", unix.S_IFDIR | 0o1750, 1000, 1000, 2, 0, 0},
+			{"link", unix.S_IFLNK | 0o777, 1000, 1000, 1, 0, 0},
+			{"fifo", unix.S_IFIFO | 0o640, 1000, 1000, 1, 0, 0},
+			{"char", unix.S_IFCHR | 0o644, 1234, 5678, 1, 1, 3},
+			{"block", unix.S_IFBLK | 0o644, 0, 0, 1, 7, 9},
+		} {
+			var st unix.Stat_t
+			m.check(unix.Lstat(m.path(test.name), &st))
+			got := fmt.Sprintf("%#o %d:%d %d %d:%d", st.Mode, st.Uid, st.Gid, st.Nlink, unix.Major(st.Rdev), unix.Minor(st.Rdev))
+			want := fmt.Sprintf("%#o %d:%d %d %d:%d", test.mode, test.uid, test.gid, test.nlink, test.major, test.minor)
+			if got != want {
+				t.Errorf("%s is %s, want %s", test.name, got, want)
+			}
+			if test.name == "file" && st.Mtim.Sec != 1_000_000_000 {
+				t.Errorf("file has mtime %d, want 1000000000", st.Mtim.Sec)
+			}
+		}
+	})
+}
