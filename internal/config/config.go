@@ -20,8 +20,8 @@ const (
 	MaxTag = 36
 	// MaxSocketPath is the longest path a Unix socket can be bound to, in bytes: sun_path less its NUL.
 	MaxSocketPath = 107
-	// MaxRequestQueues bounds Config.RequestQueues: with hiprio it is the most queues a QEMU virtio-pci device can have.
-	MaxRequestQueues = 1023
+	// MaxRequestQueues bounds Config.RequestQueues: vhost-user has 8 bits for the index of a queue, and hiprio is one of them.
+	MaxRequestQueues = 255
 
 	// DefaultMaxInodes is what Share.MaxInodes 0 stands for.
 	DefaultMaxInodes = 16 << 20
