@@ -206,6 +206,41 @@ func TestFeaturesWithoutProtocolFeaturesEnableAll(t *testing.T) {
 	s.calls("enable 0 false; enable 1 false")
 }
 
+func TestResetDeviceStopsRings(t *testing.T) {
+	checkLeaks(t)
+	s, r := running(t, nil)
+	s.must(s.SetupRing(1, testRing(t, 1)))
+	s.must(s.SetVringEnable(1, true))
+	s.dev.history()
+	s.must(s.Tell(vhostuser.VHOST_USER_RESET_DEVICE, nil))
+	s.calls("enable 0 false; enable 1 false; stop 0; stop 1; reset")
+	if got := s.dev.state(); got != "--c-- --c--" {
+		t.Errorf("rings are %q, expected call descriptors only", got)
+	}
+	// What was said of the rings is forgotten.
+	s.must(s.SetVringKick(0, r.Kick))
+	s.must(s.SetVringEnable(0, true))
+	s.calls("enable 0 true")
+	s.must(s.Tell(vhostuser.VHOST_USER_RESET_DEVICE, nil))
+	s.calls("enable 0 false; reset")
+	r.Base = 4
+	s.must(s.SetupRing(0, r))
+	s.calls("start 0 num 128 base 4 kick; call 0 true")
+	s.must(s.end())
+}
+
+func TestRingWaitsForMemory(t *testing.T) {
+	checkLeaks(t)
+	s := negotiated(t, nil)
+	mem := region(t, 0)
+	s.must(s.AddMemReg(mem))
+	s.must(s.RemMemReg(mem.MemRegion))
+	s.must(s.SetupRing(0, testRing(t, 0)))
+	s.calls("memory; memory; call 0 true")
+	s.must(s.SetMemTable(mem))
+	s.calls("memory; start 0 num 128 base 0 kick")
+}
+
 func TestFeaturesEnableAllRingsThoughOneFails(t *testing.T) {
 	checkLeaks(t)
 	s := negotiated(t, nil)
