@@ -82,8 +82,8 @@ type Server struct {
 	backend *fsbackend.Resolved
 	log     *ratelog.Logger // of what a guest does
 	bugs    *ratelog.Logger // of what a backend does: apart, so that no guest can drown it
-	valid   uint64 // seconds that names and attributes are valid by default
-	want    uint64 // INIT flags
+	valid   uint64          // seconds that names and attributes are valid by default
+	want    uint64          // INIT flags
 	stats   Stats
 	stacked sync.Once // the stack of the first panic has been logged
 
