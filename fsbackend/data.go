@@ -48,6 +48,9 @@ func (v *vector) advance(n int) {
 // move hands up to n bytes of the front pieces to transfer, in one call where they are at most sys.IOVMax, and uses up
 // what it took. It ends at the first short transfer.
 func (v *vector) move(transfer func(int, []unix.Iovec, int64, int) (int, unix.Errno), fd int, off int64, n, flags int) (int, Errno) {
+	if off < 0 {
+		return 0, unix.EINVAL // preadv2 would take -1 for the file's own position
+	}
 	n = min(n, v.left)
 	total := 0
 	for total < n {

@@ -162,7 +162,7 @@ func TestReadFrom(t *testing.T) {
 		{name: "beyond the end", lengths: []int{30}, off: 6000, n: 30, left: 30},
 		{name: "nothing", lengths: []int{30}, left: 30},
 		{name: "no room", lengths: nil, n: 10},
-		{name: "negative offset", lengths: []int{30}, off: -5, n: 10, left: 30, wantErrno: syscall.EINVAL},
+		{name: "negative offset", lengths: []int{30}, off: -1, n: 10, left: 30, wantErrno: syscall.EINVAL},
 		{name: "bad fd", lengths: []int{30}, n: 10, left: 30, wantErrno: syscall.EBADF, badfd: true},
 	}
 	for _, tt := range tests {
@@ -236,7 +236,7 @@ func TestReadExtents(t *testing.T) {
 		{"in turn, with a hole", 20000, []Extent{{fd, 10, 5}, {-1, 0, 9000}, {fd, 100, 7}}, bytes.Join([][]byte{content[10:15], make([]byte, 9000), content[100:107]}, nil), 0},
 		{"cut to the room", 8, []Extent{{fd, 0, 5}, {-1, 0, 100}, {fd, 0, 5}}, append(bytes.Clone(content[:5]), 0, 0, 0), 0},
 		{"ends at a short read", 1000, []Extent{{fd, 4990, 20}, {fd, 0, 5}}, content[4990:], 0},
-		{"ends at an error", 1000, []Extent{{fd, 0, 5}, {fd, -2, 5}, {fd, 0, 5}}, content[:5], syscall.EINVAL},
+		{"ends at an error", 1000, []Extent{{fd, 0, 5}, {fd, -1, 5}, {fd, 0, 5}}, content[:5], syscall.EINVAL},
 	}
 	for _, tt := range tests {
 		iov, joined := pieces(tt.room/3, tt.room-tt.room/3)

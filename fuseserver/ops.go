@@ -48,7 +48,8 @@ var unknown = op{handle: opUnknown, flags: anytime | inline}
 // otherEndian is the row of FUSE_INIT_BSWAP_RESERVED.
 var otherEndian = op{handle: opOtherEndian, flags: anytime | inline}
 
-// ops is indexed by opcode.
+// ops is indexed by opcode. To serve another one: its structs and their sizes go to fuseproto, its row here, its handler to
+// ops_*.go by subject, an example to examples in ops_test.go; tests miss what is left out.
 var ops = [...]op{
 	fuseproto.FUSE_INIT:    {handle: opInit, in: 16, out: 64, flags: anytime | whole | mayBlock},
 	fuseproto.FUSE_DESTROY: {handle: opDestroy, flags: anytime | mayBlock},

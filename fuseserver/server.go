@@ -80,9 +80,10 @@ type Stats struct {
 type Server struct {
 	cfg     Config
 	backend *fsbackend.Resolved
-	log     *ratelog.Logger
-	valid   uint64 // seconds that names and attributes are valid by default
-	want    uint64 // INIT flags
+	log     *ratelog.Logger // of what a guest does
+	bugs    *ratelog.Logger // of what a backend does: apart, so that no guest can drown it
+	valid   uint64          // seconds that names and attributes are valid by default
+	want    uint64          // INIT flags
 	stats   Stats
 	stacked sync.Once // the stack of the first panic has been logged
 
@@ -105,6 +106,7 @@ func New(cfg Config) (*Server, error) {
 		cfg:     cfg,
 		backend: fsbackend.Resolve(cfg.Backend),
 		log:     ratelog.New(cfg.Log, 10*time.Second, 5),
+		bugs:    ratelog.New(cfg.Log, 10*time.Second, 5),
 		valid:   policies[cfg.Cache].valid,
 	}
 	s.want = s.wantFlags()
@@ -187,7 +189,7 @@ func (s *Server) recovered(r *Request, errno *Errno) {
 	*errno = syscall.EIO
 	about := []any{"opcode", r.Opcode(), "panic", cause}
 	s.stacked.Do(func() { about = append(about, "stack", string(debug.Stack())) })
-	s.log.Error("backend panicked; the guest gets EIO: please report this bug", about...)
+	s.bugs.Error("backend panicked; the guest gets EIO: please report this bug", about...)
 }
 
 // malformed counts and logs a request that breaks the protocol.
@@ -199,7 +201,7 @@ func (s *Server) malformed(r *Request, errno Errno) {
 // broken counts and logs a reply of the backend that breaks its contract, and returns what the guest gets instead.
 func (s *Server) broken(r *Request, what string, value any) Errno {
 	s.stats.BadReplies.Add(1)
-	s.log.Error("backend broke its contract; the guest gets EIO: please report this bug", "opcode", r.Opcode(), "what", what, "value", value)
+	s.bugs.Error("backend broke its contract; the guest gets EIO: please report this bug", "opcode", r.Opcode(), "what", what, "value", value)
 	return syscall.EIO
 }
 
