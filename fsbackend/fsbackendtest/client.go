@@ -431,3 +431,21 @@ func (c *Client) Statx(node uint64) (out fuseproto.StatxOut, errno fsbackend.Err
 	})
 	return out, errno
 }
+
+// Flush tells the backend of a close(2) of a file's handle.
+func (c *Client) Flush(node, fh uint64) fsbackend.Errno {
+	return c.do(func(ctx *fsbackend.Context) fsbackend.Errno {
+		return c.R.Flush(ctx, &fuseproto.FlushIn{InHeader: c.header(node), Fh: fh})
+	})
+}
+
+// Fsync writes an open file, or directory with dir, to its medium.
+func (c *Client) Fsync(node, fh uint64, dir bool) fsbackend.Errno {
+	return c.doBlocking(func(ctx *fsbackend.Context) fsbackend.Errno {
+		in := &fuseproto.FsyncIn{InHeader: c.header(node), Fh: fh}
+		if dir {
+			return c.R.Fsyncdir(ctx, in)
+		}
+		return c.R.Fsync(ctx, in)
+	})
+}

@@ -405,3 +405,32 @@ func testCopy(t *testing.T, s *suite) {
 	_, errno = s.CopyFileRange(in)
 	want(t, errno, "COPY_FILE_RANGE with flags", unix.EINVAL)
 }
+
+// testSync makes the calls that have an effect on the medium alone.
+func testSync(t *testing.T, s *suite) {
+	f, errno := s.Create(Root, "f", unix.O_RDWR, 0o644)
+	want(t, errno, "CREATE", fsbackend.OK)
+	defer s.Release(f.NodeId, f.Fh)
+	dh, errno := s.Opendir(Root)
+	want(t, errno, "OPENDIR", fsbackend.OK)
+	defer s.Releasedir(Root, dh)
+	const unknown = 1 << 46
+	if s.R.Flusher != nil {
+		want(t, s.Flush(f.NodeId, f.Fh), "FLUSH", fsbackend.OK, unix.ENOSYS)
+		want(t, s.Flush(f.NodeId, unknown), "FLUSH of an unknown handle", unix.EBADF, unix.ENOSYS)
+	}
+	if s.R.Fsyncer != nil {
+		want(t, s.Fsync(f.NodeId, f.Fh, false), "FSYNC", fsbackend.OK, unix.ENOSYS, unix.EOPNOTSUPP)
+		want(t, s.Fsync(f.NodeId, unknown, false), "FSYNC of an unknown handle", unix.EBADF, unix.ENOSYS)
+		want(t, s.Fsync(Root, dh, true), "FSYNCDIR", fsbackend.OK, unix.ENOSYS, unix.EOPNOTSUPP)
+		want(t, s.Fsync(Root, unknown, true), "FSYNCDIR of an unknown handle", unix.EBADF, unix.ENOSYS)
+	}
+	if s.R.Ioctler != nil {
+		errno := s.doBlocking(func(ctx *fsbackend.Context) fsbackend.Errno {
+			in := &fuseproto.IoctlIn{InHeader: s.header(f.NodeId), Fh: f.Fh, Cmd: 0xdeadbeef}
+			_, errno := s.R.Ioctl(ctx, in, nil, NewSink(make([]byte, 8), 0))
+			return errno
+		})
+		want(t, errno, "IOCTL of an unknown command", unix.ENOTTY, unix.ENOSYS)
+	}
+}

@@ -90,6 +90,7 @@ func Run(t *testing.T, cfg Config) {
 		{"sparse", testSparse, cfg.SparseBlock == 0},
 		{"fallocate", testFallocate, cfg.NoFallocate},
 		{"copy", testCopy, cfg.NoCopy},
+		{"sync", testSync, false},
 		{"readdir", testReaddir, false},
 		{"readdir stable", testReaddirStable, false},
 		{"readdirplus", testReaddirplus, false},

@@ -40,6 +40,9 @@ func (b *Backend) open(op string, c *fsbackend.Context, in *fuseproto.OpenIn, ou
 	case !dir && n.typ != unix.S_IFREG:
 		return unix.EBADF // a guest's kernel opens these itself, and a fifo would block
 	}
+	if errno := b.room(); errno != 0 {
+		return errno
+	}
 	defer b.contain(op, &errno)
 	req := *in
 	req.InHeader = header(c, n)

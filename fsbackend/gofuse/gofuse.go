@@ -26,6 +26,9 @@ import (
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
+// MaxHandles is the most files and directories that a guest can have open at once, about; one more is ENFILE.
+const MaxHandles = 1 << 17
+
 // Config says what to serve.
 type Config struct {
 	// FS is the file system. Its Init is not called: what that is given, a *fuse.Server, speaks to /dev/fuse, which is not
@@ -292,6 +295,16 @@ func (n *node) complete(a *fuseproto.Attr) {
 	if a.Nlink == 0 {
 		a.Nlink = 1
 	}
+}
+
+// room says whether another handle may be made.
+func (b *Backend) room() fsbackend.Errno {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.handles) >= MaxHandles {
+		return unix.ENFILE
+	}
+	return fsbackend.OK
 }
 
 // opened makes a handle of what the file system opened on n, which the caller has pinned.
