@@ -315,6 +315,15 @@ func testSparse(t *testing.T, s *suite) {
 			t.Errorf("LSEEK whence %d from %#x gave %#x, expected %#x", row.whence, row.off, got, row.expected)
 		}
 	}
+	if s.R.Fallocater != nil && !s.cfg.NoFallocate {
+		g, errno := s.Create(Root, "g", unix.O_RDWR, 0o644)
+		want(t, errno, "CREATE", fsbackend.OK)
+		want(t, s.Truncate(g.NodeId, block), "SETATTR of size", fsbackend.OK)
+		want(t, s.Fallocate(g.NodeId, g.Fh, 4*block, block, unix.FALLOC_FL_KEEP_SIZE), "FALLOCATE with KEEP_SIZE", fsbackend.OK)
+		_, errno = s.Lseek(g.NodeId, g.Fh, 0, unix.SEEK_DATA)
+		want(t, errno, "LSEEK to data where there is space beyond the end alone", unix.ENXIO)
+		s.Release(g.NodeId, g.Fh)
+	}
 	got, errno := s.Read(f.NodeId, f.Fh, 4*block-10, 20)
 	want(t, errno, "READ", fsbackend.OK)
 	if !bytes.Equal(got, append(make([]byte, 10), data[:10]...)) {

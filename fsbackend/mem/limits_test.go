@@ -187,6 +187,37 @@ func TestFeatures(t *testing.T) {
 	}
 }
 
+// TestStrict holds the tree to what other backends need not do.
+func TestStrict(t *testing.T) {
+	f, c := newTree(t, Config{})
+	file, errno := c.Create(root, "f", unix.O_RDWR, 0o644)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	if errno := c.Unlink(root, "f"); errno != 0 {
+		t.Fatal(errno)
+	}
+	f.Forget(file.NodeId, 1)
+	if _, errno := c.Getattr(file.NodeId); errno != unix.ESTALE {
+		t.Errorf("GETATTR of an open file that is forgotten: %v, expected ESTALE", errno)
+	}
+	if n, errno := c.Write(file.NodeId, file.Fh, 0, []byte("x"), unix.O_RDWR); n != 1 || errno != 0 {
+		t.Errorf("WRITE to an open file that is forgotten: %d, %v, expected 1 byte", n, errno)
+	}
+	c.Release(file.NodeId, file.Fh)
+	if len(f.nodes) != 1 || f.bytes.Load() != 0 {
+		t.Errorf("%d nodes and %d bytes are left after RELEASE, expected the root", len(f.nodes), f.bytes.Load())
+	}
+	if err := f.WriteFile("linked", nil); err != nil {
+		t.Fatal(err)
+	}
+	e, _ := c.Lookup(root, "linked")
+	f.Forget(e.NodeId, 1)
+	if _, errno := c.Getattr(e.NodeId); errno != unix.ESTALE {
+		t.Errorf("GETATTR of a forgotten file: %v, expected ESTALE", errno)
+	}
+}
+
 func TestPaths(t *testing.T) {
 	f, _ := newTree(t, Config{MaxBytes: 1 << 20})
 	if err := f.WriteFile("a/b/c", []byte("deep")); err != nil {
