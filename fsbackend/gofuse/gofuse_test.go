@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -293,5 +294,84 @@ func TestStranger(t *testing.T) {
 	}
 	if err := check(b); err != nil {
 		t.Error(err)
+	}
+}
+
+// patient is a file system whose READ waits.
+type patient struct {
+	fuse.RawFileSystem
+	reading, proceed chan struct{}
+	events           chan string
+}
+
+func (p *patient) Lookup(_ <-chan struct{}, _ *fuse.InHeader, _ string, out *fuse.EntryOut) fuse.Status {
+	out.NodeId = 2
+	return fuse.OK
+}
+
+func (p *patient) Open(_ <-chan struct{}, _ *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	out.Fh = 7
+	return fuse.OK
+}
+
+func (p *patient) Read(<-chan struct{}, *fuse.ReadIn, []byte) (fuse.ReadResult, fuse.Status) {
+	close(p.reading)
+	<-p.proceed
+	p.events <- "read"
+	return fuse.ReadResultData([]byte("data")), fuse.OK
+}
+
+func (p *patient) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
+	p.events <- fmt.Sprintf("release %d of %d", in.Fh, in.NodeId)
+}
+
+func (p *patient) Forget(nodeid, n uint64) { p.events <- fmt.Sprintf("forget %d of %d", n, nodeid) }
+
+// TestReleaseWaitsForCalls takes away a handle and its node while a READ uses them: the descriptor behind it may be another
+// file's as soon as the file system has closed it.
+func TestReleaseWaitsForCalls(t *testing.T) {
+	for what, takeAway := range map[string]func(b *Backend, c *fsbackendtest.Client, node, fh uint64){
+		"FORGET and RELEASE": func(b *Backend, c *fsbackendtest.Client, node, fh uint64) {
+			b.Forget(node, 1)
+			c.Release(node, fh)
+		},
+		"Reset": func(b *Backend, _ *fsbackendtest.Client, _, _ uint64) { b.Reset() },
+	} {
+		p := &patient{fuse.NewDefaultRawFileSystem(), make(chan struct{}), make(chan struct{}), make(chan string, 10)}
+		b, err := New(Config{FS: p})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &fsbackendtest.Client{R: fsbackend.Resolve(b)}
+		e, _ := c.Lookup(fsbackendtest.Root, "f")
+		fh, errno := c.Open(e.NodeId, unix.O_RDONLY)
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			if data, errno := c.Read(e.NodeId, fh, 0, 10); errno != 0 || string(data) != "data" {
+				t.Errorf("READ during %s: %q, %v, expected the data", what, data, errno)
+			}
+		}()
+		<-p.reading
+		takeAway(b, c, e.NodeId, fh)
+		if _, errno := c.Read(e.NodeId, fh, 0, 10); errno != unix.EBADF {
+			t.Errorf("another READ after %s: %v, expected EBADF", what, errno)
+		}
+		close(p.proceed)
+		<-done
+		close(p.events)
+		var events []string
+		for event := range p.events {
+			events = append(events, event)
+		}
+		if expected := []string{"read", "release 7 of 2", "forget 1 of 2"}; !slices.Equal(events, expected) {
+			t.Errorf("%s: the file system saw %q, expected %q", what, events, expected)
+		}
+		if err := check(b); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
 }
