@@ -44,7 +44,7 @@ type Config struct {
 	NoCopy        bool // COPY_FILE_RANGE is refused
 	NoStatx       bool // STATX is refused
 	NoPunch       bool // FALLOCATE only extends
-	NoRaces       bool // calls that change the same name at once may end in EIO
+	NoRaces       bool // calls that change the same name at once may end in EIO or EXDEV
 	NoNodeChecks  bool // the types of files that a rename or unlink meets are the guest's to check
 	// NoUnlinked says that attributes of an unlinked file can only be had by handle.
 	NoUnlinked bool

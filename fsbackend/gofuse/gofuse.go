@@ -6,7 +6,8 @@
 // only when no call uses it any more. A panic of the file system is an EIO.
 //
 // What the file system does on the host is its own business: go-fuse's loopback, for one, works with paths and was not
-// written to withstand a guest that races it.
+// written to withstand a guest that races it. go-fuse writes a line to package log's standard logger before it panics: a
+// program that serves guests sets that logger's output to something that limits itself.
 package gofuse
 
 import (
