@@ -160,15 +160,15 @@ func testOffsets(t *testing.T, s *suite) {
 		_, errno = s.Write(f.NodeId, f.Fh, off, []byte("x"), unix.O_RDWR)
 		want(t, errno, "WRITE beyond 2^63", unix.EINVAL, unix.EFBIG, unix.EOVERFLOW)
 		want(t, s.Truncate(f.NodeId, off), "SETATTR of a size beyond 2^63", unix.EINVAL, unix.EFBIG)
-		if s.R.Lseeker != nil && s.cfg.SparseBlock > 0 {
+		if s.cfg.SparseBlock > 0 {
 			_, errno = s.Lseek(f.NodeId, f.Fh, off, unix.SEEK_DATA)
 			want(t, errno, "LSEEK beyond 2^63", unix.ENXIO, unix.EINVAL, unix.EOVERFLOW)
 		}
-		if s.R.Fallocater != nil && !s.cfg.NoFallocate {
+		if !s.cfg.NoFallocate {
 			want(t, s.Fallocate(f.NodeId, f.Fh, off, 10, 0), "FALLOCATE beyond 2^63", unix.EINVAL, unix.EFBIG)
 			want(t, s.Fallocate(f.NodeId, f.Fh, 10, off, 0), "FALLOCATE of more than 2^63", unix.EINVAL, unix.EFBIG)
 		}
-		if s.R.CopyFileRanger != nil && !s.cfg.NoCopy {
+		if !s.cfg.NoCopy {
 			in := fuseproto.CopyFileRangeIn{FhIn: f.Fh, NodeIdOut: f.NodeId, FhOut: f.Fh, OffIn: off, OffOut: 100, Len: 8}
 			in.NodeId = f.NodeId
 			_, errno = s.CopyFileRange(in)
@@ -244,9 +244,6 @@ func testUnlinked(t *testing.T, s *suite) {
 }
 
 func testTmpfile(t *testing.T, s *suite) {
-	if s.R.Tmpfiler == nil {
-		return
-	}
 	d := s.mkdir(t, Root, "d")
 	f, errno := s.Tmpfile(d.NodeId, unix.O_RDWR, 0o600)
 	want(t, errno, "TMPFILE", fsbackend.OK)
@@ -274,9 +271,6 @@ func testTmpfile(t *testing.T, s *suite) {
 }
 
 func testSparse(t *testing.T, s *suite) {
-	if s.R.Lseeker == nil {
-		return
-	}
 	block := uint64(s.cfg.SparseBlock)
 	f, errno := s.Create(Root, "f", unix.O_RDWR, 0o644)
 	want(t, errno, "CREATE", fsbackend.OK)
@@ -315,7 +309,7 @@ func testSparse(t *testing.T, s *suite) {
 			t.Errorf("LSEEK whence %d from %#x gave %#x, expected %#x", row.whence, row.off, got, row.expected)
 		}
 	}
-	if s.R.Fallocater != nil && !s.cfg.NoFallocate {
+	if !s.cfg.NoFallocate {
 		g, errno := s.Create(Root, "g", unix.O_RDWR, 0o644)
 		want(t, errno, "CREATE", fsbackend.OK)
 		want(t, s.Truncate(g.NodeId, block), "SETATTR of size", fsbackend.OK)
@@ -332,9 +326,6 @@ func testSparse(t *testing.T, s *suite) {
 }
 
 func testFallocate(t *testing.T, s *suite) {
-	if s.R.Fallocater == nil {
-		return
-	}
 	f, errno := s.Create(Root, "f", unix.O_RDWR, 0o644)
 	want(t, errno, "CREATE", fsbackend.OK)
 	defer s.Release(f.NodeId, f.Fh)
@@ -374,9 +365,6 @@ func testFallocate(t *testing.T, s *suite) {
 }
 
 func testCopy(t *testing.T, s *suite) {
-	if s.R.CopyFileRanger == nil {
-		return
-	}
 	text := string(bytes.Repeat([]byte("0123456789"), 1000))
 	a := s.file(t, Root, "a", text)
 	fh, errno := s.Open(a.NodeId, unix.O_RDWR)

@@ -61,6 +61,11 @@ type suite struct {
 
 // Run runs the suite.
 func Run(t *testing.T, cfg Config) {
+	probe := cfg.New(t)
+	cfg.leaveOut(fsbackend.Resolve(probe))
+	if err := probe.Close(); err != nil {
+		t.Fatalf("Close: %v", err)
+	}
 	for _, test := range []struct {
 		name string
 		run  func(*testing.T, *suite)
@@ -124,6 +129,21 @@ func Run(t *testing.T, cfg Config) {
 				t.Errorf("%d file descriptors open after Close, %d before New", left, fds)
 			}
 		})
+	}
+}
+
+// leaveOut leaves out the tests of interfaces that a backend does not have.
+func (cfg *Config) leaveOut(r *fsbackend.Resolved) {
+	cfg.NoHardLinks = cfg.NoHardLinks || r.Linker == nil
+	cfg.NoSymlinks = cfg.NoSymlinks || r.Readlinker == nil
+	cfg.NoXattr = cfg.NoXattr || r.XattrReader == nil || r.XattrWriter == nil
+	cfg.NoTmpfile = cfg.NoTmpfile || r.Tmpfiler == nil
+	cfg.NoTmpfileLink = cfg.NoTmpfileLink || cfg.NoHardLinks
+	cfg.NoFallocate = cfg.NoFallocate || r.Fallocater == nil
+	cfg.NoCopy = cfg.NoCopy || r.CopyFileRanger == nil
+	cfg.NoStatx = cfg.NoStatx || r.Statxer == nil
+	if r.Lseeker == nil {
+		cfg.SparseBlock = 0
 	}
 }
 

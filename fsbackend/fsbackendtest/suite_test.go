@@ -70,3 +70,31 @@ func TestReluctant(t *testing.T) {
 		SparseBlock: 4096,
 	})
 }
+
+// bare is a backend with no more interfaces than the suite needs.
+type bare struct {
+	fsbackend.Backend
+	fsbackend.Maker
+	fsbackend.Creater
+	fsbackend.Opener
+	fsbackend.Reader
+	fsbackend.Writer
+	fsbackend.Remover
+	fsbackend.Renamer
+	fsbackend.Setattrer
+	fsbackend.DirReader
+}
+
+// TestBare has the suite leave out what a backend leaves out.
+func TestBare(t *testing.T) {
+	fsbackendtest.Run(t, fsbackendtest.Config{
+		New: func(t *testing.T) fsbackend.Backend {
+			f, err := mem.New(mem.Config{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return bare{f, f, f, f, f, f, f, f, f, f}
+		},
+		SparseBlock: 4096,
+	})
+}

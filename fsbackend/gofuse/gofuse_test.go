@@ -297,6 +297,55 @@ func TestStranger(t *testing.T) {
 	}
 }
 
+func (s *stranger) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, arg []byte, out *fuse.IoctlOut, buf []byte) fuse.Status {
+	if in.Arg != 0 || len(arg)+len(buf) == 0 {
+		return fuse.EINVAL
+	}
+	copy(buf, "flags")
+	return fuse.OK
+}
+
+// TestIoctl holds the adapter to its list, and to the sizes that the commands themselves state: a file system may hand them
+// to the host's kernel, which goes by those.
+func TestIoctl(t *testing.T) {
+	b, err := New(Config{FS: &stranger{fuse.NewDefaultRawFileSystem(), 2, make(map[uint64]uint64)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &fsbackendtest.Client{R: fsbackend.Resolve(b)}
+	e, _ := c.Lookup(fsbackendtest.Root, "f")
+	fh, errno := c.Open(e.NodeId, unix.O_RDONLY)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	for _, row := range []struct {
+		what     string
+		cmd      uint32
+		arg, dst int
+		expected fsbackend.Errno
+	}{
+		{"FS_IOC_GETFLAGS", unix.FS_IOC_GETFLAGS, 0, 8, 0},
+		{"FS_IOC_GETFLAGS with too little room", unix.FS_IOC_GETFLAGS, 0, 7, unix.EINVAL},
+		{"FS_IOC_SETFLAGS", unix.FS_IOC_SETFLAGS, 8, 0, 0},
+		{"FS_IOC_SETFLAGS with too little", unix.FS_IOC_SETFLAGS, 4, 0, unix.EINVAL},
+		{"FS_IOC_FSGETXATTR with too little room", fsIocFsgetxattr, 0, 27, unix.EINVAL},
+		{"FS_IOC_FSSETXATTR", fsIocFssetxattr, 28, 0, 0},
+		{"FICLONE", unix.FICLONE, 8, 8, unix.ENOTTY},
+		{"FS_IOC_GETFLAGS that says it is larger", 0xbfff6601, 100, 100, unix.ENOTTY},
+	} {
+		in := &fuse.IoctlIn{Fh: fh, Cmd: row.cmd, Arg: 0xffff}
+		in.NodeId = e.NodeId
+		dst := fsbackendtest.NewSink(make([]byte, row.dst), 3)
+		_, errno := b.Ioctl(&fsbackend.Context{MayBlock: true}, in, make([]byte, row.arg), dst)
+		if errno != row.expected {
+			t.Errorf("%s: %v, expected %v", row.what, errno, row.expected)
+		}
+		if read := row.cmd>>31 != 0; (dst.Written() > 0) != (read && errno == 0) {
+			t.Errorf("%s: %v, and %d bytes of result", row.what, errno, dst.Written())
+		}
+	}
+}
+
 // patient is a file system whose READ waits.
 type patient struct {
 	fuse.RawFileSystem
