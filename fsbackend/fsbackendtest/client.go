@@ -1,11 +1,12 @@
 package fsbackendtest
 
 import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
 	"testing"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/hanwen/go-fuse/v2/fuse"
 
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fuseproto"
@@ -332,25 +333,35 @@ func (c *Client) Readdir(node, fh, off uint64, size int, plus bool) ([]Dirent, f
 
 // ParseDirents takes a reply to READDIR, or READDIRPLUS with plus, apart. It panics on a reply that is none.
 func ParseDirents(reply []byte, plus bool) []Dirent {
-	var list []fuse.DirEntry
-	var lookups []fuseproto.EntryOut
-	var err error
-	if plus {
-		list, lookups, err = fuse.ParseDirLookupEntries(reply)
-	} else {
-		list, err = fuse.ParseDirEntries(reply)
+	var entries []Dirent
+	for len(reply) > 0 {
+		var d fuseproto.Direntplus
+		head := 0
+		if plus {
+			head = decode(reply, &d.EntryOut)
+		}
+		head += decode(reply[head:], &d.Dirent)
+		end := head + int(d.Namelen)
+		padded := (end + 7) &^ 7
+		if d.Namelen == 0 || d.Namelen > unix.NAME_MAX || padded > len(reply) {
+			panic(fmt.Sprintf("directory entry of %d bytes with a name of %d in %d bytes", padded, d.Namelen, len(reply)))
+		}
+		if pad := reply[end:padded]; !bytes.Equal(pad, make([]byte, len(pad))) {
+			panic(fmt.Sprintf("directory entry padded with %x", pad))
+		}
+		entries = append(entries, Dirent{string(reply[head:end]), d.Dirent.Ino, d.Off, d.Type, d.EntryOut})
+		reply = reply[padded:]
 	}
+	return entries
+}
+
+// decode fills the struct that v points to from the front of b and returns its size.
+func decode(b []byte, v any) int {
+	n, err := binary.Decode(b, binary.NativeEndian, v)
 	if err != nil {
 		panic(err)
 	}
-	entries := make([]Dirent, len(list))
-	for i, e := range list {
-		entries[i] = Dirent{Name: e.Name, Ino: e.Ino, Off: e.Off, Type: e.Mode >> 12}
-		if plus {
-			entries[i].Entry = lookups[i]
-		}
-	}
-	return entries
+	return n
 }
 
 // List returns all names of a directory but "." and "..", read size bytes at a time.
@@ -430,4 +441,22 @@ func (c *Client) Statx(node uint64) (out fuseproto.StatxOut, errno fsbackend.Err
 		return c.R.Statx(ctx, in, &out)
 	})
 	return out, errno
+}
+
+// Flush tells the backend of a close(2) of a file's handle.
+func (c *Client) Flush(node, fh uint64) fsbackend.Errno {
+	return c.do(func(ctx *fsbackend.Context) fsbackend.Errno {
+		return c.R.Flush(ctx, &fuseproto.FlushIn{InHeader: c.header(node), Fh: fh})
+	})
+}
+
+// Fsync writes an open file, or directory with dir, to its medium.
+func (c *Client) Fsync(node, fh uint64, dir bool) fsbackend.Errno {
+	return c.doBlocking(func(ctx *fsbackend.Context) fsbackend.Errno {
+		in := &fuseproto.FsyncIn{InHeader: c.header(node), Fh: fh}
+		if dir {
+			return c.R.Fsyncdir(ctx, in)
+		}
+		return c.R.Fsync(ctx, in)
+	})
 }

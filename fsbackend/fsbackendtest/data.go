@@ -160,15 +160,15 @@ func testOffsets(t *testing.T, s *suite) {
 		_, errno = s.Write(f.NodeId, f.Fh, off, []byte("x"), unix.O_RDWR)
 		want(t, errno, "WRITE beyond 2^63", unix.EINVAL, unix.EFBIG, unix.EOVERFLOW)
 		want(t, s.Truncate(f.NodeId, off), "SETATTR of a size beyond 2^63", unix.EINVAL, unix.EFBIG)
-		if s.R.Lseeker != nil && s.cfg.SparseBlock > 0 {
+		if s.cfg.SparseBlock > 0 {
 			_, errno = s.Lseek(f.NodeId, f.Fh, off, unix.SEEK_DATA)
 			want(t, errno, "LSEEK beyond 2^63", unix.ENXIO, unix.EINVAL, unix.EOVERFLOW)
 		}
-		if s.R.Fallocater != nil && !s.cfg.NoFallocate {
+		if !s.cfg.NoFallocate {
 			want(t, s.Fallocate(f.NodeId, f.Fh, off, 10, 0), "FALLOCATE beyond 2^63", unix.EINVAL, unix.EFBIG)
 			want(t, s.Fallocate(f.NodeId, f.Fh, 10, off, 0), "FALLOCATE of more than 2^63", unix.EINVAL, unix.EFBIG)
 		}
-		if s.R.CopyFileRanger != nil && !s.cfg.NoCopy {
+		if !s.cfg.NoCopy {
 			in := fuseproto.CopyFileRangeIn{FhIn: f.Fh, NodeIdOut: f.NodeId, FhOut: f.Fh, OffIn: off, OffOut: 100, Len: 8}
 			in.NodeId = f.NodeId
 			_, errno = s.CopyFileRange(in)
@@ -244,9 +244,6 @@ func testUnlinked(t *testing.T, s *suite) {
 }
 
 func testTmpfile(t *testing.T, s *suite) {
-	if s.R.Tmpfiler == nil {
-		return
-	}
 	d := s.mkdir(t, Root, "d")
 	f, errno := s.Tmpfile(d.NodeId, unix.O_RDWR, 0o600)
 	want(t, errno, "TMPFILE", fsbackend.OK)
@@ -274,9 +271,6 @@ func testTmpfile(t *testing.T, s *suite) {
 }
 
 func testSparse(t *testing.T, s *suite) {
-	if s.R.Lseeker == nil {
-		return
-	}
 	block := uint64(s.cfg.SparseBlock)
 	f, errno := s.Create(Root, "f", unix.O_RDWR, 0o644)
 	want(t, errno, "CREATE", fsbackend.OK)
@@ -315,6 +309,15 @@ func testSparse(t *testing.T, s *suite) {
 			t.Errorf("LSEEK whence %d from %#x gave %#x, expected %#x", row.whence, row.off, got, row.expected)
 		}
 	}
+	if !s.cfg.NoFallocate {
+		g, errno := s.Create(Root, "g", unix.O_RDWR, 0o644)
+		want(t, errno, "CREATE", fsbackend.OK)
+		want(t, s.Truncate(g.NodeId, block), "SETATTR of size", fsbackend.OK)
+		want(t, s.Fallocate(g.NodeId, g.Fh, 4*block, block, unix.FALLOC_FL_KEEP_SIZE), "FALLOCATE with KEEP_SIZE", fsbackend.OK)
+		_, errno = s.Lseek(g.NodeId, g.Fh, 0, unix.SEEK_DATA)
+		want(t, errno, "LSEEK to data where there is space beyond the end alone", unix.ENXIO)
+		s.Release(g.NodeId, g.Fh)
+	}
 	got, errno := s.Read(f.NodeId, f.Fh, 4*block-10, 20)
 	want(t, errno, "READ", fsbackend.OK)
 	if !bytes.Equal(got, append(make([]byte, 10), data[:10]...)) {
@@ -323,9 +326,6 @@ func testSparse(t *testing.T, s *suite) {
 }
 
 func testFallocate(t *testing.T, s *suite) {
-	if s.R.Fallocater == nil {
-		return
-	}
 	f, errno := s.Create(Root, "f", unix.O_RDWR, 0o644)
 	want(t, errno, "CREATE", fsbackend.OK)
 	defer s.Release(f.NodeId, f.Fh)
@@ -365,9 +365,6 @@ func testFallocate(t *testing.T, s *suite) {
 }
 
 func testCopy(t *testing.T, s *suite) {
-	if s.R.CopyFileRanger == nil {
-		return
-	}
 	text := string(bytes.Repeat([]byte("0123456789"), 1000))
 	a := s.file(t, Root, "a", text)
 	fh, errno := s.Open(a.NodeId, unix.O_RDWR)
@@ -404,4 +401,33 @@ func testCopy(t *testing.T, s *suite) {
 	in.Flags = 1
 	_, errno = s.CopyFileRange(in)
 	want(t, errno, "COPY_FILE_RANGE with flags", unix.EINVAL)
+}
+
+// testSync makes the calls that have an effect on the medium alone.
+func testSync(t *testing.T, s *suite) {
+	f, errno := s.Create(Root, "f", unix.O_RDWR, 0o644)
+	want(t, errno, "CREATE", fsbackend.OK)
+	defer s.Release(f.NodeId, f.Fh)
+	dh, errno := s.Opendir(Root)
+	want(t, errno, "OPENDIR", fsbackend.OK)
+	defer s.Releasedir(Root, dh)
+	const unknown = 1 << 46
+	if s.R.Flusher != nil {
+		want(t, s.Flush(f.NodeId, f.Fh), "FLUSH", fsbackend.OK, unix.ENOSYS)
+		want(t, s.Flush(f.NodeId, unknown), "FLUSH of an unknown handle", unix.EBADF, unix.ENOSYS)
+	}
+	if s.R.Fsyncer != nil {
+		want(t, s.Fsync(f.NodeId, f.Fh, false), "FSYNC", fsbackend.OK, unix.ENOSYS, unix.EOPNOTSUPP)
+		want(t, s.Fsync(f.NodeId, unknown, false), "FSYNC of an unknown handle", unix.EBADF, unix.ENOSYS)
+		want(t, s.Fsync(Root, dh, true), "FSYNCDIR", fsbackend.OK, unix.ENOSYS, unix.EOPNOTSUPP)
+		want(t, s.Fsync(Root, unknown, true), "FSYNCDIR of an unknown handle", unix.EBADF, unix.ENOSYS)
+	}
+	if s.R.Ioctler != nil {
+		errno := s.doBlocking(func(ctx *fsbackend.Context) fsbackend.Errno {
+			in := &fuseproto.IoctlIn{InHeader: s.header(f.NodeId), Fh: f.Fh, Cmd: 0xdeadbeef}
+			_, errno := s.R.Ioctl(ctx, in, nil, NewSink(make([]byte, 8), 0))
+			return errno
+		})
+		want(t, errno, "IOCTL of an unknown command", unix.ENOTTY, unix.ENOSYS)
+	}
 }

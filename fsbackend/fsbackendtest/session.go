@@ -191,7 +191,7 @@ func (s *suite) hammer(seed uint64, n int) error {
 // tolerable says whether others that work on the same names can be the reason for errno.
 func (s *suite) tolerable(errno fsbackend.Errno) bool {
 	switch errno {
-	case unix.EIO:
+	case unix.EIO, unix.EXDEV:
 		return s.cfg.NoRaces
 	case fsbackend.OK, unix.ENOENT, unix.EEXIST, unix.ENOTEMPTY, unix.EISDIR, unix.ENOTDIR, unix.EINVAL, unix.EPERM,
 		unix.ESTALE, unix.EBADF, unix.EBUSY, unix.ENOTSUP:

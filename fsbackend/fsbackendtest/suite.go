@@ -44,7 +44,7 @@ type Config struct {
 	NoCopy        bool // COPY_FILE_RANGE is refused
 	NoStatx       bool // STATX is refused
 	NoPunch       bool // FALLOCATE only extends
-	NoRaces       bool // calls that change the same name at once may end in EIO
+	NoRaces       bool // calls that change the same name at once may end in EIO or EXDEV
 	NoNodeChecks  bool // the types of files that a rename or unlink meets are the guest's to check
 	// NoUnlinked says that attributes of an unlinked file can only be had by handle.
 	NoUnlinked bool
@@ -61,6 +61,11 @@ type suite struct {
 
 // Run runs the suite.
 func Run(t *testing.T, cfg Config) {
+	probe := cfg.New(t)
+	cfg.leaveOut(fsbackend.Resolve(probe))
+	if err := probe.Close(); err != nil {
+		t.Fatalf("Close: %v", err)
+	}
 	for _, test := range []struct {
 		name string
 		run  func(*testing.T, *suite)
@@ -90,6 +95,7 @@ func Run(t *testing.T, cfg Config) {
 		{"sparse", testSparse, cfg.SparseBlock == 0},
 		{"fallocate", testFallocate, cfg.NoFallocate},
 		{"copy", testCopy, cfg.NoCopy},
+		{"sync", testSync, false},
 		{"readdir", testReaddir, false},
 		{"readdir stable", testReaddirStable, false},
 		{"readdirplus", testReaddirplus, false},
@@ -123,6 +129,21 @@ func Run(t *testing.T, cfg Config) {
 				t.Errorf("%d file descriptors open after Close, %d before New", left, fds)
 			}
 		})
+	}
+}
+
+// leaveOut leaves out the tests of interfaces that a backend does not have.
+func (cfg *Config) leaveOut(r *fsbackend.Resolved) {
+	cfg.NoHardLinks = cfg.NoHardLinks || r.Linker == nil
+	cfg.NoSymlinks = cfg.NoSymlinks || r.Readlinker == nil
+	cfg.NoXattr = cfg.NoXattr || r.XattrReader == nil || r.XattrWriter == nil
+	cfg.NoTmpfile = cfg.NoTmpfile || r.Tmpfiler == nil
+	cfg.NoTmpfileLink = cfg.NoTmpfileLink || cfg.NoHardLinks
+	cfg.NoFallocate = cfg.NoFallocate || r.Fallocater == nil
+	cfg.NoCopy = cfg.NoCopy || r.CopyFileRanger == nil
+	cfg.NoStatx = cfg.NoStatx || r.Statxer == nil
+	if r.Lseeker == nil {
+		cfg.SparseBlock = 0
 	}
 }
 

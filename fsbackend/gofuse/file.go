@@ -40,6 +40,9 @@ func (b *Backend) open(op string, c *fsbackend.Context, in *fuseproto.OpenIn, ou
 	case !dir && n.typ != unix.S_IFREG:
 		return unix.EBADF // a guest's kernel opens these itself, and a fifo would block
 	}
+	if errno := b.room(); errno != 0 {
+		return errno
+	}
 	defer b.contain(op, &errno)
 	req := *in
 	req.InHeader = header(c, n)
@@ -236,16 +239,14 @@ func (b *Backend) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRang
 
 const copyLimit = 1 << 30
 
-// The ioctls that a guest's kernel sends for file attributes (include/uapi/linux/fs.h), with the size of their argument.
-// Others are ENOTTY: a file system that hands them to the host would have the guest's word for what they read and write.
+// FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR of include/uapi/linux/fs.h, which x/sys lacks.
 const (
-	fsIocGetflags   = 0x80086601 // long
-	fsIocSetflags   = 0x40086602
 	fsIocFsgetxattr = 0x801c581f // struct fsxattr
 	fsIocFssetxattr = 0x401c5820
 )
 
-// Ioctl implements fsbackend.Ioctler.
+// Ioctl implements fsbackend.Ioctler for the commands that a guest's kernel sends to read and change file attributes. Others
+// are ENOTTY: a file system that hands them to the host would have the guest's word for what they read and write.
 func (b *Backend) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, dst *fsbackend.Sink) (result int32, errno fsbackend.Errno) {
 	t, errno := b.pinTarget(in.NodeId, in.Fh, true)
 	if errno != 0 {
@@ -255,7 +256,7 @@ func (b *Backend) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte,
 	defer b.contain("IOCTL", &errno)
 	const sizeShift, sizeMask, write, read = 16, 1<<14 - 1, 1 << 30, 1 << 31 // include/uapi/asm-generic/ioctl.h
 	switch in.Cmd {
-	case fsIocGetflags, fsIocSetflags, fsIocFsgetxattr, fsIocFssetxattr:
+	case unix.FS_IOC_GETFLAGS, unix.FS_IOC_SETFLAGS, fsIocFsgetxattr, fsIocFssetxattr:
 	default:
 		return 0, unix.ENOTTY
 	}

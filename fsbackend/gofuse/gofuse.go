@@ -6,7 +6,8 @@
 // only when no call uses it any more. A panic of the file system is an EIO.
 //
 // What the file system does on the host is its own business: go-fuse's loopback, for one, works with paths and was not
-// written to withstand a guest that races it.
+// written to withstand a guest that races it. go-fuse writes a line to package log's standard logger before it panics: a
+// program that serves guests sets that logger's output to something that limits itself.
 package gofuse
 
 import (
@@ -25,6 +26,9 @@ import (
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fuseproto"
 )
+
+// MaxHandles is the most files and directories that a guest can have open at once, about; one more is ENFILE.
+const MaxHandles = 1 << 17
 
 // Config says what to serve.
 type Config struct {
@@ -292,6 +296,16 @@ func (n *node) complete(a *fuseproto.Attr) {
 	if a.Nlink == 0 {
 		a.Nlink = 1
 	}
+}
+
+// room says whether another handle may be made.
+func (b *Backend) room() fsbackend.Errno {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.handles) >= MaxHandles {
+		return unix.ENFILE
+	}
+	return fsbackend.OK
 }
 
 // opened makes a handle of what the file system opened on n, which the caller has pinned.

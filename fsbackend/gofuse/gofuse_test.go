@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -293,5 +294,133 @@ func TestStranger(t *testing.T) {
 	}
 	if err := check(b); err != nil {
 		t.Error(err)
+	}
+}
+
+func (s *stranger) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, arg []byte, out *fuse.IoctlOut, buf []byte) fuse.Status {
+	if in.Arg != 0 || len(arg)+len(buf) == 0 {
+		return fuse.EINVAL
+	}
+	copy(buf, "flags")
+	return fuse.OK
+}
+
+// TestIoctl holds the adapter to its list, and to the sizes that the commands themselves state: a file system may hand them
+// to the host's kernel, which goes by those.
+func TestIoctl(t *testing.T) {
+	b, err := New(Config{FS: &stranger{fuse.NewDefaultRawFileSystem(), 2, make(map[uint64]uint64)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &fsbackendtest.Client{R: fsbackend.Resolve(b)}
+	e, _ := c.Lookup(fsbackendtest.Root, "f")
+	fh, errno := c.Open(e.NodeId, unix.O_RDONLY)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	for _, row := range []struct {
+		what     string
+		cmd      uint32
+		arg, dst int
+		expected fsbackend.Errno
+	}{
+		{"FS_IOC_GETFLAGS", unix.FS_IOC_GETFLAGS, 0, 8, 0},
+		{"FS_IOC_GETFLAGS with too little room", unix.FS_IOC_GETFLAGS, 0, 7, unix.EINVAL},
+		{"FS_IOC_SETFLAGS", unix.FS_IOC_SETFLAGS, 8, 0, 0},
+		{"FS_IOC_SETFLAGS with too little", unix.FS_IOC_SETFLAGS, 4, 0, unix.EINVAL},
+		{"FS_IOC_FSGETXATTR with too little room", fsIocFsgetxattr, 0, 27, unix.EINVAL},
+		{"FS_IOC_FSSETXATTR", fsIocFssetxattr, 28, 0, 0},
+		{"FICLONE", unix.FICLONE, 8, 8, unix.ENOTTY},
+		{"FS_IOC_GETFLAGS that says it is larger", 0xbfff6601, 100, 100, unix.ENOTTY},
+	} {
+		in := &fuse.IoctlIn{Fh: fh, Cmd: row.cmd, Arg: 0xffff}
+		in.NodeId = e.NodeId
+		dst := fsbackendtest.NewSink(make([]byte, row.dst), 3)
+		_, errno := b.Ioctl(&fsbackend.Context{MayBlock: true}, in, make([]byte, row.arg), dst)
+		if errno != row.expected {
+			t.Errorf("%s: %v, expected %v", row.what, errno, row.expected)
+		}
+		if read := row.cmd>>31 != 0; (dst.Written() > 0) != (read && errno == 0) {
+			t.Errorf("%s: %v, and %d bytes of result", row.what, errno, dst.Written())
+		}
+	}
+}
+
+// patient is a file system whose READ waits.
+type patient struct {
+	fuse.RawFileSystem
+	reading, proceed chan struct{}
+	events           chan string
+}
+
+func (p *patient) Lookup(_ <-chan struct{}, _ *fuse.InHeader, _ string, out *fuse.EntryOut) fuse.Status {
+	out.NodeId = 2
+	return fuse.OK
+}
+
+func (p *patient) Open(_ <-chan struct{}, _ *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	out.Fh = 7
+	return fuse.OK
+}
+
+func (p *patient) Read(<-chan struct{}, *fuse.ReadIn, []byte) (fuse.ReadResult, fuse.Status) {
+	close(p.reading)
+	<-p.proceed
+	p.events <- "read"
+	return fuse.ReadResultData([]byte("data")), fuse.OK
+}
+
+func (p *patient) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
+	p.events <- fmt.Sprintf("release %d of %d", in.Fh, in.NodeId)
+}
+
+func (p *patient) Forget(nodeid, n uint64) { p.events <- fmt.Sprintf("forget %d of %d", n, nodeid) }
+
+// TestReleaseWaitsForCalls takes away a handle and its node while a READ uses them: the descriptor behind it may be another
+// file's as soon as the file system has closed it.
+func TestReleaseWaitsForCalls(t *testing.T) {
+	for what, takeAway := range map[string]func(b *Backend, c *fsbackendtest.Client, node, fh uint64){
+		"FORGET and RELEASE": func(b *Backend, c *fsbackendtest.Client, node, fh uint64) {
+			b.Forget(node, 1)
+			c.Release(node, fh)
+		},
+		"Reset": func(b *Backend, _ *fsbackendtest.Client, _, _ uint64) { b.Reset() },
+	} {
+		p := &patient{fuse.NewDefaultRawFileSystem(), make(chan struct{}), make(chan struct{}), make(chan string, 10)}
+		b, err := New(Config{FS: p})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &fsbackendtest.Client{R: fsbackend.Resolve(b)}
+		e, _ := c.Lookup(fsbackendtest.Root, "f")
+		fh, errno := c.Open(e.NodeId, unix.O_RDONLY)
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			if data, errno := c.Read(e.NodeId, fh, 0, 10); errno != 0 || string(data) != "data" {
+				t.Errorf("READ during %s: %q, %v, expected the data", what, data, errno)
+			}
+		}()
+		<-p.reading
+		takeAway(b, c, e.NodeId, fh)
+		if _, errno := c.Read(e.NodeId, fh, 0, 10); errno != unix.EBADF {
+			t.Errorf("another READ after %s: %v, expected EBADF", what, errno)
+		}
+		close(p.proceed)
+		<-done
+		close(p.events)
+		var events []string
+		for event := range p.events {
+			events = append(events, event)
+		}
+		if expected := []string{"read", "release 7 of 2", "forget 1 of 2"}; !slices.Equal(events, expected) {
+			t.Errorf("%s: the file system saw %q, expected %q", what, events, expected)
+		}
+		if err := check(b); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
 	}
 }

@@ -138,6 +138,9 @@ func (b *Backend) create(op string, c *fsbackend.Context, in *fuseproto.CreateIn
 		return errno
 	}
 	defer b.unpin(parent)
+	if errno := b.room(); errno != 0 {
+		return errno
+	}
 	defer b.contain(op, &errno)
 	req := *in
 	req.InHeader = header(c, parent)

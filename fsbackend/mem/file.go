@@ -284,7 +284,7 @@ func (f *FS) Fallocate(_ *fsbackend.Context, in *fuseproto.FallocateIn) fsbacken
 		errno = unix.EOPNOTSUPP
 	}
 	if errno == 0 {
-		f.written(n, size, true)
+		f.written(n, size, false)
 	}
 	return errno
 }
@@ -381,7 +381,7 @@ func (f *FS) CopyFileRange(_ *fsbackend.Context, in *fuseproto.CopyFileRangeIn) 
 	want := min(in.Len, src.size-in.OffIn, copyLimit)
 	total, errno := f.copy(dst, in.OffOut, src, in.OffIn, want)
 	if total > 0 {
-		f.written(dst, in.OffOut+total, true)
+		f.written(dst, in.OffOut+total, false)
 		return total, fsbackend.OK
 	}
 	return 0, errno

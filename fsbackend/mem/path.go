@@ -54,7 +54,7 @@ func (f *FS) makePath(path string) (*node, fsbackend.Errno) {
 }
 
 func (f *FS) overwrite(n *node, contents []byte) fsbackend.Errno {
-	if errno := f.setSize(n, 0, true); errno != 0 {
+	if errno := f.setSize(n, 0, false); errno != 0 {
 		return errno
 	}
 	n.data.mu.Lock()
@@ -69,7 +69,7 @@ func (f *FS) overwrite(n *node, contents []byte) fsbackend.Errno {
 		}
 		copy(p[:], contents[off:])
 	}
-	f.written(n, uint64(len(contents)), true)
+	f.written(n, uint64(len(contents)), false)
 	return fsbackend.OK
 }
 
