@@ -286,16 +286,25 @@ func TestPidFileReplaced(t *testing.T) {
 	if flags, err := unix.FcntlInt(uintptr(first.fd.Int()), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
 		t.Errorf("the pid file's descriptor has flags %#x (%v): not close-on-exec", flags, err)
 	}
-	late, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
+	reopen := func() int {
+		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fd
 	}
+	gone, replaced := reopen(), reopen()
 	if err := first.remove(); err != nil {
 		t.Fatal(err)
 	}
-	p, err := lockOpened(late, path)
-	if p != nil || err != nil {
+	if p, err := lockOpened(gone, path); p != nil || err != nil {
 		t.Fatalf("locking a removed file: %v, %v; want neither file nor error", p, err)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := lockOpened(replaced, path); p != nil || err != nil {
+		t.Fatalf("locking a replaced file: %v, %v; want neither file nor error", p, err)
 	}
 	again, err := lockPidFile(path)
 	if err != nil {
