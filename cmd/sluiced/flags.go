@@ -74,8 +74,8 @@ const bare = "true"
 var settledOptions = []settled{
 	{name: "announce-submounts", same: bare, usage: "tell the guest of mounts in the directory, which is done anyway", reason: "mounts are always announced"},
 	{name: "no-announce-submounts", reason: "mounts in the directory are always announced"},
-	{name: "killpriv-v2", reason: "the guest clears set-user-ID bits itself"},
-	{name: "no-killpriv-v2", same: bare, usage: "leave clearing set-user-ID bits to the guest, which is done anyway", reason: "the guest clears set-user-ID bits itself"},
+	{name: "killpriv-v2", reason: "who clears set-user-ID bits is not for the command line to say"},
+	{name: "no-killpriv-v2", reason: "who clears set-user-ID bits is not for the command line to say"},
 	{name: "posix-acl", same: "never", reason: "only --posix-acl=never is"},
 	{name: "security-label", same: "never", reason: "only --security-label=never is"},
 	{name: "xattrmap", reason: "names of extended attributes pass unchanged"},

@@ -53,7 +53,7 @@ func newFakeServer(cfg config.Config, log *slog.Logger) (server, error) {
 	return fakeServer{log}, nil
 }
 
-// Serve ends in good order with the connection, in an error after "break", and never after "hang".
+// Serve ends in good order with the connection, in an error after "break", and never after "hang"; "create" makes a file.
 func (s fakeServer) Serve(ctx context.Context, conn *net.UnixConn) error {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(0, 1)) })
 	defer stop()
@@ -69,6 +69,11 @@ func (s fakeServer) Serve(ctx context.Context, conn *net.UnixConn) error {
 			return err
 		}
 		switch string(buf[:n]) {
+		case "create":
+			if err := os.WriteFile("created", nil, 0o666); err != nil {
+				return err
+			}
+			s.log.Info("created")
 		case "break":
 			return errors.New("message 99: not a request of vhost-user")
 		case "hang":

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -45,6 +46,8 @@ func TestScripts(t *testing.T) {
 			"dial":   cmdDial,
 			"send":   cmdSend,
 			"hangup": cmdHangup,
+			"closed": cmdClosed,
+			"deaf":   cmdDeaf,
 			"stale":  cmdStale,
 			"mode":   cmdMode,
 		},
@@ -54,6 +57,7 @@ func TestScripts(t *testing.T) {
 // script is what one script has running: at most one daemon at a time, and front-ends by name.
 type script struct {
 	daemon *exec.Cmd
+	stderr io.ReadCloser
 	lines  chan string // of the daemon's standard error; closed at its end
 	seen   strings.Builder
 	conns  map[string]*net.UnixConn
@@ -117,12 +121,12 @@ func cmdExits(ts *testscript.TestScript, neg bool, args []string) {
 	var out, errOut bytes.Buffer
 	cmd := command(ts, args[1:])
 	cmd.Stdout, cmd.Stderr = &out, &errOut
-	err := cmd.Run()
+	ts.Check(cmd.Start())
+	timeout := time.AfterFunc(patience, func() { _ = cmd.Process.Kill() })
+	err := cmd.Wait()
+	timeout.Stop()
 	_, _ = ts.Stdout().Write(out.Bytes())
 	_, _ = ts.Stderr().Write(errOut.Bytes())
-	if cmd.ProcessState == nil {
-		ts.Fatalf("%v", err)
-	}
 	if got := cmd.ProcessState.ExitCode(); strconv.Itoa(got) != args[0] {
 		ts.Fatalf("exit status %d (%v), expected %s\n%s%s", got, err, args[0], out.String(), errOut.String())
 	}
@@ -166,7 +170,7 @@ func cmdDaemon(ts *testscript.TestScript, neg bool, args []string) {
 	if inherited != nil {
 		ts.Check(inherited.Close())
 	}
-	s.daemon, s.lines = cmd, make(chan string)
+	s.daemon, s.stderr, s.lines = cmd, pipe, make(chan string)
 	s.seen.Reset()
 	go func(lines chan<- string) {
 		defer close(lines)
@@ -253,6 +257,26 @@ func cmdHangup(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	ts.Check(of(ts).conns[args[0]].Close())
 	delete(of(ts).conns, args[0])
+}
+
+// closed NAME: waits for the daemon to close a front-end's connection.
+func cmdClosed(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 || of(ts).conns[args[0]] == nil {
+		ts.Fatalf("usage: closed NAME")
+	}
+	conn := of(ts).conns[args[0]]
+	ts.Check(conn.SetReadDeadline(time.Now().Add(patience)))
+	if n, err := conn.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
+		ts.Fatalf("read %d bytes (%v), expected the end", n, err)
+	}
+}
+
+// deaf: closes the pipe that is the daemon's standard error.
+func cmdDeaf(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: deaf")
+	}
+	ts.Check(of(ts).stderr.Close())
 }
 
 // stale PATH: leaves a socket behind that nobody listens on.

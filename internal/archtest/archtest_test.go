@@ -36,7 +36,7 @@ var house = Rules{
 		"test/guest/...":         {"internal/testguest/...", "test/guest/..."},
 	},
 	Libraries: map[string][]string{
-		"github.com/hanwen/go-fuse": {"fuseproto", "fsbackend/gofuse"},
+		"github.com/hanwen/go-fuse": {"fuseproto", "fsbackend/gofuse", "fsbackend/fsbackendtest"},
 		"github.com/spf13":          {"cmd/..."},
 	},
 	Cgo: []string{"seccomp"},

@@ -116,10 +116,14 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("--num-request-queues: %d is out of range; expected 1 to %d", c.RequestQueues, MaxRequestQueues)
 	case c.RlimitNofile < DefaultNofile:
 		return fmt.Errorf("--rlimit-nofile: %d is out of range; expected a number of files, or 0 to leave the limit alone", c.RlimitNofile)
-	case c.Sandbox == SandboxUnset:
+	}
+	if err := c.Share.Validate(); err != nil {
+		return err
+	}
+	if c.Sandbox == SandboxUnset {
 		return errors.New("the sandbox comes in a later version and there is no running without it unasked; run with --sandbox none")
 	}
-	return c.Share.Validate()
+	return nil
 }
 
 // Validate reports the first thing that cannot work, in terms of the options.

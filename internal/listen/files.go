@@ -61,7 +61,7 @@ func lockPidFile(path string) (*pidFile, error) {
 
 // tryLockPidFile returns neither file nor error if path was replaced before the lock was had.
 func tryLockPidFile(path string) (*pidFile, error) {
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CREAT|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CREAT|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("create the pid file: %w", &os.PathError{Op: "open", Path: path, Err: err})
 	}

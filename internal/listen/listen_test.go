@@ -218,11 +218,11 @@ func TestPathRefuses(t *testing.T) {
 }
 
 func TestPathGroup(t *testing.T) {
-	u, err := user.Current()
-	if err != nil {
-		t.Fatal(err)
+	gid := os.Getgid()
+	if os.Geteuid() == 0 {
+		gid = 1 // any group that a new file would not get by itself
 	}
-	g, err := user.LookupGroupId(u.Gid)
+	g, err := user.LookupGroupId(strconv.Itoa(gid))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -232,12 +232,12 @@ func TestPathGroup(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	info, err := os.Lstat(path)
-	if err != nil {
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
 		t.Fatal(err)
 	}
-	if info.Mode().Perm() != 0o770 {
-		t.Errorf("the socket has mode %v, want 0770", info.Mode())
+	if st.Mode&0o777 != 0o770 || int(st.Gid) != gid {
+		t.Errorf("the socket has mode %#o and group %d, want 0770 and %d", st.Mode&0o777, st.Gid, gid)
 	}
 }
 
@@ -283,16 +283,28 @@ func TestPidFileReplaced(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	late, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
+	if flags, err := unix.FcntlInt(uintptr(first.fd.Int()), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+		t.Errorf("the pid file's descriptor has flags %#x (%v): not close-on-exec", flags, err)
 	}
+	reopen := func() int {
+		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fd
+	}
+	gone, replaced := reopen(), reopen()
 	if err := first.remove(); err != nil {
 		t.Fatal(err)
 	}
-	p, err := lockOpened(late, path)
-	if p != nil || err != nil {
+	if p, err := lockOpened(gone, path); p != nil || err != nil {
 		t.Fatalf("locking a removed file: %v, %v; want neither file nor error", p, err)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := lockOpened(replaced, path); p != nil || err != nil {
+		t.Fatalf("locking a replaced file: %v, %v; want neither file nor error", p, err)
 	}
 	again, err := lockPidFile(path)
 	if err != nil {
