@@ -58,7 +58,7 @@ func (fs *FS) openFile(node uint64, flags int) (int, errno) {
 		return -1, unix.EISDIR
 	}
 	s, n := fs.nodes.lock(node)
-	if n == nil {
+	if n == nil || n.nlookup == 0 {
 		s.mu.Unlock()
 		return -1, unix.ESTALE
 	}

@@ -96,9 +96,7 @@ func (fs *FS) countHot(k key, st *unix.Statx_t, out *fuseproto.EntryOut) bool {
 	if n == nil || n.slot < 0 && n.handles == 0 {
 		return false
 	}
-	if n.nlookup++; n.nlookup == 0 {
-		n.nlookup--
-	}
+	n.count()
 	if n.slot >= 0 {
 		fs.fds.slots[n.slot].used.Store(true)
 	}
@@ -118,7 +116,7 @@ func (fs *FS) enter(p *ref, parent uint64, name []byte, st *unix.Statx_t, slot i
 	if fd >= 0 && st.Mode&unix.S_IFMT == unix.S_IFDIR {
 		fs.probe(fs.mounts.at(m), fd)
 	}
-	s, id, n := fs.nodes.insert(keyOf(st, m), parent, name)
+	s, id, n, rel := fs.nodes.insert(keyOf(st, m), parent, name)
 	if n == nil {
 		s.mu.Unlock()
 		fs.discard(slot, fd)
@@ -140,6 +138,7 @@ func (fs *FS) enter(p *ref, parent uint64, name []byte, st *unix.Statx_t, slot i
 		taken = true
 	}
 	s.mu.Unlock()
+	fs.nodes.settle(rel)
 	if !taken {
 		fs.discard(slot, fd)
 	}
@@ -170,11 +169,7 @@ func (fs *FS) Forget(node, n uint64) {
 	if node == rootID || n == 0 {
 		return
 	}
-	slot, died := fs.nodes.forget(node, n)
-	if slot >= 0 {
-		fs.fds.drop(slot)
-	}
-	if died {
+	if fs.nodes.forget(node, n) {
 		fs.trim()
 	}
 }

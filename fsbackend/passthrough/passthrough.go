@@ -166,7 +166,7 @@ func (fs *FS) open() error {
 		return fmt.Errorf("statfs: %w", err)
 	}
 	fs.remote = remoteFS(int64(sfs.Type))
-	fs.nodes.init(fs.cfg.MaxInodes)
+	fs.nodes.init(fs.cfg.MaxInodes, fs.fds.drop)
 	fs.fds.init(fs.cfg.MaxFDs)
 	fs.rootIno = st.Ino
 	root, _ := fs.mounts.of(&st, 0)

@@ -79,7 +79,7 @@ func (fs *FS) tryResolve(id uint64, r *ref, wait bool) errno {
 		return 0
 	}
 	s, n := fs.nodes.lock(id)
-	if n == nil {
+	if n == nil || n.nlookup == 0 {
 		s.mu.Unlock()
 		return unix.ESTALE
 	}
