@@ -133,7 +133,11 @@ func (fs *FS) Link(_ *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Na
 	if errno := sys.LinkFD(fs.procfd.Int(), old.fd, dir.fd, name.CString()); errno != 0 {
 		return errno
 	}
-	return fs.lookup(&dir, in.NodeId, name, out)
+	var st unix.Statx_t
+	if errno := sys.Statx(old.fd, nil, statxFlags, statxMask, &st); errno != 0 {
+		return errno
+	}
+	return fs.enter(&dir, in.NodeId, name, &st, -1, -1, out)
 }
 
 // Unlink implements fsbackend.Remover.
