@@ -219,17 +219,19 @@ func (fs *FS) Close() error {
 }
 
 // trimStep is how many nodes must go before their memory is given back to the host.
-const trimStep = 1 << 14
+const trimStep = 1 << 13
 
-// trim gives memory back after many nodes have gone: Go's own scavenger would keep it for minutes.
+// trim gives memory back after most nodes have gone: Go's own scavenger would keep it for minutes.
 func (fs *FS) trim() {
-	count, peak := fs.nodes.count.Load(), fs.nodes.peak.Load()
-	if peak-count < trimStep || 2*count > peak || !fs.trimming.CompareAndSwap(false, true) {
+	if !fs.nodes.shrunk() || !fs.trimming.CompareAndSwap(false, true) {
 		return
 	}
 	fs.trims.Go(func() {
-		defer fs.trimming.Store(false)
-		fs.nodes.peak.Store(fs.nodes.count.Load())
-		debug.FreeOSMemory()
+		for fs.nodes.shrunk() {
+			fs.nodes.peak.Store(fs.nodes.count.Load())
+			debug.FreeOSMemory()
+		}
+		fs.trimming.Store(false)
+		fs.trim() // the last nodes may have gone just now
 	})
 }

@@ -490,6 +490,12 @@ func (t *table) remove(s *shard, id uint64, n *node) (slot int32, parent uint64)
 	return slot, rel.from
 }
 
+// shrunk says whether most nodes have gone since memory was last given back.
+func (t *table) shrunk() bool {
+	count, peak := t.count.Load(), t.peak.Load()
+	return peak-count >= trimStep && 2*count <= peak
+}
+
 // clear takes every node of shard i out and returns their descriptors' slots, added to slots.
 func (t *table) clear(i int, slots []int32) []int32 {
 	s := &t.shards[i]
