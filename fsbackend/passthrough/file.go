@@ -161,9 +161,8 @@ func (fs *FS) Read(c *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.Si
 				return fsbackend.ErrMayBlock
 			}
 			nowait = false // what has been read cannot be taken back
-		case done > 0:
-			return fsbackend.OK
 		default:
+			// Even after some data: a reply that is short of it would say that the file ends there.
 			return errno
 		}
 	}

@@ -49,11 +49,12 @@ func (fs *FS) Lookup(_ *fsbackend.Context, parent uint64, name fsbackend.Name, o
 }
 
 // lookup is Lookup in the directory behind p. A name that the guest knows and whose node has a descriptor takes one call,
-// any other two: open, then look at what was opened.
+// any other two: open, then look at what was opened. A handle that the guest has open does not count as a descriptor here:
+// it may be closed before what was looked up is opened.
 func (fs *FS) lookup(p *ref, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno {
 	var st unix.Statx_t
 	if s, _, n := fs.nodes.at(parent, name); n != nil {
-		hot := n.slot >= 0 || n.handles != 0
+		hot := n.slot >= 0
 		s.mu.Unlock()
 		if hot {
 			if errno := sys.Statx(p.fd, name.CString(), statxFlags, statxMask, &st); errno != 0 {
@@ -93,13 +94,11 @@ func (fs *FS) countHot(k key, st *unix.Statx_t, out *fuseproto.EntryOut) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	slot, n := s.findKey(uint32(h), k)
-	if n == nil || n.slot < 0 && n.handles == 0 {
+	if n == nil || n.slot < 0 {
 		return false
 	}
 	n.count()
-	if n.slot >= 0 {
-		fs.fds.slots[n.slot].used.Store(true)
-	}
+	fs.fds.slots[n.slot].used.Store(true)
 	n.priv = st.Mode&privBits != 0
 	out.NodeId = makeID(i, slot, n.gen)
 	return true

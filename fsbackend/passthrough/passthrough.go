@@ -55,8 +55,9 @@ const (
 type Config struct {
 	// Dir is the directory's path.
 	Dir string
-	// MaxFDs bounds the descriptors kept for inodes, DefaultMaxFDs if 0. Beyond it there is one for each mount in the
-	// tree, three of the backend's own, and one for each file that the guest has open.
+	// MaxFDs bounds the descriptors kept for inodes: if 0, DefaultMaxFDs or half of RLIMIT_NOFILE, whichever is less.
+	// Beyond it there is one for each mount in the tree, two of the backend's own, and one for each file that the guest
+	// has open.
 	MaxFDs int
 	// MaxInodes bounds the inodes known to the guest at a time, DefaultMaxInodes if 0; ENFILE answers beyond.
 	MaxInodes int
@@ -115,6 +116,10 @@ func New(cfg Config) (*FS, error) {
 	}
 	if cfg.MaxFDs == 0 {
 		cfg.MaxFDs = DefaultMaxFDs
+		var limit unix.Rlimit
+		if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err == nil {
+			cfg.MaxFDs = int(max(min(uint64(cfg.MaxFDs), limit.Cur/2), MinMaxFDs))
+		}
 	}
 	if cfg.MaxInodes == 0 {
 		cfg.MaxInodes = DefaultMaxInodes

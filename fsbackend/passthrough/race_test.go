@@ -171,6 +171,8 @@ func TestBudgetWithManyThreads(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range threads {
 			wg.Go(func() {
+				labelled := *g
+				labelled.ctx.Secctx = []fsbackend.Secctx{{Name: fsbackend.MakeName("user.label"), Value: []byte("l")}}
 				for j := range 150 {
 					from, to := dirs[(i+j)%threads], dirs[(i*7+j*3+1)%threads]
 					name := fmt.Sprint("f", i)
@@ -180,6 +182,21 @@ func TestBudgetWithManyThreads(t *testing.T) {
 						return
 					}
 					g.release(out.NodeId, out.Fh)
+					again, e := g.tryCreate(from, name, unix.O_RDWR, 0o600)
+					if e != fsbackend.OK || again.NodeId != out.NodeId {
+						t.Errorf("CREATE of what exists: %v, node %#x, expected %#x", e, again.NodeId, out.NodeId)
+						return
+					}
+					g.release(again.NodeId, again.Fh)
+					made, e := labelled.tryMkdir(from, name+"d", 0o700)
+					if e != fsbackend.OK {
+						t.Errorf("MKDIR with a label: %v", e)
+						return
+					}
+					if e := g.fs.Rmdir(&g.ctx, from, fsbackend.MakeName(name+"d")); e != fsbackend.OK {
+						t.Errorf("RMDIR: %v", e)
+					}
+					g.fs.Forget(made.NodeId, 1)
 					if e := g.rename(from, name, to, name, 0); e != fsbackend.OK {
 						t.Errorf("RENAME: %v", e)
 						return
@@ -194,7 +211,7 @@ func TestBudgetWithManyThreads(t *testing.T) {
 					if e := g.unlink(from, name+"l"); e != fsbackend.OK {
 						t.Errorf("UNLINK: %v", e)
 					}
-					g.fs.Forget(out.NodeId, 2)
+					g.fs.Forget(out.NodeId, 3)
 				}
 			})
 		}

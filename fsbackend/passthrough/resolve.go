@@ -36,6 +36,15 @@ func (fs *FS) put(r *ref) {
 	}
 }
 
+// noRef needs no put.
+var noRef = ref{fd: -1, slot: -1}
+
+// letGo puts r early: a call must hold nothing when it resolves more, see resolve2.
+func (fs *FS) letGo(r *ref) {
+	fs.put(r)
+	*r = noRef
+}
+
 // rootRef is the root's, which needs no pin.
 func (fs *FS) rootRef(r *ref) {
 	*r = ref{fd: fs.root.Int(), typ: typeDir, slot: -1}
