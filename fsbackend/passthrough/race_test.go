@@ -84,6 +84,7 @@ func TestReplacedWhileOpened(t *testing.T) {
 // TestTreeBeyondTheBudget walks 10,000 files with eight descriptors.
 func TestTreeBeyondTheBudget(t *testing.T) {
 	each(t, func(t *testing.T, cfg Config) {
+		cfg.Dir = fastDir(t)
 		g := newGuest(t, cfg)
 		const dirs, files = 100, 100
 		for d := range dirs {
