@@ -30,13 +30,17 @@ func (fs *FS) made(c *fsbackend.Context, p *ref, parent uint64, name fsbackend.N
 	if errno != 0 || len(c.Secctx) == 0 {
 		return errno
 	}
+	fs.letGo(p)
 	var r ref
-	if errno = fs.resolve(out.NodeId, &r); errno == 0 {
-		errno = fs.label(c, r.fd)
+	if errno = fs.resolve2(parent, out.NodeId, p, &r); errno == 0 {
+		if errno = fs.label(c, r.fd); errno != 0 {
+			_ = sys.Unlinkat(p.fd, name.CString(), rmFlags)
+		}
 		fs.put(&r)
+	} else {
+		*p = noRef
 	}
 	if errno != 0 {
-		_ = sys.Unlinkat(p.fd, name.CString(), rmFlags)
 		fs.Forget(out.NodeId, 1)
 		*out = fuseproto.EntryOut{}
 	}
@@ -133,7 +137,11 @@ func (fs *FS) Link(_ *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Na
 	if errno := sys.LinkFD(fs.procfd.Int(), old.fd, dir.fd, name.CString()); errno != 0 {
 		return errno
 	}
-	return fs.lookup(&dir, in.NodeId, name, out)
+	var st unix.Statx_t
+	if errno := sys.Statx(old.fd, nil, statxFlags, statxMask, &st); errno != 0 {
+		return errno
+	}
+	return fs.enter(&dir, in.NodeId, name, &st, -1, -1, out)
 }
 
 // Unlink implements fsbackend.Remover.
@@ -230,6 +238,10 @@ func (fs *FS) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbacken
 		if errno != unix.ENOENT && errno != unix.ESTALE {
 			return errno
 		}
+		if errno := fs.resolve(in.NodeId, &p); errno != 0 {
+			p = noRef
+			return errno
+		}
 	}
 	return unix.ENOENT
 }
@@ -252,9 +264,11 @@ func (fs *FS) created(p *ref, parent uint64, name []byte, fd, flags int, out *fu
 	return errno
 }
 
-// openExisting opens a file that CREATE found to exist, as the daemon, like OPEN.
+// openExisting opens a file that CREATE found to exist, as the daemon, like OPEN. It lets go of p.
 func (fs *FS) openExisting(p *ref, in *fuseproto.CreateIn, name fsbackend.Name, out *fuseproto.CreateOut) errno {
-	if errno := fs.lookup(p, in.NodeId, name, &out.EntryOut); errno != 0 {
+	errno := fs.lookup(p, in.NodeId, name, &out.EntryOut)
+	fs.letGo(p)
+	if errno != 0 {
 		return errno
 	}
 	fh, errno := fs.openNode(out.NodeId, in.Flags, in.OpenFlags)

@@ -58,7 +58,7 @@ func (fs *FS) openFile(node uint64, flags int) (int, errno) {
 		return -1, unix.EISDIR
 	}
 	s, n := fs.nodes.lock(node)
-	if n == nil {
+	if n == nil || n.nlookup == 0 {
 		s.mu.Unlock()
 		return -1, unix.ESTALE
 	}
@@ -161,9 +161,8 @@ func (fs *FS) Read(c *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.Si
 				return fsbackend.ErrMayBlock
 			}
 			nowait = false // what has been read cannot be taken back
-		case done > 0:
-			return fsbackend.OK
 		default:
+			// Even after some data: a reply that is short of it would say that the file ends there.
 			return errno
 		}
 	}

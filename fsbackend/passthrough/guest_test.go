@@ -316,6 +316,20 @@ func (g *guest) readdir(node uint64, plus bool, size int) []dirent {
 	}
 }
 
+// fastDir is a directory in memory where there is one: making many files on a disk would take most of a test's time.
+func fastDir(t testing.TB) string {
+	dir, err := os.MkdirTemp("/dev/shm", "sluice-test")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
 // inodeFDs counts the process's O_PATH descriptors below dir. The FS's root is one.
 func inodeFDs(t testing.TB, dir string) int {
 	t.Helper()

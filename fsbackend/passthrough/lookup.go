@@ -49,11 +49,12 @@ func (fs *FS) Lookup(_ *fsbackend.Context, parent uint64, name fsbackend.Name, o
 }
 
 // lookup is Lookup in the directory behind p. A name that the guest knows and whose node has a descriptor takes one call,
-// any other two: open, then look at what was opened.
+// any other two: open, then look at what was opened. A handle that the guest has open does not count as a descriptor here:
+// it may be closed before what was looked up is opened.
 func (fs *FS) lookup(p *ref, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno {
 	var st unix.Statx_t
 	if s, _, n := fs.nodes.at(parent, name); n != nil {
-		hot := n.slot >= 0 || n.handles != 0
+		hot := n.slot >= 0
 		s.mu.Unlock()
 		if hot {
 			if errno := sys.Statx(p.fd, name.CString(), statxFlags, statxMask, &st); errno != 0 {
@@ -93,15 +94,11 @@ func (fs *FS) countHot(k key, st *unix.Statx_t, out *fuseproto.EntryOut) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	slot, n := s.findKey(uint32(h), k)
-	if n == nil || n.slot < 0 && n.handles == 0 {
+	if n == nil || n.slot < 0 {
 		return false
 	}
-	if n.nlookup++; n.nlookup == 0 {
-		n.nlookup--
-	}
-	if n.slot >= 0 {
-		fs.fds.slots[n.slot].used.Store(true)
-	}
+	n.count()
+	fs.fds.slots[n.slot].used.Store(true)
 	n.priv = st.Mode&privBits != 0
 	out.NodeId = makeID(i, slot, n.gen)
 	return true
@@ -118,7 +115,7 @@ func (fs *FS) enter(p *ref, parent uint64, name []byte, st *unix.Statx_t, slot i
 	if fd >= 0 && st.Mode&unix.S_IFMT == unix.S_IFDIR {
 		fs.probe(fs.mounts.at(m), fd)
 	}
-	s, id, n := fs.nodes.insert(keyOf(st, m), parent, name)
+	s, id, n, rel := fs.nodes.insert(keyOf(st, m), parent, name)
 	if n == nil {
 		s.mu.Unlock()
 		fs.discard(slot, fd)
@@ -140,6 +137,7 @@ func (fs *FS) enter(p *ref, parent uint64, name []byte, st *unix.Statx_t, slot i
 		taken = true
 	}
 	s.mu.Unlock()
+	fs.nodes.settle(rel)
 	if !taken {
 		fs.discard(slot, fd)
 	}
@@ -170,11 +168,7 @@ func (fs *FS) Forget(node, n uint64) {
 	if node == rootID || n == 0 {
 		return
 	}
-	slot, died := fs.nodes.forget(node, n)
-	if slot >= 0 {
-		fs.fds.drop(slot)
-	}
-	if died {
+	if fs.nodes.forget(node, n) {
 		fs.trim()
 	}
 }

@@ -86,7 +86,7 @@ func (ms *mounts) close() {
 
 // probe finds out whether file handles work on m, given a descriptor of a directory on it. It is done once for a mount.
 func (fs *FS) probe(m *mount, dirfd int) {
-	if !m.state.CompareAndSwap(handlesUnknown, handlesProbing) {
+	if m.state.Load() != handlesUnknown || !m.state.CompareAndSwap(handlesUnknown, handlesProbing) {
 		return
 	}
 	if fs.cfg.NoFileHandles {

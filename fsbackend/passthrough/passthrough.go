@@ -55,8 +55,9 @@ const (
 type Config struct {
 	// Dir is the directory's path.
 	Dir string
-	// MaxFDs bounds the descriptors kept for inodes, DefaultMaxFDs if 0. Beyond it there is one for each mount in the
-	// tree, three of the backend's own, and one for each file that the guest has open.
+	// MaxFDs bounds the descriptors kept for inodes: if 0, DefaultMaxFDs or half of RLIMIT_NOFILE, whichever is less.
+	// Beyond it there is one for each mount in the tree, two of the backend's own, and one for each file that the guest
+	// has open.
 	MaxFDs int
 	// MaxInodes bounds the inodes known to the guest at a time, DefaultMaxInodes if 0; ENFILE answers beyond.
 	MaxInodes int
@@ -115,6 +116,10 @@ func New(cfg Config) (*FS, error) {
 	}
 	if cfg.MaxFDs == 0 {
 		cfg.MaxFDs = DefaultMaxFDs
+		var limit unix.Rlimit
+		if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err == nil {
+			cfg.MaxFDs = int(max(min(uint64(cfg.MaxFDs), limit.Cur/2), MinMaxFDs))
+		}
 	}
 	if cfg.MaxInodes == 0 {
 		cfg.MaxInodes = DefaultMaxInodes
@@ -166,7 +171,7 @@ func (fs *FS) open() error {
 		return fmt.Errorf("statfs: %w", err)
 	}
 	fs.remote = remoteFS(int64(sfs.Type))
-	fs.nodes.init(fs.cfg.MaxInodes)
+	fs.nodes.init(fs.cfg.MaxInodes, fs.fds.drop)
 	fs.fds.init(fs.cfg.MaxFDs)
 	fs.rootIno = st.Ino
 	root, _ := fs.mounts.of(&st, 0)
@@ -219,17 +224,19 @@ func (fs *FS) Close() error {
 }
 
 // trimStep is how many nodes must go before their memory is given back to the host.
-const trimStep = 1 << 14
+const trimStep = 1 << 13
 
-// trim gives memory back after many nodes have gone: Go's own scavenger would keep it for minutes.
+// trim gives memory back after most nodes have gone: Go's own scavenger would keep it for minutes.
 func (fs *FS) trim() {
-	count, peak := fs.nodes.count.Load(), fs.nodes.peak.Load()
-	if peak-count < trimStep || 2*count > peak || !fs.trimming.CompareAndSwap(false, true) {
+	if !fs.nodes.shrunk() || !fs.trimming.CompareAndSwap(false, true) {
 		return
 	}
 	fs.trims.Go(func() {
-		defer fs.trimming.Store(false)
-		fs.nodes.peak.Store(fs.nodes.count.Load())
-		debug.FreeOSMemory()
+		for fs.nodes.shrunk() {
+			fs.nodes.peak.Store(fs.nodes.count.Load())
+			debug.FreeOSMemory()
+		}
+		fs.trimming.Store(false)
+		fs.trim() // the last nodes may have gone just now
 	})
 }

@@ -36,6 +36,15 @@ func (fs *FS) put(r *ref) {
 	}
 }
 
+// noRef needs no put.
+var noRef = ref{fd: -1, slot: -1}
+
+// letGo puts r early: a call must hold nothing when it resolves more, see resolve2.
+func (fs *FS) letGo(r *ref) {
+	fs.put(r)
+	*r = noRef
+}
+
 // rootRef is the root's, which needs no pin.
 func (fs *FS) rootRef(r *ref) {
 	*r = ref{fd: fs.root.Int(), typ: typeDir, slot: -1}
@@ -79,7 +88,7 @@ func (fs *FS) tryResolve(id uint64, r *ref, wait bool) errno {
 		return 0
 	}
 	s, n := fs.nodes.lock(id)
-	if n == nil {
+	if n == nil || n.nlookup == 0 {
 		s.mu.Unlock()
 		return unix.ESTALE
 	}

@@ -42,9 +42,10 @@ const (
 type node struct {
 	ino        uint64
 	btime      int64
-	nlookup    uint64 // saturates
+	nlookup    uint64 // saturates; a node at 0 only lives for its kids and is none of the guest's any more
 	parent     uint64 // nodeid of the directory that name was last seen in
 	slot       int32  // of its descriptor in fdCache, -1: none
+	kids       int32  // nodes that are located in this one
 	handles    uint32 // first open file handle, as index + 1; 0: none
 	gen        uint32 // 0: the node is free
 	mount      uint16
@@ -88,9 +89,11 @@ type table struct {
 	count  atomic.Int64
 	peak   atomic.Int64 // about the largest count since memory was last given back
 	max    int64
+	drop   func(slot int32) // ends the descriptor of a node that has died
 }
 
-func (t *table) init(maxNodes int) {
+func (t *table) init(maxNodes int, drop func(slot int32)) {
+	t.drop = drop
 	t.seed = maphash.MakeSeed()
 	t.mix = rand.Uint64() | 1
 	t.max = int64(maxNodes)
@@ -297,8 +300,9 @@ func (s *shard) setHandle(slot uint32, n *node, h *sys.FileHandle) {
 }
 
 // insert counts a lookup of the file k, seen as name in parent, and returns its shard locked, its nodeid and node: nil if
-// the table is full. A new node has neither descriptor nor file handle.
-func (t *table) insert(k key, parent uint64, name []byte) (*shard, uint64, *node) {
+// the table is full. A new node has neither descriptor nor file handle. The caller calls settle with what it also returns
+// when it has unlocked the shard.
+func (t *table) insert(k key, parent uint64, name []byte) (*shard, uint64, *node, relocation) {
 	h := t.hashKey(k)
 	i := shardOf(h)
 	s := &t.shards[i]
@@ -308,30 +312,76 @@ func (t *table) insert(k key, parent uint64, name []byte) (*shard, uint64, *node
 		count := t.count.Add(1)
 		if count > t.max {
 			t.count.Add(-1)
-			return s, 0, nil
+			return s, 0, nil, relocation{}
 		}
 		if count%1024 == 0 && count > t.peak.Load() {
 			t.peak.Store(count)
 		}
 		if slot, n = s.alloc(); n == nil {
 			t.count.Add(-1)
-			return s, 0, nil
+			return s, 0, nil, relocation{}
 		}
 		n.ino, n.btime, n.mount, n.typ = k.ino, k.btime, k.mount, k.typ
 		s.byKey.add(uint32(h), slot+1)
 	}
+	n.count()
+	var rel relocation
+	if len(name) > 0 && (n.parent != parent || !s.nameIs(slot, n, name)) {
+		rel = s.move(t, i, slot, n, parent, name)
+	}
+	return s, makeID(i, slot, n.gen), n, rel
+}
+
+// count counts a lookup of the locked node.
+func (n *node) count() {
 	if n.nlookup++; n.nlookup == 0 {
 		n.nlookup--
 	}
-	if len(name) > 0 && (n.parent != parent || !s.nameIs(slot, n, name)) {
-		s.move(t, i, slot, n, parent, name)
+}
+
+// relocation is a node's change of directory, 0 for none: the directories' counts of kids follow when no shard is locked,
+// for they have locks of their own.
+type relocation struct{ from, to uint64 }
+
+// settle makes the counts of kids follow r. A directory that only lived for its kids dies with the last.
+func (t *table) settle(r relocation) {
+	if r.from == r.to {
+		return
 	}
-	return s, makeID(i, slot, n.gen), n
+	if s, n := t.lock(r.to); n != nil {
+		n.kids++
+		s.mu.Unlock()
+	} else {
+		s.mu.Unlock()
+	}
+	for dir := r.from; dir != 0; {
+		s, n := t.lock(dir)
+		if n != nil {
+			n.kids--
+		}
+		dir = t.unlockReaped(s, dir, n)
+	}
+}
+
+// unlockReaped unlocks s after it has taken out node id if nothing needs it any more, and returns the directory that has
+// lost it as a kid then, else 0.
+func (t *table) unlockReaped(s *shard, id uint64, n *node) uint64 {
+	if n == nil || n.nlookup > 0 || n.kids > 0 {
+		s.mu.Unlock()
+		return 0
+	}
+	slot, parent := t.remove(s, id, n)
+	s.mu.Unlock()
+	if slot >= 0 {
+		t.drop(slot)
+	}
+	return parent
 }
 
 // move gives the locked node another location; an empty name takes it away.
-func (s *shard) move(t *table, i int, slot uint32, n *node, parent uint64, name []byte) {
+func (s *shard) move(t *table, i int, slot uint32, n *node, parent uint64, name []byte) relocation {
 	ref := slot<<shardBits | uint32(i)
+	rel := relocation{from: n.parent, to: parent}
 	if n.nameLen > 0 {
 		var buf [256]byte
 		h := t.hashName(n.parent, s.nameOf(slot, n, &buf))
@@ -341,14 +391,14 @@ func (s *shard) move(t *table, i int, slot uint32, n *node, parent uint64, name 
 		x.mu.Unlock()
 	}
 	s.setName(slot, n, parent, name)
-	if len(name) == 0 {
-		return
+	if len(name) > 0 {
+		h := t.hashName(parent, name)
+		x := &t.names[shardOf(h)]
+		x.mu.Lock()
+		x.add(uint32(h), ref+1)
+		x.mu.Unlock()
 	}
-	h := t.hashName(parent, name)
-	x := &t.names[shardOf(h)]
-	x.mu.Lock()
-	x.add(uint32(h), ref+1)
-	x.mu.Unlock()
+	return rel
 }
 
 // maxSame bounds how many nodes of one name are looked at: a name has one node, unless hashes collide or it went to
@@ -382,58 +432,68 @@ func (t *table) at(parent uint64, name []byte) (s *shard, id uint64, n *node) {
 	return nil, 0, nil
 }
 
-// moved says that the guest took the file away from name in parent: to another name, or, with an empty one, for good.
+// moved says that the guest took the file away from name in parent: to another name, or, with parent 0 and an empty one,
+// for good.
 func (t *table) moved(parent uint64, name []byte, newParent uint64, newName []byte) {
-	s, id, n := t.at(parent, name)
-	if n == nil {
-		return
+	if s, id, n := t.at(parent, name); n != nil {
+		t.unlockMoved(s, id, n, newParent, newName)
 	}
-	i, slot, _ := splitID(id)
-	s.move(t, i, slot, n, newParent, newName)
-	s.mu.Unlock()
 }
 
 // exchanged says that the guest swapped two names.
 func (t *table) exchanged(parentA uint64, a []byte, parentB uint64, b []byte) {
-	id := uint64(0)
-	if s, found, n := t.at(parentA, a); n != nil {
-		id = found
+	idA := uint64(0)
+	if s, id, n := t.at(parentA, a); n != nil {
+		idA = id
 		s.mu.Unlock()
 	}
 	t.moved(parentB, b, parentA, a)
-	if s, n := t.lock(id); n != nil {
-		i, slot, _ := splitID(id)
-		s.move(t, i, slot, n, parentB, b)
-		s.mu.Unlock()
+	if s, n := t.lock(idA); n != nil {
+		t.unlockMoved(s, idA, n, parentB, b)
 	} else {
 		s.mu.Unlock()
 	}
 }
 
-// forget takes count lookups back and returns the descriptor's slot that the node, if it died, leaves to the caller to
-// drop; -1 if there is none. It reports whether the node died.
-func (t *table) forget(id, count uint64) (slot int32, died bool) {
+func (t *table) unlockMoved(s *shard, id uint64, n *node, parent uint64, name []byte) {
+	i, slot, _ := splitID(id)
+	rel := s.move(t, i, slot, n, parent, name)
+	s.mu.Unlock()
+	t.settle(rel)
+}
+
+// forget takes count lookups back and reports whether the guest does not know the node any more.
+func (t *table) forget(id, count uint64) bool {
 	s, n := t.lock(id)
-	defer s.mu.Unlock()
-	if n == nil {
-		return -1, false
+	if n == nil || n.nlookup == 0 {
+		s.mu.Unlock()
+		return false
 	}
 	if count < n.nlookup {
 		n.nlookup -= count
-		return -1, false
+		s.mu.Unlock()
+		return false
 	}
-	return t.remove(s, id, n), true
+	n.nlookup = 0
+	t.settle(relocation{from: t.unlockReaped(s, id, n)})
+	return true
 }
 
-// remove takes the locked node out and returns its descriptor's slot.
-func (t *table) remove(s *shard, id uint64, n *node) int32 {
-	i, slot, _ := splitID(id)
-	s.byKey.remove(uint32(t.hashKey(key{n.ino, n.btime, n.mount, n.typ})), slot+1)
-	s.move(t, i, slot, n, 0, nil)
-	fd := n.slot
-	s.release(slot)
+// remove takes the locked node out and returns its descriptor's slot, -1 for none, and the directory it was located in.
+func (t *table) remove(s *shard, id uint64, n *node) (slot int32, parent uint64) {
+	i, at, _ := splitID(id)
+	s.byKey.remove(uint32(t.hashKey(key{n.ino, n.btime, n.mount, n.typ})), at+1)
+	rel := s.move(t, i, at, n, 0, nil)
+	slot = n.slot
+	s.release(at)
 	t.count.Add(-1)
-	return fd
+	return slot, rel.from
+}
+
+// shrunk says whether most nodes have gone since memory was last given back.
+func (t *table) shrunk() bool {
+	count, peak := t.count.Load(), t.peak.Load()
+	return peak-count >= trimStep && 2*count <= peak
 }
 
 // clear takes every node of shard i out and returns their descriptors' slots, added to slots.
@@ -447,7 +507,7 @@ func (t *table) clear(i int, slots []int32) []int32 {
 			if n.gen == 0 {
 				continue
 			}
-			if slot := t.remove(s, makeID(i, uint32(c*chunkSize+j), n.gen), n); slot >= 0 {
+			if slot, _ := t.remove(s, makeID(i, uint32(c*chunkSize+j), n.gen), n); slot >= 0 {
 				slots = append(slots, slot)
 			}
 		}

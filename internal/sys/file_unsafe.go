@@ -249,18 +249,6 @@ func UtimensFD(procfd, fd int, times *[2]unix.Timespec) unix.Errno {
 	}
 }
 
-// AccessFD checks the process's access to the file behind fd: procfd is /proc/self/fd.
-func AccessFD(procfd, fd int, mode uint32) unix.Errno {
-	var d Decimal
-	link := FormatDecimal(&d, fd)
-	for {
-		_, _, errno := unix.Syscall6(unix.SYS_FACCESSAT, uintptr(procfd), uintptr(unsafe.Pointer(link)), uintptr(mode), 0, 0, 0)
-		if errno != unix.EINTR {
-			return errno
-		}
-	}
-}
-
 // Ftruncate is ftruncate(2).
 func Ftruncate(fd int, size int64) unix.Errno {
 	for {
