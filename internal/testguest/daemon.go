@@ -42,6 +42,9 @@ func (d *Daemon) Device() Device { return Device{Socket: d.socket, Tag: d.tag} }
 // Wait waits for the daemon to end by itself; nil means with status 0.
 func (d *Daemon) Wait(ctx context.Context) error { return d.p.wait(ctx) }
 
+// Exited is closed when the daemon has ended.
+func (d *Daemon) Exited() <-chan struct{} { return d.p.exited }
+
 // Close kills the daemon.
 func (d *Daemon) Close() { d.p.kill() }
 

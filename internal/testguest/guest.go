@@ -277,7 +277,7 @@ func (g *Guest) awaitHello(ctx context.Context) error {
 	case <-g.served:
 		return fmt.Errorf("%w\n%s", g.err, g.Console())
 	case <-ctx.Done():
-		return fmt.Errorf("its init is not ready: %w\n%s", ctx.Err(), g.Console())
+		return fmt.Errorf("its init is not ready: %w\n%s", context.Cause(ctx), g.Console())
 	}
 }
 
@@ -316,7 +316,7 @@ func (g *Guest) Run(ctx context.Context, command Command) (Result, error) {
 				err = errors.New(last.Error)
 			}
 		case <-ctx.Done():
-			err = ctx.Err()
+			err = context.Cause(ctx)
 		}
 	}
 	g.mu.Lock()

@@ -78,7 +78,7 @@ func (p *process) wait(ctx context.Context) error {
 		}
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("%s has not ended: %w\n%s", p.name, ctx.Err(), p.log)
+		return fmt.Errorf("%s has not ended: %w\n%s", p.name, context.Cause(ctx), p.log)
 	}
 }
 
@@ -131,7 +131,7 @@ func (l *logBuffer) await(ctx context.Context, text string) error {
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return fmt.Errorf("no %q: %w", text, ctx.Err())
+			return fmt.Errorf("no %q: %w", text, context.Cause(ctx))
 		}
 	}
 }

@@ -122,7 +122,7 @@ func TestDirectIO(t *testing.T) {
 			m.sh("mkfifo /tmp/say /tmp/hear")
 			ended := make(chan error, 1)
 			go func() {
-				_, err := m.guest.Sh(m.ctx, "guestprog hold /mnt/file /tmp/say /tmp/hear")
+				_, err := m.trySh("guestprog hold /mnt/file /tmp/say /tmp/hear")
 				ended <- err
 			}()
 			m.sh("cat /tmp/say")

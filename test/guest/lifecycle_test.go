@@ -59,7 +59,7 @@ func TestReboots(t *testing.T) {
 			before = m.usage()
 		}
 		if i < reboots.n() {
-			m.check(m.guest.Reboot(m.ctx))
+			m.check(m.guest.Reboot(m.serving))
 			m.mount()
 		}
 	}
@@ -102,7 +102,7 @@ func TestEnd(t *testing.T) {
 // TestReplacedFile opens a file that the host replaces by rename as fast as it can. Whatever the cache policy, an open finds one
 // of the files, whole.
 func TestReplacedFile(t *testing.T) {
-	opens := map[testguest.Kind]size{testguest.UML: {10000, 10000}, testguest.QEMU: {3000, 10000}}
+	opens := map[testguest.Kind]size{testguest.UML: {10000, 10000}, testguest.QEMU: {1000, 10000}}
 	eachKind(t, func(t *testing.T, kind testguest.Kind) {
 		for _, cache := range []string{"never", "metadata", "auto", "always"} {
 			t.Run(cache, func(t *testing.T) {
@@ -188,7 +188,7 @@ func TestManyFiles(t *testing.T) {
 			}
 		}()
 		begin := time.Now()
-		r, err := m.guest.Run(m.ctx, testguest.Command{Args: []string{"sh", "-c", "find /mnt -type f -size 0 -links 1 | wc -l"}})
+		r, err := m.run(testguest.Command{Args: []string{"sh", "-c", "find /mnt -type f -size 0 -links 1 | wc -l"}})
 		close(stop)
 		top := <-peak
 		m.check(err)

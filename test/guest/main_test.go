@@ -6,6 +6,7 @@ package guest_test
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -90,7 +91,8 @@ var cleanups []func()
 // machine is a guest, the daemon that serves it, and the directory that both see.
 type machine struct {
 	t       *testing.T
-	ctx     context.Context
+	ctx     context.Context // ends shortly before the test's time is over
+	serving context.Context // ends with the daemon too: a guest whose daemon has gone may hang for ever
 	scratch string
 	share   string
 	daemon  *testguest.Daemon
@@ -118,6 +120,16 @@ func newMachine(t *testing.T, options ...string) *machine {
 	m.check(os.Mkdir(m.share, 0o755))
 	m.daemon, err = testguest.StartDaemon(ctx, program, dir, m.share, options...)
 	m.check(err)
+	serving, ended := context.WithCancelCause(ctx)
+	m.serving = serving
+	t.Cleanup(func() { ended(nil) })
+	go func() {
+		select {
+		case <-m.daemon.Exited():
+			ended(errors.New("the daemon has ended"))
+		case <-ctx.Done():
+		}
+	}()
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("daemon:\n%s", m.daemon.Log())
@@ -134,7 +146,7 @@ func (m *machine) boot(cfg testguest.Config, mountOptions ...string) {
 	device := m.daemon.Device()
 	device.Queues = cfg.CPUs
 	cfg.Devices = []testguest.Device{device}
-	ctx, cancel := context.WithTimeout(m.ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(m.serving, time.Minute)
 	defer cancel()
 	g, err := testguest.Boot(ctx, cfg)
 	m.check(err)
@@ -153,12 +165,33 @@ func (m *machine) mount(options ...string) {
 	m.sh("mount -t virtiofs -o %s %s /mnt", strings.Join(append([]string{"rw"}, options...), ","), testguest.Tag)
 }
 
+// run runs a command in the guest, for no longer than any should take.
+func (m *machine) run(command testguest.Command) (testguest.Result, error) {
+	ctx, cancel := context.WithTimeout(m.serving, time.Duration(commandMinutes.n())*time.Minute)
+	defer cancel()
+	return m.guest.Run(ctx, command)
+}
+
+var commandMinutes = size{2, 30}
+
 // sh runs a shell script in the guest as root, which must succeed, and returns its output without the last newline.
 func (m *machine) sh(format string, args ...any) string {
 	m.t.Helper()
-	out, err := m.guest.Sh(m.ctx, fmt.Sprintf(format, args...))
+	out, err := m.trySh(fmt.Sprintf(format, args...))
 	m.check(err)
-	return strings.TrimSuffix(out, "\n")
+	return out
+}
+
+// trySh is sh for a script that may fail.
+func (m *machine) trySh(script string) (string, error) {
+	r, err := m.run(testguest.Command{Args: []string{"sh", "-euc", script}})
+	if err == nil && r.Status != 0 {
+		err = fmt.Errorf("guest: %s: status %d", script, r.Status)
+	}
+	if err != nil {
+		return "", fmt.Errorf("%w\n%s%s", err, r.Stdout, r.Stderr)
+	}
+	return strings.TrimSuffix(r.Stdout, "\n"), nil
 }
 
 // path is a file of the share on the host.

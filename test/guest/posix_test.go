@@ -24,7 +24,7 @@ func TestPOSIX(t *testing.T) {
 		{"--xattr", kinds},
 		{"--xattr --writeback", kinds},
 		{"--xattr --cache never --allow-mmap --no-readdirplus", kinds[:1]},
-		{"--xattr --cache metadata", kinds[:1]},
+		{"--xattr --cache metadata --allow-mmap", kinds[:1]},
 		{"--xattr --cache always --writeback --allow-direct-io", kinds[:1]},
 		{"--xattr --max-fds 64 --max-inodes 100000 --rlimit-nofile 1024 --log-level debug", kinds[:1]},
 	} {
@@ -78,7 +78,7 @@ func (m *machine) makeFixtures() {
 // runCases runs guestprog and makes a subtest of each line that it prints.
 func (m *machine) runCases(t *testing.T, name string, command testguest.Command) {
 	t.Run(name, func(t *testing.T) {
-		r, err := m.guest.Run(m.ctx, command)
+		r, err := m.run(command)
 		if err != nil {
 			t.Fatalf("%v\n%s%s", err, r.Stdout, r.Stderr)
 		}
@@ -122,7 +122,7 @@ func TestPosixtest(t *testing.T) {
 	eachKind(t, func(t *testing.T, kind testguest.Kind) {
 		m := newMachine(t, "--xattr")
 		m.boot(testguest.Config{Kind: kind})
-		r, err := m.guest.Run(m.ctx, testguest.Command{Args: []string{"posixtest", "-posixdir=/mnt", "-test.v"}, Dir: "/tmp"})
+		r, err := m.run(testguest.Command{Args: []string{"posixtest", "-posixdir=/mnt", "-test.v"}, Dir: "/tmp"})
 		if err != nil {
 			t.Fatalf("%v\n%s%s", err, r.Stdout, r.Stderr)
 		}
@@ -148,7 +148,7 @@ func TestHostView(t *testing.T) {
 		m.boot(testguest.Config{Kind: kind})
 		as := user
 		as.Args = []string{"sh", "-euc", `cd /mnt; umask 027; echo content >file; mkdir dir; ln -s file link; ln file hard; mkfifo fifo; chmod 1750 dir`}
-		if r, err := m.guest.Run(m.ctx, as); err != nil || r.Status != 0 {
+		if r, err := m.run(as); err != nil || r.Status != 0 {
 			t.Fatalf("status %d, %v\n%s", r.Status, err, r.Stderr)
 		}
 		m.sh("cd /mnt; mknod char c 1 3; mknod block b 7 9; chown 1234:5678 char; touch -d @1000000000 file")
