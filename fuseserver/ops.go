@@ -2,7 +2,6 @@ package fuseserver
 
 import (
 	"syscall"
-	"unsafe"
 
 	"github.com/sluicefs/sluice/fuseproto"
 )
@@ -100,7 +99,7 @@ var ops = [...]op{
 	fuseproto.FUSE_REMOVEXATTR: {handle: opRemovexattr, names: [2]nameRule{nameXattr}, flags: modifies | whole},
 
 	fuseproto.FUSE_SYNCFS:    {handle: opSyncfs, in: 8, flags: mayBlock},
-	fuseproto.FUSE_IOCTL:     {handle: opIoctl, in: 32, out: uint16(unsafe.Sizeof(fuseproto.IoctlOut{})), flags: whole | data},
+	fuseproto.FUSE_IOCTL:     {handle: opIoctl, in: 32, out: 16, flags: whole | data},
 	fuseproto.FUSE_INTERRUPT: {handle: opInterrupt, flags: anytime | inline | noReply},
 }
 

@@ -255,7 +255,8 @@ func (d *Device) MemoryChanged() error {
 	return nil
 }
 
-// Reset ends the file system session (VHOST_USER_RESET_DEVICE).
+// Reset ends the file system session and drops the acknowledged features (VHOST_USER_RESET_DEVICE).
 func (d *Device) Reset() {
+	d.features = 0
 	d.cfg.Server.Reset()
 }

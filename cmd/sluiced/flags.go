@@ -74,8 +74,8 @@ const bare = "true"
 var settledOptions = []settled{
 	{name: "announce-submounts", same: bare, usage: "tell the guest of mounts in the directory, which is done anyway", reason: "mounts are always announced"},
 	{name: "no-announce-submounts", reason: "mounts in the directory are always announced"},
-	{name: "killpriv-v2", reason: "who clears set-user-ID bits is not for the command line to say"},
-	{name: "no-killpriv-v2", reason: "who clears set-user-ID bits is not for the command line to say"},
+	{name: "killpriv-v2", same: bare, usage: "have set-user-ID bits cleared on the host, which is done anyway", reason: "guests that can are always served so"},
+	{name: "no-killpriv-v2", reason: "guests that can are always served with FUSE_HANDLE_KILLPRIV_V2"},
 	{name: "posix-acl", same: "never", reason: "only --posix-acl=never is"},
 	{name: "security-label", same: "never", reason: "only --security-label=never is"},
 	{name: "xattrmap", reason: "names of extended attributes pass unchanged"},

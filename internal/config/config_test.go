@@ -39,7 +39,7 @@ func TestValidate(t *testing.T) {
 		{"standard error", func(c *Config) { c.SocketPath, c.FD = "", 2 }, "--fd: 2"},
 		{"long socket path", func(c *Config) { c.SocketPath = strings.Repeat("s", MaxSocketPath+1) }, "--socket-path: 108 bytes"},
 		{"no queue", func(c *Config) { c.RequestQueues = 0 }, "--num-request-queues: 0"},
-		{"too many queues", func(c *Config) { c.RequestQueues = MaxRequestQueues + 1 }, "--num-request-queues: 1024"},
+		{"too many queues", func(c *Config) { c.RequestQueues = MaxRequestQueues + 1 }, "--num-request-queues: 256"},
 		{"negative limit", func(c *Config) { c.RlimitNofile = -2 }, "--rlimit-nofile: -2"},
 		{"no sandbox chosen", func(c *Config) { c.Sandbox = SandboxUnset }, "run with --sandbox none"},
 		{"no directory", func(c *Config) { c.Share.Dir = "" }, "--shared-dir is needed"},
