@@ -8,7 +8,7 @@ SHARE ?=
 SLUICED ?= bin/sluiced
 FUZZTIME ?= 60s
 # The guest tests serve trees of several owners, which takes root.
-SUDO := $(if $(filter-out 0,$(shell id -u)),sudo --preserve-env --preserve-env=PATH)
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -E env PATH=$(PATH))
 GUEST_TESTS := ./test/guest/...
 
 all: build

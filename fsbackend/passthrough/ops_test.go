@@ -137,6 +137,27 @@ func TestEscape(t *testing.T) {
 	})
 }
 
+// TestEscapeWithoutNameChecks takes the check of names away: the call itself must not leave the directory.
+func TestEscapeWithoutNameChecks(t *testing.T) {
+	g := newGuest(t, Config{})
+	g.mkdirHost("d")
+	if err := os.Symlink("/proc/self/fd", g.path("magic")); err != nil {
+		t.Fatal(err)
+	}
+	dir, err := unix.Open(g.path("d"), unix.O_PATH, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(dir)
+	for _, name := range []string{"..", "../d", "/", "/etc", "../magic/1"} {
+		fd, errno := openPath(dir, fsbackend.MakeName(name).CString())
+		if errno != unix.EXDEV {
+			t.Errorf("open %q: descriptor %d, %v, expected EXDEV", name, fd, errno)
+			_ = unix.Close(fd)
+		}
+	}
+}
+
 func TestSetattr(t *testing.T) {
 	each(t, func(t *testing.T, cfg Config) {
 		g := newGuest(t, cfg)
@@ -520,6 +541,34 @@ func TestInodeNumberReused(t *testing.T) {
 	})
 }
 
+// TestReplacedBehindTheGuest makes sure that a node is never another file of its name.
+func TestReplacedBehindTheGuest(t *testing.T) {
+	each(t, func(t *testing.T, cfg Config) {
+		g := newGuest(t, cfg)
+		g.write("f", "old")
+		old := g.lookup("f").NodeId
+		listed := g.readdir(rootID, true, 4096)
+		g.fs.fds.forgetAll(g.fs)
+		g.write("new", "new")
+		if err := os.Rename(g.path("new"), g.path("f")); err != nil {
+			t.Fatal(err)
+		}
+		_, e := g.tryOpen(old, unix.O_RDONLY)
+		g.fails("OPEN of what was replaced", e, unix.ESTALE)
+		_, e = g.getattr(old)
+		g.fails("GETATTR of what was replaced", e, unix.ESTALE)
+		_, e = g.setattr(old, func(in *fuseproto.SetattrIn) { in.Valid, in.Size = fuseproto.FATTR_SIZE, 0 })
+		g.fails("SETATTR of what was replaced", e, unix.ESTALE)
+		entry := g.lookup("f")
+		if entry.NodeId == old || len(listed) != 3 {
+			t.Errorf("LOOKUP gave the old node, or a wrong listing: %+v", listed)
+		}
+		if got := g.read(entry.NodeId, g.open(entry.NodeId, unix.O_RDONLY)); got != "new" {
+			t.Errorf("READ: %q", got)
+		}
+	})
+}
+
 func (g *guest) mkdirHost(name string) {
 	g.Helper()
 	if err := os.MkdirAll(g.path(name), 0o755); err != nil {
@@ -686,6 +735,9 @@ func TestListingWhileItChanges(t *testing.T) {
 		found := map[string]int{}
 		for _, d := range g.readdir(rootID, i%2 == 0, 3000) {
 			found[d.name]++
+			if i%2 == 0 && d.entry.NodeId == 0 && d.name[0] != '.' {
+				t.Errorf("%q is listed and not looked up", d.name)
+			}
 			g.fs.Forget(d.entry.NodeId, 1)
 		}
 		for j := range stay {

@@ -57,7 +57,7 @@ type Config struct {
 	Dir string
 	// MaxFDs bounds the descriptors kept for inodes: if 0, DefaultMaxFDs or half of RLIMIT_NOFILE, whichever is less.
 	// Beyond it there is one for each mount in the tree, two of the backend's own, and one for each file that the guest
-	// has open.
+	// has open. A mount that the guest has looked at stays busy on the host until the FS is closed.
 	MaxFDs int
 	// MaxInodes bounds the inodes known to the guest at a time, DefaultMaxInodes if 0; ENFILE answers beyond.
 	MaxInodes int

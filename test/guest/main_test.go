@@ -1,7 +1,7 @@
 // Package guest_test runs a daemon in front of real Linux guests, of both kinds, and looks at what they see.
 //
 // The daemon is $SLUICED, or else ./cmd/sluiced built here. Everything is of a size that `make test` can afford on two CPUs without
-// hardware virtualisation; with SLUICE_FULL set (`make test-guest-full`) the sizes are those of the sizes table.
+// hardware virtualisation; with SLUICE_FULL set (`make test-guest-full`) each test takes its full size.
 package guest_test
 
 import (
@@ -22,11 +22,13 @@ import (
 type size struct{ usual, full int }
 
 func (s size) n() int {
-	if os.Getenv("SLUICE_FULL") != "" {
+	if full() {
 		return s.full
 	}
 	return s.usual
 }
+
+func full() bool { return os.Getenv("SLUICE_FULL") != "" }
 
 var (
 	kinds = []testguest.Kind{testguest.UML, testguest.QEMU}
