@@ -213,6 +213,7 @@ func FuzzSession(f *testing.F) {
 			}
 			in = in[2:]
 		}
+		_ = r.fe.CloseWrite()
 		r.fe.Discard()
 		_ = r.disconnect()
 		// The device is as good as new for the next front-end.

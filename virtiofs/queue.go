@@ -300,7 +300,7 @@ func (q *queue) completeLocked(run uint64, head uint16, written uint32) {
 
 // publishLocked shows the guest what has been completed, with one notification if it wants one.
 func (q *queue) publishLocked() {
-	if q.vq == nil || q.broken {
+	if q.vq == nil {
 		return
 	}
 	notify, err := q.vq.Publish()

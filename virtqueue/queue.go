@@ -14,6 +14,7 @@ type Queue struct {
 	ring     split
 	walker   walker // walker.m is the bound Map, nil when the queue is not bound
 	inFlight int    // chains popped and not pushed
+	stopped  bool   // nothing more is fetched: see ringErr
 	faulted  bool   // set by sys.Guard
 	chainErr ChainError
 	ringErr  RingError
@@ -29,6 +30,7 @@ func New(c Config) (*Queue, error) {
 		ring:    split{num: c.Num, eventIdx: c.Features&VIRTIO_RING_F_EVENT_IDX != 0, next: c.Base},
 		walker:  walker{indirect: c.Features&VIRTIO_RING_F_INDIRECT_DESC != 0, limit: max(int(c.Num), minChain)},
 		ringErr: RingError{ReasonUnbound},
+		stopped: true,
 	}, nil
 }
 
@@ -43,12 +45,17 @@ func (q *Queue) Bind(m *guestmem.Map) (err error) {
 		return err
 	}
 	q.walker.m = m
+	q.stopped = false
 	return nil
 }
 
-// fail ends the use of the ring.
+// fail ends fetching. What was popped can still be completed, unless the ring's memory cannot be used.
 func (q *Queue) fail(r Reason) error {
-	q.walker.m = nil
+	q.stopped = true
+	switch r {
+	case ReasonUnbound, ReasonUnmapped, ReasonAlign, ReasonFault:
+		q.walker.m = nil
+	}
 	q.ringErr.Reason = r
 	return &q.ringErr
 }
@@ -66,12 +73,13 @@ func (q *Queue) bound() bool {
 }
 
 // Pop takes the next available chain and describes it in c; ok is false when there is none. On a *ChainError the chain is
-// taken, c is empty, and the caller must Push the head with 0. On a *RingError nothing is taken.
+// taken, c is empty, and the caller must Push the head with 0. On a *RingError nothing is taken, now or later, until Bind;
+// what was popped before can still be pushed and published.
 func (q *Queue) Pop(c *Chain) (ok bool, err error) {
 	defer q.settle(&err)
 	defer sys.Guard(&q.faulted)
 	c.reset()
-	if !q.bound() {
+	if q.stopped {
 		return false, &q.ringErr
 	}
 	head, ok, r := q.ring.head()
@@ -130,7 +138,7 @@ func (q *Queue) Publish() (notify bool, err error) {
 func (q *Queue) Arm() (pending bool, err error) {
 	defer q.settle(&err)
 	defer sys.Guard(&q.faulted)
-	if !q.bound() {
+	if q.stopped {
 		return false, &q.ringErr
 	}
 	pending, r := q.ring.arm()
@@ -144,7 +152,7 @@ func (q *Queue) Arm() (pending bool, err error) {
 func (q *Queue) Disarm() (err error) {
 	defer q.settle(&err)
 	defer sys.Guard(&q.faulted)
-	if !q.bound() {
+	if q.stopped {
 		return &q.ringErr
 	}
 	q.ring.disarm()
@@ -155,7 +163,7 @@ func (q *Queue) Disarm() (err error) {
 func (q *Queue) Pending() (pending bool, err error) {
 	defer q.settle(&err)
 	defer sys.Guard(&q.faulted)
-	if !q.bound() {
+	if q.stopped {
 		return false, &q.ringErr
 	}
 	pending, r := q.ring.pending()
