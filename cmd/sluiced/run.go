@@ -116,6 +116,13 @@ func (p *program) serve(ctx context.Context, cfg config.Config) (err error) {
 		log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
 	}
 
+	if os.Geteuid() == 0 {
+		// A group of whoever started the daemon must not help the guest's users.
+		if err := unix.Setgroups(nil); err != nil {
+			log.Warn("cannot give up the supplementary groups", "error", err)
+		}
+	}
+
 	srv, err := p.newServer(cfg, log)
 	if err != nil {
 		return err
