@@ -96,6 +96,7 @@ func TestSourceTree(t *testing.T) {
 
 // TestQueues has several processes at work at once on as many request queues.
 func TestQueues(t *testing.T) {
+	t.Parallel()
 	const queues = 2
 	m := newMachine(t, "--num-request-queues", fmt.Sprint(queues))
 	m.boot(testguest.Config{Kind: testguest.QEMU, CPUs: queues})
@@ -112,6 +113,7 @@ func TestQueues(t *testing.T) {
 
 // TestDirectIO looks at the flags of the descriptor that the daemon opens for a guest's O_DIRECT.
 func TestDirectIO(t *testing.T) {
+	t.Parallel()
 	const direct = 0o40000
 	if runtime.GOARCH != "amd64" {
 		t.Fatalf("O_DIRECT is another bit on %s", runtime.GOARCH)

@@ -44,6 +44,7 @@ func TestMounts(t *testing.T) {
 
 // TestReboots reboots a guest whose virtual machine keeps the daemon's connection.
 func TestReboots(t *testing.T) {
+	t.Parallel()
 	reboots := size{20, 20}
 	m := newMachine(t)
 	m.check(tree.WriteSample(m.path("tree"), 1))
@@ -201,11 +202,20 @@ func TestManyFiles(t *testing.T) {
 		if top.FDs > maxFDs+64 {
 			t.Errorf("the daemon had %d descriptors with --max-fds %d", top.FDs, maxFDs)
 		}
-		if limit := before.RSS + 64<<20 + int64(n)*1024; top.RSS > limit {
+		const perInode, slack = 300, 24 << 20
+		if limit := before.RSS + slack + int64(n)*perInode; top.RSS > limit {
 			t.Errorf("the daemon had %d KiB of memory, more than %d", top.RSS>>10, limit>>10)
 		}
-		m.sh("echo 3 >/proc/sys/vm/drop_caches")
-		t.Logf("after the guest has dropped its caches: %+v", m.usage())
+		m.sh("sync; echo 3 >/proc/sys/vm/drop_caches")
+		// The last FORGETs are on their way, and memory goes back to the host from a thread of its own.
+		after := m.usage()
+		for end := time.Now().Add(time.Minute); after.RSS > before.RSS+slack && time.Now().Before(end); after = m.usage() {
+			m.sh("echo 3 >/proc/sys/vm/drop_caches; sleep 1")
+		}
+		t.Logf("after the guest has dropped its caches: %+v", after)
+		if after.RSS > before.RSS+slack {
+			t.Errorf("the daemon has %d KiB of memory after the guest has dropped its caches, had %d before the walk", after.RSS>>10, before.RSS>>10)
+		}
 		// Removed by a process: it is quicker than the clean-up of the test's directory, and than the guest.
 		m.check(exec.Command("rm", "-rf", m.share).Run())
 	})

@@ -216,7 +216,11 @@ func (m *machine) check(err error) {
 
 // eachKind runs a test for each kind of guest.
 func eachKind(t *testing.T, test func(t *testing.T, kind testguest.Kind)) {
+	t.Parallel()
 	for _, kind := range kinds {
-		t.Run(string(kind), func(t *testing.T) { test(t, kind) })
+		t.Run(string(kind), func(t *testing.T) {
+			t.Parallel()
+			test(t, kind)
+		})
 	}
 }

@@ -17,6 +17,7 @@ var user = testguest.Command{UID: 1000, GID: 1000, Groups: []uint32{1000, 2000}}
 
 // TestPOSIX runs the cases of guestprog as root and as a user, with the options that change how the daemon or the guest's kernel work.
 func TestPOSIX(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		options string
 		kinds   []testguest.Kind
@@ -30,6 +31,7 @@ func TestPOSIX(t *testing.T) {
 	} {
 		for _, kind := range test.kinds {
 			t.Run(string(kind)+" "+test.options, func(t *testing.T) {
+				t.Parallel()
 				m := newMachine(t, strings.Fields(test.options)...)
 				m.makeFixtures()
 				m.boot(testguest.Config{Kind: kind})
