@@ -1,7 +1,6 @@
 package testguest
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"os"
@@ -57,7 +56,9 @@ func (d *Daemon) PID() int { return d.p.cmd.Process.Pid }
 // Usage is what a daemon holds at one moment.
 type Usage struct {
 	FDs int
-	RSS int64 // bytes
+	// RSS is resident memory in bytes that is the daemon's alone: pages of the guest's, which it maps, and of its own program
+	// come and go with what the guest does.
+	RSS int64
 }
 
 // Usage reads the daemon's usage from /proc.
@@ -71,13 +72,10 @@ func (d *Daemon) Usage() (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
-	fields := bytes.Fields(statm)
-	if len(fields) < 2 {
-		return Usage{}, fmt.Errorf("read statm: %q", statm)
-	}
-	pages, err := strconv.ParseInt(string(fields[1]), 10, 64)
-	if err != nil {
+	// resident and shared pages, the second and third number of proc(5)'s statm
+	var size, resident, shared int64
+	if _, err := fmt.Sscan(string(statm), &size, &resident, &shared); err != nil {
 		return Usage{}, fmt.Errorf("read statm: %w", err)
 	}
-	return Usage{FDs: len(fds), RSS: pages * int64(os.Getpagesize())}, nil
+	return Usage{FDs: len(fds), RSS: (resident - shared) * int64(os.Getpagesize())}, nil
 }

@@ -18,7 +18,7 @@ import (
 // Descriptors must be as many; memory that a garbage collector has not given back yet is no leak.
 func sameUsage(t *testing.T, before, after testguest.Usage) {
 	t.Helper()
-	const slack = 16 << 20
+	const slack = 6 << 20
 	t.Logf("before %+v, after %+v", before, after)
 	if after.FDs > before.FDs {
 		t.Errorf("the daemon has %d descriptors, had %d before", after.FDs, before.FDs)
@@ -202,7 +202,7 @@ func TestManyFiles(t *testing.T) {
 		if top.FDs > maxFDs+64 {
 			t.Errorf("the daemon had %d descriptors with --max-fds %d", top.FDs, maxFDs)
 		}
-		const perInode, slack = 300, 24 << 20
+		const perInode, slack = 300, 12 << 20
 		if limit := before.RSS + slack + int64(n)*perInode; top.RSS > limit {
 			t.Errorf("the daemon had %d KiB of memory, more than %d", top.RSS>>10, limit>>10)
 		}
