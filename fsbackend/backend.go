@@ -18,7 +18,10 @@
 //   - An errno is what the guest sees: return it bare, from the kernel where it came from there.
 //   - A call that might sleep while Context.MayBlock is false returns ErrMayBlock before it has had any effect, and is made
 //     again, from a thread that may sleep. Calls for which that is the rule (fsync and the like) are made so at once.
-//   - EntryValid and AttrValid left 0 are filled in from the share's cache policy; likewise FOPEN_* cache flags.
+//     Only READ and WRITE may do so after a part: the next call is for what is left.
+//   - READDIR and READDIRPLUS that have added entries are answered with them, whatever errno comes after.
+//   - EntryValid and AttrValid left 0 are filled in from the share's cache policy (1 in the Nsec field says "at once
+//     stale"); likewise FOPEN_* cache flags.
 //   - Attr.Ino, Mode with its file type, and Nlink are never 0 for a file that exists.
 package fsbackend
 

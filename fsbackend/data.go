@@ -76,6 +76,21 @@ func (v *vector) move(transfer func(int, []unix.Iovec, int64, int) (int, unix.Er
 	return total, OK
 }
 
+// copy has one copy between the front piece and p at a time, until either is used up or the memory is gone.
+func (v *vector) copy(p []byte, one func(piece, p []byte) int) int {
+	total := 0
+	for len(p) > 0 && v.left > 0 {
+		n := one(sys.Bytes(&v.iov[0]), p)
+		if n == 0 {
+			break
+		}
+		v.advance(n)
+		p = p[n:]
+		total += n
+	}
+	return total
+}
+
 // Sink is room in the guest's memory for a reply's data. What a backend puts in lands there directly.
 type Sink struct {
 	v vector
@@ -108,17 +123,7 @@ func (s *Sink) ReadFrom(fd int, off int64, n, flags int) (int, Errno) {
 
 // Write copies p in and returns how many bytes of it fitted. Memory that is gone (sys.Guard) ends it.
 func (s *Sink) Write(p []byte) int {
-	total := 0
-	for len(p) > 0 && s.v.left > 0 {
-		n := sys.Copy(sys.Bytes(&s.v.iov[0]), p)
-		if n == 0 {
-			break
-		}
-		s.v.advance(n)
-		p = p[n:]
-		total += n
-	}
-	return total
+	return s.v.copy(p, sys.Copy)
 }
 
 // Extent is a run of bytes in a file: where data of a backend lies that keeps it in other files.
@@ -181,17 +186,7 @@ func (s *Source) WriteTo(fd int, off int64, n, flags int) (int, Errno) {
 
 // Read copies the next bytes to p and returns how many there were.
 func (s *Source) Read(p []byte) int {
-	total := 0
-	for len(p) > 0 && s.v.left > 0 {
-		n := sys.Copy(p, sys.Bytes(&s.v.iov[0]))
-		if n == 0 {
-			break
-		}
-		s.v.advance(n)
-		p = p[n:]
-		total += n
-	}
-	return total
+	return s.v.copy(p, func(piece, p []byte) int { return sys.Copy(p, piece) })
 }
 
 // DirList is the reply to READDIR or READDIRPLUS that a backend adds entries to.
