@@ -76,11 +76,15 @@ func (v *vector) move(transfer func(int, []unix.Iovec, int64, int) (int, unix.Er
 	return total, OK
 }
 
-// copy has one copy between the front piece and p at a time, until either is used up or the memory is gone.
-func (v *vector) copy(p []byte, one func(piece, p []byte) int) int {
+// copy copies p to the front pieces, or those to p, until either is used up or the memory is gone.
+func (v *vector) copy(p []byte, in bool) int {
 	total := 0
 	for len(p) > 0 && v.left > 0 {
-		n := one(sys.Bytes(&v.iov[0]), p)
+		dst, src := p, sys.Bytes(&v.iov[0])
+		if in {
+			dst, src = src, dst
+		}
+		n := sys.Copy(dst, src)
 		if n == 0 {
 			break
 		}
@@ -123,7 +127,7 @@ func (s *Sink) ReadFrom(fd int, off int64, n, flags int) (int, Errno) {
 
 // Write copies p in and returns how many bytes of it fitted. Memory that is gone (sys.Guard) ends it.
 func (s *Sink) Write(p []byte) int {
-	return s.v.copy(p, sys.Copy)
+	return s.v.copy(p, true)
 }
 
 // Extent is a run of bytes in a file: where data of a backend lies that keeps it in other files.
@@ -186,7 +190,7 @@ func (s *Source) WriteTo(fd int, off int64, n, flags int) (int, Errno) {
 
 // Read copies the next bytes to p and returns how many there were.
 func (s *Source) Read(p []byte) int {
-	return s.v.copy(p, func(piece, p []byte) int { return sys.Copy(p, piece) })
+	return s.v.copy(p, false)
 }
 
 // DirList is the reply to READDIR or READDIRPLUS that a backend adds entries to.
