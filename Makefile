@@ -2,10 +2,12 @@
 # make test       install what is missing, then all checks and tests, those in real guests too
 # make demo       pass files to and from a real guest and compare them
 # make guest SHARE=DIR [GUEST=uml]    a shell in a guest with DIR at /mnt
+SHELL := /bin/bash
 GO ?= go
 GUEST ?= qemu
 SHARE ?=
 SLUICED ?= bin/sluiced
+FUZZ ?= ./...
 FUZZTIME ?= 60s
 # The guest tests serve trees of several owners, which takes root.
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo -E env PATH=$(PATH))
@@ -55,8 +57,9 @@ test-guest-full: setup
 	SLUICE_FULL=1 $(GO) test -count=1 -timeout 120m -exec '$(SUDO)' -v $(GUEST_TESTS)
 
 fuzz:
-	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
-		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; done; done
+	@for p in $$($(GO) list $(FUZZ)); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
+		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x $$p | tail -n 4; \
+		[ $${PIPESTATUS[0]} = 0 ] || exit 1; done; done
 
 clean:
 	rm -rf bin build
