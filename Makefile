@@ -58,7 +58,7 @@ test-guest-full: setup
 
 fuzz:
 	@for p in $$($(GO) list $(FUZZ)); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
-		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x $$p | tail -n 4; \
+		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x $$p| grep -v '^fuzz: elapsed'; \
 		[ $${PIPESTATUS[0]} = 0 ] || exit 1; done; done
 
 clean:
