@@ -19,8 +19,11 @@ const (
 	slotBits  = 23
 	genBits   = 20 // 48 together: fsbackend keeps the bits above
 
-	shards    = 1 << shardBits
-	chunkSize = 128
+	shards = 1 << shardBits
+
+	// chunkSize is what fits in 8 KiB: Go's allocator gives such an object a span of its own, which goes back to the host
+	// whatever is alive beside it. A few nodes that the guest keeps out of a million thus keep little memory.
+	chunkSize = 78
 )
 
 // key is what a file is known by without a descriptor: birth time tells apart files that had an inode number in turn.
