@@ -3,6 +3,8 @@
 # make demo       pass files to and from a real guest and compare them
 # make guest SHARE=DIR [GUEST=uml]    a shell in a guest with DIR at /mnt
 SHELL := /bin/bash
+# Where scripts/go.sh puts Go on a machine without one.
+export PATH := $(PATH):$(CURDIR)/build/go/bin
 GO ?= go
 GUEST ?= qemu
 SHARE ?=

@@ -11,6 +11,7 @@ kit=$(realpath -m "${SLUICE_GUEST_KIT:-build/guest-kit}")
 peers=no
 [ "${1:-}" != --peers ] || peers=yes
 fail() { echo "guest-kit: $*" >&2; exit 1; }
+. scripts/debian.sh
 
 # A kit is whole when it holds the stamp of this script; the path is in it because programs of unstable know their loader by its path.
 stamp="$(sha256sum <scripts/guest-kit.sh) $kit"
@@ -21,29 +22,13 @@ tmp=$(mktemp -d "$kit.XXXXXX")
 trap 'rm -rf "$tmp"' EXIT
 echo "guest-kit: fetching guest kernels from Debian's archive"
 
-# An apt of our own reads the machine's mirror: Debian 12, its security updates and unstable, whatever the machine itself is set up for.
-targets() { apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Created-By: Packages' "$@" 2>/dev/null | head -n 1; }
-read -r mirror _ < <(targets 'Label: Debian') || fail "apt knows no Debian mirror; run 'apt-get update' as root"
-read -r security _ < <(targets 'Label: Debian-Security') || fail "apt knows no mirror of Debian's security updates; run 'apt-get update' as root"
-mkdir -p "$tmp/apt/lists/partial" "$tmp/apt/cache/archives/partial" "$tmp/deb" "$tmp/root" "$tmp/new/lib" "$tmp/new/modules-uml"
-keys='[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]'
-printf 'deb %s %s main\n' "$keys" "$mirror bookworm" "$keys" "$security bookworm-security" "$keys" "$mirror sid" >"$tmp/apt/sources.list"
-apt=(apt-get -qq -oDir::Etc::SourceList="$tmp/apt/sources.list" -oDir::Etc::SourceParts=/dev/null -oDir::State::Lists="$tmp/apt/lists"
-  -oDir::Cache="$tmp/apt/cache" -oAPT::Sandbox::User="$(id -un)" -oAcquire::Languages=none)
-"${apt[@]}" update || fail "could not read Debian's archive"
-
-# unpack SUITE PACKAGE... puts the packages' files under $tmp/root/SUITE.
-unpack() {
-  local suite=$1 deb; shift
-  (cd "$tmp/deb" && "${apt[@]}" download "${@/%//$suite}") || fail "could not download $* of $suite"
-  for deb in "$tmp"/deb/*.deb; do dpkg -x "$deb" "$tmp/root/$suite"; done
-  rm "$tmp"/deb/*.deb
-}
-kernel=$(apt-cache "${apt[@]:2}" depends linux-image-6.12-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-.*\)/\1/p' | head -n 1)
+mkdir -p "$tmp/root" "$tmp/new/lib" "$tmp/new/modules-uml"
+open_archive "$tmp/apt" bookworm bookworm-security sid
+kernel=$(apt-cache "${archive_options[@]}" depends linux-image-6.12-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-.*\)/\1/p' | head -n 1)
 [ -n "$kernel" ] || fail "Debian 12 has no linux-image-6.12-cloud-amd64"
-unpack bookworm-security "$kernel"
-unpack bookworm busybox-static
-unpack sid user-mode-linux libc6
+unpack "$tmp/root/bookworm-security" bookworm-security "$kernel"
+unpack "$tmp/root/bookworm" bookworm busybox-static
+unpack "$tmp/root/sid" sid user-mode-linux libc6
 new=$tmp/new sid=$tmp/root/sid/usr
 cp "$tmp"/root/bookworm-security/boot/vmlinuz-* "$new/vmlinuz"
 cp "$tmp/root/bookworm/bin/busybox" "$new/busybox"
@@ -51,10 +36,10 @@ cp "$sid/bin/linux.uml" "$new/linux-uml"
 find "$sid/lib/uml/modules" \( -name fuse.ko -o -name virtiofs.ko -o -name overlay.ko \) -exec cp {} "$new/modules-uml/" \;
 foreign=(linux-uml)
 if [ $peers = yes ]; then
-  unpack sid virtiofsd libgcc-s1 libseccomp2 libcap-ng0
+  unpack "$tmp/root/sid" sid virtiofsd libgcc-s1 libseccomp2 libcap-ng0
   cp "$sid/libexec/virtiofsd" "$new/virtiofsd"
   # What the C server links is what QEMU itself links.
-  unpack bookworm qemu-system-common
+  unpack "$tmp/root/bookworm" bookworm qemu-system-common
   cp "$tmp/root/bookworm/usr/lib/qemu/virtiofsd" "$new/virtiofsd-c"
   foreign+=(virtiofsd)
 fi

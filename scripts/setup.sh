@@ -5,11 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "setup: $*" >&2; exit 1; }
 
-need=$(sed -n 's/^go \([0-9]*\.[0-9]*\).*/\1/p' go.mod)
-command -v go >/dev/null || fail "Go $need or later is needed and there is no go command; see https://go.dev/doc/install"
-have=$(GOTOOLCHAIN=local go env GOVERSION) || fail "'go env GOVERSION' failed"
-have=${have#go}
-printf '%s\n' "$need" "${have%%[^0-9.]*}" | sort -V -C || fail "Go $need or later is needed, this is $have; see https://go.dev/doc/install"
+scripts/go.sh
+export PATH=$PATH:$PWD/build/go/bin
 [ "$(go env GOARCH)" = amd64 ] || fail "the guests are amd64 machines; this one is $(go env GOARCH)"
 command -v apt-get dpkg-query >/dev/null || fail "this is not Debian (no apt-get); install by hand what scripts/packages.txt lists"
 
