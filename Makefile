@@ -19,7 +19,7 @@ all: build
 
 build: bin/sluiced
 bin/sluiced: FORCE
-	$(GO) build -trimpath -o $@ ./cmd/sluiced
+	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/sluiced
 
 build-arm64:
 	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) build -trimpath -o bin/arm64/ ./cmd/...

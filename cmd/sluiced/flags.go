@@ -26,7 +26,7 @@ type option struct {
 
 // options are in the order of --help. A field without a row, or a row without a field, fails TestOptionsMatchConfig.
 var options = []option{
-	{name: "shared-dir", usage: "`DIR` (or single file) to serve", files: true, field: func(c *config.Config) any { return &c.Share.Dir }},
+	{name: "shared-dir", usage: "`DIR` to serve", files: true, field: func(c *config.Config) any { return &c.Share.Dir }},
 	{name: "tag", usage: "`TAG` by which the guest mounts it, 1 to 36 bytes; for front-ends that leave the configuration space to the daemon (crosvm, User-Mode Linux)", field: func(c *config.Config) any { return &c.Share.Tag }},
 
 	{name: "socket-path", usage: "`PATH` of the Unix socket to create and listen on; PATH.pid is its lock", files: true, field: func(c *config.Config) any { return &c.SocketPath }},

@@ -223,8 +223,8 @@ func checkDir(dir string) error {
 	if err != nil {
 		return fmt.Errorf("--shared-dir: %w", err)
 	}
-	if !info.IsDir() && !info.Mode().IsRegular() {
-		return fmt.Errorf("--shared-dir: %s is neither a directory nor a regular file", dir)
+	if !info.IsDir() {
+		return fmt.Errorf("--shared-dir: %s is not a directory; a single file cannot be shared yet", dir)
 	}
 	return nil
 }

@@ -62,7 +62,7 @@ type Config struct {
 
 // Share is one directory and how the guest sees it.
 type Share struct {
-	// Dir is the directory, or the single file, on the host.
+	// Dir is the directory on the host.
 	Dir string
 	// Tag is the name the guest mounts it by, 1 to MaxTag bytes; with "" the front-end provides the configuration space.
 	Tag string
