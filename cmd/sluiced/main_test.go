@@ -3,11 +3,13 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
 	"strconv"
+	"syscall"
 	"testing"
 	"time"
 
@@ -53,7 +55,7 @@ func newFakeServer(cfg config.Config, log *slog.Logger) (server, error) {
 	return fakeServer{log}, nil
 }
 
-// Serve ends in good order with the connection, in an error after "break", and never after "hang"; "create" makes a file.
+// Serve ends in good order with the connection, in an error after "break" and "gone", and never after "hang"; "create" makes a file.
 func (s fakeServer) Serve(ctx context.Context, conn *net.UnixConn) error {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(0, 1)) })
 	defer stop()
@@ -76,6 +78,8 @@ func (s fakeServer) Serve(ctx context.Context, conn *net.UnixConn) error {
 			s.log.Info("created")
 		case "break":
 			return errors.New("message 99: not a request of vhost-user")
+		case "gone":
+			return fmt.Errorf("send the reply: %w", syscall.EPIPE)
 		case "hang":
 			s.log.Info("hanging")
 			select {}

@@ -190,6 +190,11 @@ func sessions(ctx context.Context, cfg config.Config, ln *listen.Listener, srv s
 		log.Info("Client connected, servicing requests")
 		err = srv.Serve(ctx, conn)
 		_ = conn.Close()
+		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+			// A front-end that was killed while it was owed an answer has broken no rule.
+			log.Debug("the front-end was gone before its last answer", "error", err)
+			err = nil
+		}
 		switch {
 		case ctx.Err() != nil:
 			if err != nil {
