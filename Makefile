@@ -40,7 +40,7 @@ guest: setup build
 
 test: setup check
 
-check: lint unit test-guest
+check: lint build-arm64 unit test-guest
 
 lint:
 	@files=$$($(GO) tool gofumpt -l .) && [ -z "$$files" ] || { echo "not formatted, run 'go tool gofumpt -w .':" $$files; exit 1; }

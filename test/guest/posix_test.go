@@ -182,3 +182,27 @@ func TestHostView(t *testing.T) {
 		}
 	})
 }
+
+// TestSubmount has a file system of the host's inside the share: to the guest it is a mount of its own.
+func TestSubmount(t *testing.T) {
+	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+		m := newMachine(t)
+		m.check(os.Mkdir(m.path("sub"), 0o755))
+		m.check(os.Mkdir(m.path("dir"), 0o755))
+		m.check(unix.Mount("tmpfs", m.path("sub"), "tmpfs", 0, "size=1m"))
+		t.Cleanup(func() { _ = unix.Unmount(m.path("sub"), unix.MNT_DETACH) })
+		m.check(os.WriteFile(m.path("sub/file"), []byte("below"), 0o644))
+		m.boot(testguest.Config{Kind: kind})
+		out := m.sh("cd /mnt; cat sub/file; echo; stat -c %%d . dir sub sub/file; stat -f -c %%b sub")
+		lines := strings.Fields(out)
+		if len(lines) != 6 || lines[0] != "below" {
+			t.Fatalf("the guest has %q", out)
+		}
+		if root, dir, sub, file := lines[1], lines[2], lines[3], lines[4]; root != dir || sub == root || file != sub {
+			t.Errorf("st_dev is %s of the share, %s of a directory, %s of the mount and %s of its file", root, dir, sub, file)
+		}
+		if lines[5] != "256" {
+			t.Errorf("the mount has %s blocks of 4 KiB, want 256", lines[5])
+		}
+	})
+}
