@@ -693,7 +693,13 @@ func TestHandles(t *testing.T) {
 	var flush fuseproto.FlushIn
 	flush.NodeId, flush.Fh = a.NodeId, a.Fh
 	g.fails("FLUSH on a local file system", g.fs.Flush(&g.ctx, &flush), unix.ENOSYS)
+	if g.fs.Slow() {
+		t.Error("a local file system is slow")
+	}
 	g.fs.remote = true
+	if !g.fs.Slow() {
+		t.Error("a remote file system is not slow: a dead server would hold up its queue")
+	}
 	g.ok("FLUSH on a remote one", g.fs.Flush(&g.ctx, &flush))
 	flush.Fh = 1 << 47
 	g.fails("FLUSH of an unknown handle", g.fs.Flush(&g.ctx, &flush), unix.EBADF)

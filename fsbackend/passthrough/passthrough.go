@@ -94,7 +94,7 @@ type FS struct {
 	procfd  *sys.FD // /proc/self/fd
 	xattr   sys.ProcXattr
 	ids     identity
-	remote  bool // the root's file system reports errors at close
+	remote  bool // the root's file system is elsewhere: any call may sleep for long, and close reports errors
 	rootIno uint64
 
 	nodes    table
@@ -189,6 +189,11 @@ func (fs *FS) WantFlags(defaults uint64) uint64 {
 		defaults |= fuseproto.FUSE_SECURITY_CTX
 	}
 	return defaults
+}
+
+// Slow implements fsbackend.Slow: a server that does not answer must not hold up the requests that need none of it.
+func (fs *FS) Slow() bool {
+	return fs.remote
 }
 
 // Init implements fsbackend.Initer.
