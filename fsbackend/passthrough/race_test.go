@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -152,6 +153,50 @@ func TestTreeBeyondTheBudget(t *testing.T) {
 		}
 		for _, node := range nodes {
 			g.fs.Forget(node, 1)
+		}
+		if n := g.fs.nodes.count.Load(); n != 0 {
+			t.Errorf("%d nodes left after every lookup was taken back", n)
+		}
+	})
+}
+
+// TestEvictionOfDyingNodes has nodes forgotten while their descriptors are being taken away.
+func TestEvictionOfDyingNodes(t *testing.T) {
+	each(t, func(t *testing.T, cfg Config) {
+		g := newGuest(t, cfg)
+		const files, threads, held = 64, 8, 6
+		for i := range files {
+			g.write(fmt.Sprint("f", i), "")
+		}
+		// What must not matter takes longer here: a dead node's slot is dropped once its lock is free.
+		drop := g.fs.nodes.drop
+		g.fs.nodes.drop = func(slot int32) {
+			for range 50 {
+				runtime.Gosched()
+			}
+			drop(slot)
+		}
+		var wg sync.WaitGroup
+		for i := range threads {
+			wg.Go(func() {
+				var nodes [held]uint64 // more than have descriptors, so that there is always one to evict
+				for j := range 5000 {
+					out, e := g.tryLookup(rootID, fmt.Sprint("f", (i*7+j)%files))
+					if e != fsbackend.OK {
+						t.Errorf("LOOKUP: %v", e)
+						return
+					}
+					g.fs.Forget(nodes[j%held], 1)
+					nodes[j%held] = out.NodeId
+				}
+				for _, node := range nodes {
+					g.fs.Forget(node, 1)
+				}
+			})
+		}
+		wg.Wait()
+		if err := g.fs.check(); err != nil {
+			t.Error(err)
 		}
 		if n := g.fs.nodes.count.Load(); n != 0 {
 			t.Errorf("%d nodes left after every lookup was taken back", n)
