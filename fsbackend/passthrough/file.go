@@ -78,7 +78,7 @@ func (fs *FS) openFile(node uint64, flags int) (int, errno) {
 		_, slot, _ := splitID(node)
 		s.describe(slot, n, &loc)
 		s.mu.Unlock()
-		return sys.OpenByHandle(fs.mounts.at(loc.mount).fd.Int(), &loc.handle, flags)
+		return fs.openByHandle(&loc, flags)
 	}
 	s.mu.Unlock()
 	if !hot {

@@ -280,8 +280,7 @@ func TestStress(t *testing.T) {
 		var succeeded atomic.Int64
 		allowed := func(e fsbackend.Errno) bool {
 			switch e {
-			case fsbackend.OK, unix.ENOENT, unix.EEXIST, unix.ESTALE, unix.EBADF, unix.ENOTEMPTY, unix.ENOTDIR, unix.EISDIR, unix.EPERM, unix.EINVAL, unix.EXDEV, unix.ELOOP,
-				unix.ENOMEM: // a host that is short of memory for a moment
+			case fsbackend.OK, unix.ENOENT, unix.EEXIST, unix.ESTALE, unix.EBADF, unix.ENOTEMPTY, unix.ENOTDIR, unix.EISDIR, unix.EPERM, unix.EINVAL, unix.EXDEV, unix.ELOOP:
 				return true
 			}
 			return false

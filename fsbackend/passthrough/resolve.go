@@ -228,8 +228,7 @@ func (fs *FS) adopt(n *node, id uint64, slot int32, fd int, r *ref) {
 // openAt opens what is at loc and makes sure that by name it is still the same file.
 func (fs *FS) openAt(parent *ref, loc *location) (int, errno) {
 	if loc.hasHandle() {
-		fd, errno := sys.OpenByHandle(fs.mounts.at(loc.mount).fd.Int(), &loc.handle, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
-		return fd, limit(errno)
+		return fs.openByHandle(loc, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
 	}
 	if parent == nil || parent.typ != typeDir {
 		return -1, unix.ESTALE
@@ -252,6 +251,17 @@ func (fs *FS) openAt(parent *ref, loc *location) (int, errno) {
 	}
 	_ = unix.Close(fd)
 	return -1, errno
+}
+
+// openByHandle opens the file whose handle is in loc.
+func (fs *FS) openByHandle(loc *location, flags int) (int, errno) {
+	fd, errno := sys.OpenByHandle(fs.mounts.at(loc.mount).fd.Int(), &loc.handle, flags)
+	if errno == unix.ENOMEM {
+		// ext4 says so, too, of a file that is gone whose inode number is just being given to another
+		// (fs/inode.c, iget_locked; fs/ext4/inode.c, __ext4_iget).
+		errno = unix.ESTALE
+	}
+	return fd, limit(errno)
 }
 
 // openPath opens name in dirfd as O_PATH.
