@@ -177,7 +177,7 @@ func (q *queue) abortLocked() {
 		}
 		written := t.req.Abort(unix.EIO)
 		if t.req.Aborted() {
-			q.completeLocked(t.run, t.chain.Head, written)
+			q.completeLocked(t.chain.Head, written)
 		}
 	}
 }
@@ -202,7 +202,7 @@ func (q *queue) finished(t *task, written uint32) {
 	q.parked[last] = nil
 	q.parked = q.parked[:last]
 	if !t.req.Aborted() {
-		q.completeLocked(t.run, t.chain.Head, written)
+		q.completeLocked(t.chain.Head, written)
 	}
 	q.publishLocked()
 }
@@ -282,12 +282,8 @@ func (q *queue) popLocked(t *task) bool {
 	return false
 }
 
-// completeLocked gives a request back to the guest unless its queue has been started anew since. It is not seen before
-// publishLocked.
-func (q *queue) completeLocked(run uint64, head uint16, written uint32) {
-	if q.run != run || q.vq == nil {
-		return
-	}
+// completeLocked gives a request of the present run back to the guest, which sees it after publishLocked.
+func (q *queue) completeLocked(head uint16, written uint32) {
 	if err := q.vq.Push(head, written); err != nil {
 		q.failLocked(err)
 	}
@@ -341,7 +337,7 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 		case q.run != run:
 			// Given up while it was handled.
 		case done:
-			q.completeLocked(run, t.chain.Head, written)
+			q.completeLocked(t.chain.Head, written)
 		default:
 			t = q.parkLocked(t, m)
 		}
