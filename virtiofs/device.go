@@ -58,11 +58,6 @@ type Config struct {
 	Log         *slog.Logger
 }
 
-// DefaultRequestQueues is what Config.NumRequestQueues 0 stands for on this machine.
-func DefaultRequestQueues() int {
-	return min(runtime.NumCPU(), defaultRequestQueues)
-}
-
 // Validate says what is wrong with c.
 func (c Config) Validate() error {
 	if c.Server == nil {
@@ -108,7 +103,7 @@ func New(cfg Config) (*Device, error) {
 		return nil, err
 	}
 	if cfg.NumRequestQueues == 0 {
-		cfg.NumRequestQueues = DefaultRequestQueues()
+		cfg.NumRequestQueues = min(runtime.NumCPU(), defaultRequestQueues)
 	}
 	if cfg.DrainTimeout == 0 {
 		cfg.DrainTimeout = defaultDrainTimeout
