@@ -2,8 +2,9 @@
 package main
 
 import (
-	"context"
 	"os"
+
+	"github.com/sluicefs/sluice/daemon"
 )
 
 //go:generate sh -c "go run . man >../../docs/man/sluiced.1"
@@ -12,5 +13,5 @@ import (
 //go:generate sh -c "go run . completion fish >../../contrib/completions/sluiced.fish"
 
 func main() {
-	os.Exit(run(context.Background(), os.Args[1:], stdio{out: os.Stdout, err: os.Stderr}))
+	os.Exit(daemon.Main(builtin...))
 }

@@ -13,6 +13,12 @@ var house = Rules{
 	Module: "github.com/sluicefs/sluice",
 	Imports: map[string][]string{
 		"cmd/...": {"..."},
+		"daemon":  {"..."},
+
+		"extensions":     {"fsbackend", "seccomp"},
+		"extensions/...": {"extensions", "fsbackend", "fsbackend/...", "fuseproto", "seccomp"},
+		"seccomp":        {},
+		"share":          {"fsbackend", "fuseproto", "internal/ratelog"},
 
 		// The one room that knows the transport and the file system.
 		"virtiofs": {"vhostuser", "virtqueue", "fuseserver", "guestmem", "internal/sys", "internal/ratelog"},
@@ -28,16 +34,21 @@ var house = Rules{
 		"fsbackend":              {"fuseproto", "internal/sys"},
 		"fsbackend/...":          {"fsbackend", "fuseproto", "internal/sys"},
 		"internal/archtest":      {},
+		"internal/bundle":        {},
 		"internal/config":        {},
 		"internal/listen":        {"internal/sys"},
 		"internal/ratelog":       {},
+		"internal/sandbox":       {"internal/sys"},
 		"internal/sys":           {},
 		"internal/testguest/...": {"internal/testguest/..."},
 		"test/guest/...":         {"internal/testguest/...", "test/guest/..."},
 	},
 	Libraries: map[string][]string{
-		"github.com/hanwen/go-fuse": {"fuseproto", "fsbackend/gofuse", "fsbackend/fsbackendtest"},
-		"github.com/spf13":          {"cmd/..."},
+		"github.com/hanwen/go-fuse":                 {"fuseproto", "fsbackend/gofuse", "fsbackend/fsbackendtest"},
+		"github.com/opencontainers/runtime-spec":    {"daemon", "extensions/...", "internal/bundle"},
+		"github.com/seccomp":                        {"seccomp"},
+		"github.com/spf13":                          {"cmd/...", "daemon", "extensions/..."},
+		"kernel.org/pub/linux/libs/security/libcap": {"internal/sandbox"},
 	},
 	Cgo: []string{"seccomp"},
 }

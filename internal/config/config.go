@@ -1,6 +1,6 @@
 // Package config holds what a run of sluiced was asked to do, as data: no flags, no files, no I/O.
 //
-// Every field has one row in cmd/sluiced/flags.go, and a test holds the two together.
+// Every field has one row in daemon/flags.go, and a test holds the two together.
 package config
 
 import (

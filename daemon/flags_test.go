@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"bytes"
@@ -153,10 +153,10 @@ func TestGenerated(t *testing.T) {
 		path string
 		args []string
 	}{
-		{"../../docs/man/sluiced.1", []string{"man"}},
-		{"../../contrib/completions/sluiced.bash", []string{"completion", "bash"}},
-		{"../../contrib/completions/_sluiced", []string{"completion", "zsh"}},
-		{"../../contrib/completions/sluiced.fish", []string{"completion", "fish"}},
+		{"../docs/man/sluiced.1", []string{"man"}},
+		{"../contrib/completions/sluiced.bash", []string{"completion", "bash"}},
+		{"../contrib/completions/_sluiced", []string{"completion", "zsh"}},
+		{"../contrib/completions/sluiced.fish", []string{"completion", "fish"}},
 	} {
 		want, err := os.ReadFile(tt.path)
 		if err != nil {
@@ -176,7 +176,7 @@ func TestGenerated(t *testing.T) {
 
 // TestDocumented looks for every option in the compatibility page.
 func TestDocumented(t *testing.T) {
-	page, err := os.ReadFile("../../docs/compatibility.md")
+	page, err := os.ReadFile("../docs/compatibility.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,7 +196,7 @@ func TestDocumented(t *testing.T) {
 
 // TestDiscoveryFile holds the promise of the discovery file against that of --print-capabilities.
 func TestDiscoveryFile(t *testing.T) {
-	text, err := os.ReadFile("../../contrib/vhost-user/50-sluiced.json")
+	text, err := os.ReadFile("../contrib/vhost-user/50-sluiced.json")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"context"
@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/internal/listen"
 )
@@ -33,14 +34,15 @@ type stdio struct{ out, err io.Writer }
 // program is one run: its surroundings, which tests replace, and nothing that changes.
 type program struct {
 	stdio
+	extensions  []extensions.Extension
 	getenv      func(string) string
 	newServer   func(config.Config, *slog.Logger) (server, error)
 	stopTimeout time.Duration
 }
 
 // run runs sluiced with args, without the program's name, and returns the exit status.
-func run(ctx context.Context, args []string, std stdio) int {
-	p := program{stdio: std, getenv: os.Getenv, newServer: newServer, stopTimeout: stopTimeout}
+func run(ctx context.Context, args []string, std stdio, exts []extensions.Extension) int {
+	p := program{stdio: std, extensions: exts, getenv: os.Getenv, newServer: newServer, stopTimeout: stopTimeout}
 	return p.run(ctx, args)
 }
 

@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"encoding/json"
@@ -12,7 +12,7 @@ import (
 	"github.com/sluicefs/sluice/internal/config"
 )
 
-// version is set by the linker: -ldflags "-X main.version=v1.2.3".
+// version is set by the linker: -ldflags "-X github.com/sluicefs/sluice/daemon.version=v1.2.3".
 var version string
 
 // capabilities are the features of --print-capabilities and of the vhost-user discovery file, in the words of QEMU's
