@@ -9,6 +9,7 @@ GO ?= go
 GUEST ?= qemu
 SHARE ?=
 SLUICED ?= bin/sluiced
+STATIC := -tags osusergo,netgo -ldflags '-linkmode external -extldflags "-static"'
 FUZZ ?= ./...
 FUZZTIME ?= 60s
 # The guest tests serve trees of several owners, which takes root.
@@ -17,13 +18,19 @@ GUEST_TESTS := ./test/guest/...
 
 all: build
 
+# One static file. libseccomp is a C library, so this takes a C compiler; `make build-nocgo` does without both, and without seccomp.
 build: bin/sluiced
 bin/sluiced: FORCE
-	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/sluiced
+	@pkg-config --exists libseccomp || { echo "libseccomp is missing: run 'make setup', or 'make build-nocgo' for a sluiced without seccomp" >&2; exit 1; }
+	CGO_ENABLED=1 $(GO) build -trimpath $(STATIC) -o $@ ./cmd/sluiced
+
+build-nocgo:
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/nocgo/ ./cmd/sluiced
 
 build-arm64:
 	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) build -trimpath -o bin/arm64/ ./cmd/...
 	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) vet ./...
+	CGO_ENABLED=0 $(GO) vet ./...
 
 setup:
 	@scripts/setup.sh
@@ -54,6 +61,11 @@ unit:
 test-guest:
 	$(GO) test -race -count=1 -timeout 15m -exec '$(SUDO)' $(GUEST_TESTS)
 
+# The same in every sandbox, as root and as an ordinary user.
+SURROUNDINGS := root+namespace root+chroot user+namespace user+none
+test-guest-sandboxes: setup
+	@for s in $(SURROUNDINGS); do echo "== $$s"; SLUICE_SURROUNDINGS=$$s $(GO) test -count=1 -timeout 30m -exec '$(SUDO)' $(GUEST_TESTS) || exit 1; done
+
 # The same with the full sizes: 1 GiB files, a million inodes, 10,000 opens in each kind of guest.
 test-guest-full: setup
 	SLUICE_FULL=1 $(GO) test -count=1 -timeout 120m -exec '$(SUDO)' -v $(GUEST_TESTS)
@@ -67,4 +79,4 @@ clean:
 	rm -rf bin build
 
 FORCE:
-.PHONY: all build build-arm64 setup peers demo guest test check lint unit test-guest test-guest-full fuzz clean FORCE
+.PHONY: all build build-nocgo build-arm64 setup peers demo guest test check lint unit test-guest test-guest-sandboxes test-guest-full fuzz clean FORCE

@@ -6,9 +6,12 @@ import (
 	"io"
 	"runtime/debug"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
+	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/internal/config"
 )
 
@@ -19,10 +22,11 @@ var version string
 // docs/interop/vhost-user.json. Only what is true belongs here: libvirt takes it as a promise.
 var capabilities = []string{"read-only", "separate-options"}
 
-// newCommand builds the command line. It parses into cfg and then calls serve.
-func newCommand(cfg *config.Config, serve func() error) *cobra.Command {
+// newCommand builds the command line, with the options of extensions in groups of their own. It parses into cfg, and into
+// the extensions, and then calls serve with all options.
+func newCommand(cfg *config.Config, groups []extensions.FlagGroup, serve func(*pflag.FlagSet) error) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "sluiced --shared-dir DIR {--socket-path PATH | --fd FD} [OPTION]...",
+		Use:   "sluiced {--shared-dir DIR | --bundle DIR} {--socket-path PATH | --fd FD} [OPTION]...",
 		Short: "Serve a directory to a virtual machine over vhost-user (virtio-fs)",
 		Long: "sluiced serves a directory to a virtual machine: it is a vhost-user back-end of the virtio-fs device,\n" +
 			"with the options of virtiofsd.",
@@ -33,7 +37,7 @@ func newCommand(cfg *config.Config, serve func() error) *cobra.Command {
 			}
 			return nil
 		},
-		RunE:                  func(*cobra.Command, []string) error { return serve() },
+		RunE:                  func(cmd *cobra.Command, _ []string) error { return serve(cmd.Flags()) },
 		SilenceErrors:         true,
 		SilenceUsage:          true,
 		DisableFlagsInUseLine: true,
@@ -43,6 +47,10 @@ func newCommand(cfg *config.Config, serve func() error) *cobra.Command {
 	cmd.CompletionOptions.DisableDefaultCmd = true
 	cmd.SetHelpCommand(&cobra.Command{Hidden: true}) // --help is the one way
 	addFlags(cmd, cfg)
+	cmd.SetUsageTemplate(usageTemplate(cmd.Flags(), groups))
+	for _, g := range groups {
+		cmd.Flags().AddFlagSet(g.Flags)
+	}
 
 	shells := []string{"bash", "zsh", "fish"}
 	cmd.AddCommand(&cobra.Command{
@@ -79,6 +87,18 @@ func newCommand(cfg *config.Config, serve func() error) *cobra.Command {
 		},
 	})
 	return cmd
+}
+
+// usageTemplate is what --help shows below the description: the options, those of each extension by themselves.
+func usageTemplate(own *pflag.FlagSet, groups []extensions.FlagGroup) string {
+	var b strings.Builder
+	b.WriteString("Usage:\n  {{.UseLine}}\n{{if not .HasParent}}{{range .Commands}}{{if not .Hidden}}  {{.CommandPath}}\n{{end}}{{end}}")
+	b.WriteString("\nOptions:\n" + own.FlagUsages())
+	for _, g := range groups {
+		b.WriteString("\nOptions of the extension " + g.Extension + ":\n" + g.Flags.FlagUsages())
+	}
+	b.WriteString("{{end}}")
+	return b.String()
 }
 
 // wantsCapabilities says whether args hold --print-capabilities, which overrides everything else, even what is wrong

@@ -29,6 +29,11 @@ var options = []option{
 	{name: "shared-dir", usage: "`DIR` to serve", files: true, field: func(c *config.Config) any { return &c.Share.Dir }},
 	{name: "tag", usage: "`TAG` by which the guest mounts it, 1 to 36 bytes; for front-ends that leave the configuration space to the daemon (crosvm, User-Mode Linux)", field: func(c *config.Config) any { return &c.Share.Tag }},
 
+	{name: "bundle", usage: "serve the OCI bundle in `DIR`: root file system and mounts of its config.json", files: true, field: func(c *config.Config) any { return &c.Bundle }},
+	{name: "spec", usage: "serve root file system and mounts of the OCI runtime spec `FILE`", files: true, field: func(c *config.Config) any { return &c.Spec }},
+	{name: "backend", usage: "have `NAME` serve the root: an extension, passthrough or mem; by default whoever claims it, or passthrough", computed: true, field: func(c *config.Config) any { return &c.Backend }},
+	{name: "list-extensions", usage: "print the names of the extensions and end", field: func(c *config.Config) any { return &c.ListExtensions }},
+
 	{name: "socket-path", usage: "`PATH` of the Unix socket to create and listen on; PATH.pid is its lock", files: true, field: func(c *config.Config) any { return &c.SocketPath }},
 	{name: "socket-group", usage: "`GROUP` that may connect to the socket", field: func(c *config.Config) any { return &c.SocketGroup }},
 	{name: "fd", usage: "`FD` of an inherited Unix socket, listening or connected", computed: true, field: func(c *config.Config) any { return &c.FD }},
@@ -43,8 +48,11 @@ var options = []option{
 	{name: "allow-direct-io", usage: "pass O_DIRECT on to the host instead of dropping it", field: func(c *config.Config) any { return &c.Share.AllowDirectIO }},
 	{name: "no-readdirplus", usage: "list directories without the attributes of their entries", field: func(c *config.Config) any { return &c.Share.NoReaddirplus }},
 
-	{name: "sandbox", usage: "sandbox `MODE`: none. Needed until there is a sandbox to default to", field: func(c *config.Config) any { return &c.Sandbox }},
-	{name: "seccomp", usage: "`ACTION` on a system call outside the filter: none", field: func(c *config.Config) any { return &c.Seccomp }},
+	{name: "sandbox", usage: "sandbox `MODE`: namespace, chroot (root only) or none", field: func(c *config.Config) any { return &c.Sandbox }},
+	{name: "uid-map", usage: "give the namespace of an ordinary user the user ids of `MAP`, :inside:outside:count:; may be repeated; by default the own one", computed: true, field: func(c *config.Config) any { return &c.UIDMap }},
+	{name: "gid-map", usage: "the same for group ids, `MAP`", computed: true, field: func(c *config.Config) any { return &c.GIDMap }},
+	{name: "modcaps", usage: "keep more or fewer capabilities than the other options need: `LIST` as in +sys_admin:-mknod", field: func(c *config.Config) any { return &c.ModCaps }},
+	{name: "seccomp", usage: "`ACTION` on a system call outside the filter: kill, trap, log or none; dump prints the filter and ends", field: func(c *config.Config) any { return &c.Seccomp }},
 	{name: "rlimit-nofile", usage: "limit of open files: `N`, or 0 to leave it alone; by default 1000000 or fs.nr_open, whichever is less", computed: true, field: func(c *config.Config) any { return &c.RlimitNofile }},
 	{name: "max-fds", usage: "keep at most `N` descriptors for inodes that the guest knows; by default half of what the limit of open files leaves, at most 65536", field: func(c *config.Config) any { return &c.Share.MaxFDs }},
 	{name: "max-inodes", usage: "let the guest know at most `N` inodes at a time; by default 16777216", field: func(c *config.Config) any { return &c.Share.MaxInodes }},
@@ -81,9 +89,6 @@ var settledOptions = []settled{
 	{name: "xattrmap", reason: "names of extended attributes pass unchanged"},
 	{name: "thread-pool-size", reason: "the number of threads is not for the command line to say"},
 	{name: "inode-file-handles", reason: "descriptors are bounded by --max-fds"},
-	{name: "modcaps", reason: "it comes with the sandbox"},
-	{name: "uid-map", reason: "it comes with the sandbox"},
-	{name: "gid-map", reason: "it comes with the sandbox"},
 	{name: "translate-uid", reason: "user ids pass unchanged"},
 	{name: "translate-gid", reason: "group ids pass unchanged"},
 	{name: "preserve-noatime", reason: "O_NOATIME is dropped"},
@@ -132,6 +137,8 @@ func addFlags(cmd *cobra.Command, cfg *config.Config) {
 		switch p := o.field(cfg).(type) {
 		case *string:
 			fs.StringVar(p, o.name, *p, o.usage)
+		case *[]string:
+			fs.StringArrayVar(p, o.name, *p, o.usage)
 		case *bool:
 			fs.BoolVar(p, o.name, *p, o.usage)
 		case *int:
@@ -144,7 +151,7 @@ func addFlags(cmd *cobra.Command, cfg *config.Config) {
 			panic(fmt.Sprintf("option %s: no flag type for a %T", o.name, p))
 		}
 		f := fs.Lookup(o.name)
-		if strings.HasPrefix(f.DefValue, "-") {
+		if strings.HasPrefix(f.DefValue, "-") || f.DefValue == "[]" {
 			f.DefValue = "0" // pflag then shows no default; the usage says it
 		}
 		complete(cmd, o, f)

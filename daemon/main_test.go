@@ -47,7 +47,7 @@ func fakeSystemd(name string) string {
 // fakeServer is a server whose front-end says what shall become of the session.
 type fakeServer struct{ log *slog.Logger }
 
-func newFakeServer(cfg config.Config, log *slog.Logger) (server, error) {
+func newFakeServer(cfg config.Config, _ *tree, log *slog.Logger) (server, error) {
 	if cfg.Share.Tag == "unservable" {
 		return nil, errors.New("open the share: made to fail")
 	}

@@ -11,11 +11,13 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/internal/listen"
+	"github.com/sluicefs/sluice/internal/sandbox"
 )
 
 // Exit statuses, as the manual page promises them.
@@ -34,15 +36,19 @@ type stdio struct{ out, err io.Writer }
 // program is one run: its surroundings, which tests replace, and nothing that changes.
 type program struct {
 	stdio
-	extensions  []extensions.Extension
+	registry    extensions.Registry
 	getenv      func(string) string
-	newServer   func(config.Config, *slog.Logger) (server, error)
+	newServer   func(config.Config, *tree, *slog.Logger) (server, error)
 	stopTimeout time.Duration
 }
 
 // run runs sluiced with args, without the program's name, and returns the exit status.
 func run(ctx context.Context, args []string, std stdio, exts []extensions.Extension) int {
-	p := program{stdio: std, extensions: exts, getenv: os.Getenv, newServer: newServer, stopTimeout: stopTimeout}
+	p := program{stdio: std, getenv: os.Getenv, newServer: newServer, stopTimeout: stopTimeout}
+	var err error
+	if p.registry, err = extensions.NewRegistry(exts...); err != nil {
+		return p.exit(err)
+	}
 	return p.run(ctx, args)
 }
 
@@ -51,7 +57,11 @@ func (p *program) run(ctx context.Context, args []string) int {
 		return p.exit(printCapabilities(p.out))
 	}
 	cfg := config.Default()
-	cmd := newCommand(&cfg, func() error { return p.serve(ctx, cfg) })
+	groups, err := p.registry.FlagSets()
+	if err != nil {
+		return p.exit(err)
+	}
+	cmd := newCommand(&cfg, groups, func(flags *pflag.FlagSet) error { return p.serve(ctx, cfg, flags) })
 	cmd.SetArgs(args)
 	cmd.SetOut(p.out)
 	cmd.SetErr(p.err)
@@ -64,6 +74,10 @@ func (p *program) exit(err error) int {
 	if err == nil {
 		return exitOK
 	}
+	var served statusError
+	if errors.As(err, &served) {
+		return served.status
+	}
 	var usage usageError
 	if errors.As(err, &usage) {
 		fmt.Fprintf(p.err, "sluiced: %v (see sluiced --help)\n", err)
@@ -73,10 +87,20 @@ func (p *program) exit(err error) int {
 	return exitError
 }
 
-// serve is the daemon's life, from the checked configuration to the end.
-func (p *program) serve(ctx context.Context, cfg config.Config) (err error) {
+// serve is the daemon's life, from the parsed command line to the end.
+func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.FlagSet) (err error) {
+	if cfg.ListExtensions {
+		return p.listExtensions()
+	}
 	if err := cfg.Validate(); err != nil {
 		return usageError{err}
+	}
+	what, err := loadSource(&cfg, flags)
+	if err != nil {
+		return err
+	}
+	if cfg.Seccomp == config.SeccompDump {
+		return p.dumpFilter(cfg, what)
 	}
 	if cfg.SocketPath == "" && cfg.FD == config.NoFD {
 		fd, ok, err := listen.FromSystemd(p.getenv)
@@ -88,6 +112,9 @@ func (p *program) serve(ctx context.Context, cfg config.Config) (err error) {
 		}
 		cfg.FD = fd
 	}
+	if err := checkSeccomp(cfg); err != nil {
+		return err
+	}
 
 	log, closeLog, err := newLogger(cfg, p.err)
 	if err != nil {
@@ -96,7 +123,7 @@ func (p *program) serve(ctx context.Context, cfg config.Config) (err error) {
 	defer closeLog()
 	if cfg.Syslog {
 		defer func() {
-			if err != nil {
+			if err != nil && !errors.As(err, new(statusError)) {
 				log.Error(err.Error())
 			}
 		}()
@@ -108,41 +135,97 @@ func (p *program) serve(ctx context.Context, cfg config.Config) (err error) {
 	defer signal.Stop(signals)
 	signal.Ignore(unix.SIGPIPE) // a launcher that closed our standard error is no reason to die
 
-	if err := checkDir(cfg.Share.Dir); err != nil {
+	box, handed, err := enterBox(cfg)
+	if err != nil {
 		return err
 	}
+	if box == nil {
+		return p.launch(cfg, what, log, signals)
+	}
+	return p.work(ctx, &worker{cfg: cfg, what: what, box: box, handed: handed, log: log, signals: signals})
+}
+
+// listExtensions prints the extensions' names in the order they are asked in, those that come with the daemon last.
+func (p *program) listExtensions() error {
+	for _, name := range append(p.registry.Names(), backendMem, backendPassthrough) {
+		if _, err := fmt.Fprintln(p.out, name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// worker is what the process that serves is made of.
+type worker struct {
+	cfg     config.Config
+	what    *source
+	box     *sandbox.Box
+	handed  []*os.File // by the launching process, if there is one
+	log     *slog.Logger
+	signals <-chan os.Signal
+}
+
+// work is what the serving process does: prepare, enter the sandbox, open the tree, give up what is not needed, serve.
+func (p *program) work(ctx context.Context, w *worker) (err error) {
+	cfg, log := w.cfg, w.log
 	if err := setLimits(&cfg, log); err != nil {
 		return err
 	}
-	if os.Geteuid() == 0 && cfg.Sandbox == config.SandboxNone {
-		log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
-	}
-
 	if os.Geteuid() == 0 {
+		if cfg.Sandbox == config.SandboxNone {
+			log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
+		}
 		// A group of whoever started the daemon must not help the guest's users.
 		if err := unix.Setgroups(nil); err != nil {
 			log.Warn("cannot give up the supplementary groups", "error", err)
 		}
 	}
-
-	srv, err := p.newServer(cfg, log)
+	spec := w.what.bundle.Spec
+	if err := p.registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir}); err != nil {
+		return err
+	}
+	needs, err := p.registry.Needs(spec)
 	if err != nil {
 		return err
 	}
-	ln, err := openListener(cfg)
+	caps, err := keptCapabilities(cfg, needs)
 	if err != nil {
-		return errors.Join(err, srv.Close())
+		return err
+	}
+	ln, err := w.listener(cfg)
+	if err != nil {
+		return err
 	}
 	defer func() { err = errors.Join(err, ln.Close()) }()
 	if cfg.Persist && ln.Connected() {
-		return errors.Join(errors.New("--persist needs a listening socket, and the one passed is connected"), srv.Close())
+		return errors.New("--persist needs a listening socket, and the one passed is connected")
+	}
+
+	places, err := w.enter(needs)
+	if err != nil {
+		return err
+	}
+	opener := opener{registry: p.registry, spec: w.what, share: cfg.Share, procFD: w.box.ProcSelfFD(), marks: newMarks(), log: log}
+	tree, err := opener.openTree(places)
+	for _, p := range places {
+		p.close()
+	}
+	if err != nil {
+		return err
+	}
+	srv, err := p.newServer(cfg, tree, log)
+	if err != nil {
+		return errors.Join(err, tree.backend.Close())
+	}
+	if err := w.confine(caps, p.registry, tree, opener.marks); err != nil {
+		return errors.Join(err, srv.Close())
 	}
 	// What is created from now on is created for the guest, with the mode that it asks for.
 	unix.Umask(0)
 
 	log.Info("Waiting for vhost-user socket connection...")
-	if err := listen.NotifyReady(p.getenv); err != nil {
-		log.Warn("the service manager does not know that sluiced is ready", "error", err)
+	if err := w.tellReady(p); err != nil {
+		return errors.Join(err, srv.Close())
 	}
 
 	ctx, cancel := context.WithCancel(ctx)
@@ -155,14 +238,16 @@ func (p *program) serve(ctx context.Context, cfg config.Config) (err error) {
 	select {
 	case err := <-done:
 		return err
-	case sig := <-signals:
+	case sig := <-w.signals:
 		log.Info("ending", "signal", signalName(sig))
+	case <-w.box.Orphaned():
+		log.Info("ending: the process that started this one is gone")
 	}
 	cancel()
 	select {
 	case err := <-done:
 		return err
-	case sig := <-signals:
+	case sig := <-w.signals:
 		return fmt.Errorf("ended by a second signal (%s) before requests in progress were done", signalName(sig))
 	case <-time.After(p.stopTimeout):
 		return fmt.Errorf("requests in progress were not done %s after the signal", p.stopTimeout)
@@ -222,18 +307,6 @@ func openListener(cfg config.Config) (*listen.Listener, error) {
 		return listen.FD(cfg.FD)
 	}
 	return listen.Path(cfg.SocketPath, cfg.SocketGroup)
-}
-
-// checkDir gives a wrong --shared-dir its own message; opening it again, and safely, is the server's affair.
-func checkDir(dir string) error {
-	info, err := os.Stat(dir)
-	if err != nil {
-		return fmt.Errorf("--shared-dir: %w", err)
-	}
-	if !info.IsDir() {
-		return fmt.Errorf("--shared-dir: %s is not a directory; a single file cannot be shared yet", dir)
-	}
-	return nil
 }
 
 // signalName is SIGTERM rather than "terminated".

@@ -2,11 +2,9 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"net"
 
-	"github.com/sluicefs/sluice/fsbackend/passthrough"
 	"github.com/sluicefs/sluice/fuseserver"
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/virtiofs"
@@ -29,17 +27,13 @@ var cachePolicies = map[config.CachePolicy]fuseserver.CachePolicy{
 	config.CacheAlways:   fuseserver.CacheAlways,
 }
 
-// newServer opens the share of cfg: the directory, what answers requests for it, and the device that they come through.
-func newServer(cfg config.Config, log *slog.Logger) (server, error) {
+// newServer makes what answers requests for t, as cfg's share is to look, and the device that they come through.
+func newServer(cfg config.Config, t *tree, log *slog.Logger) (server, error) {
 	share := cfg.Share
-	backend, err := passthrough.New(passthrough.Config{Dir: share.Dir, MaxFDs: share.MaxFDs, MaxInodes: share.MaxInodes, Log: log})
-	if err != nil {
-		return nil, err
-	}
 	answers, err := fuseserver.New(fuseserver.Config{
-		Backend:       backend,
+		Backend:       t.backend,
 		Log:           log,
-		ReadOnly:      share.ReadOnly,
+		ReadOnly:      t.readOnly,
 		Writeback:     share.Writeback,
 		Xattr:         share.Xattr,
 		NoReaddirplus: share.NoReaddirplus,
@@ -48,11 +42,11 @@ func newServer(cfg config.Config, log *slog.Logger) (server, error) {
 		Cache:         cachePolicies[share.Cache],
 	})
 	if err != nil {
-		return nil, errors.Join(err, backend.Close())
+		return nil, err
 	}
 	device, err := virtiofs.New(virtiofs.Config{Server: answers, Tag: share.Tag, NumRequestQueues: cfg.RequestQueues, Log: log})
 	if err != nil {
-		return nil, errors.Join(err, answers.Close())
+		return nil, err
 	}
 	return device, nil
 }

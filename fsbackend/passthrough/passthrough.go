@@ -16,7 +16,8 @@
 // The daemon sets its umask to 0 and gives up its supplementary groups; a guest's umask is applied before (Maker). As root
 // (with CAP_SETUID and CAP_SETGID) calls that create take the caller's ids for the moment; otherwise the guest's root and
 // the daemon's own uid act as the daemon, and others may not create. The guest's kernel checks all other permissions.
-// /proc must be mounted when New is called, and must stay so before Linux 6.13 (extended attributes).
+// /proc must be mounted when New is called, unless Config.ProcFD stands for it, and must stay so before Linux 6.13 (extended
+// attributes).
 package passthrough
 
 import (
@@ -55,6 +56,8 @@ const (
 type Config struct {
 	// Dir is the directory's path.
 	Dir string
+	// DirFD is a descriptor of the directory, which stays the caller's, for where Dir is out of reach; if 0, New opens Dir.
+	DirFD int
 	// MaxFDs bounds the descriptors kept for inodes: if 0, DefaultMaxFDs or half of RLIMIT_NOFILE, whichever is less.
 	// Beyond it there is one for each mount in the tree, two of the backend's own, and one for each file that the guest
 	// has open. A mount that the guest has looked at stays busy on the host until the FS is closed.
@@ -69,6 +72,8 @@ type Config struct {
 	PosixACL bool
 	// SecurityLabel offers guests to label what they create (FUSE_SECURITY_CTX).
 	SecurityLabel bool
+	// ProcFD is a descriptor of /proc/self/fd, which stays the caller's, for where /proc is out of reach; if 0, New opens it.
+	ProcFD int
 	// Log is told of what is worth knowing once; nothing if nil.
 	Log *slog.Logger
 }
@@ -136,7 +141,7 @@ func New(cfg Config) (*FS, error) {
 }
 
 func (fs *FS) open() error {
-	fd, err := unix.Open(fs.cfg.Dir, unix.O_PATH|unix.O_CLOEXEC, 0)
+	fd, err := openOr(fs.cfg.DirFD, fs.cfg.Dir)
 	if err != nil {
 		return err
 	}
@@ -157,7 +162,7 @@ func (fs *FS) open() error {
 		return fmt.Errorf("openat2, which keeps the guest inside: %w: expected Linux 5.6 or later and a seccomp profile that allows it", errno)
 	}
 	_ = unix.Close(probe)
-	proc, err := unix.Open("/proc/self/fd", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	proc, err := openOr(fs.cfg.ProcFD, "/proc/self/fd")
 	if err != nil {
 		return fmt.Errorf("open /proc/self/fd: %w: expected /proc to be mounted", err)
 	}
@@ -178,6 +183,14 @@ func (fs *FS) open() error {
 	fs.probe(fs.mounts.at(root), fd)
 	fs.log.Debug("opened share directory", "dir", fs.cfg.Dir, "file_handles", fs.mounts.at(root).state.Load() == handlesWork)
 	return nil
+}
+
+// openOr returns an O_PATH descriptor of its own: of what fd is open for or, if that is 0, of path.
+func openOr(fd int, path string) (int, error) {
+	if fd != 0 {
+		return unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	}
+	return unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
 }
 
 // WantFlags implements fsbackend.Wanter.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"strings"
 	"unicode/utf8"
 )
 
@@ -33,6 +34,14 @@ const (
 type Config struct {
 	// Share is the directory to serve.
 	Share Share
+	// Bundle is the directory of an OCI bundle to serve instead of Share.Dir: root file system and mounts of its config.json.
+	Bundle string
+	// Spec is the file of an OCI runtime spec to serve instead, whose relative paths start from its directory.
+	Spec string
+	// Backend names what serves the root: an extension, "passthrough" or "mem"; "" asks the extensions.
+	Backend string
+	// ListExtensions prints the extensions instead of serving.
+	ListExtensions bool
 
 	// SocketPath is where to create the listening socket. Its pid file is the same path with ".pid" appended.
 	SocketPath string
@@ -46,8 +55,12 @@ type Config struct {
 	// RequestQueues is the number of request queues offered, beside hiprio.
 	RequestQueues int
 
-	// Sandbox is what the daemon locks itself into before it serves. There is no default yet: SandboxUnset is refused.
+	// Sandbox is what the daemon locks itself into before it serves.
 	Sandbox Sandbox
+	// UIDMap and GIDMap say which ids an ordinary user's namespace has, ":inside:outside:count:" each.
+	UIDMap, GIDMap []string
+	// ModCaps adds capabilities to those that are kept, or takes some away: "+sys_admin:-mknod".
+	ModCaps string
 	// Seccomp is what happens to a system call outside the filter.
 	Seccomp Seccomp
 
@@ -117,20 +130,36 @@ func (c *Config) Validate() error {
 	case c.RlimitNofile < DefaultNofile:
 		return fmt.Errorf("--rlimit-nofile: %d is out of range; expected a number of files, or 0 to leave the limit alone", c.RlimitNofile)
 	}
-	if err := c.Share.Validate(); err != nil {
+	if err := c.validateSource(); err != nil {
 		return err
 	}
-	if c.Sandbox == SandboxUnset {
-		return errors.New("the sandbox comes in a later version and there is no running without it unasked; run with --sandbox none")
+	if c.Sandbox != SandboxNamespace && len(c.UIDMap)+len(c.GIDMap) > 0 {
+		return errors.New("--uid-map and --gid-map are for --sandbox namespace: without a namespace of its own the daemon's ids are the host's")
 	}
-	return nil
+	return c.Share.Validate()
+}
+
+// validateSource wants exactly one answer to what is served.
+func (c *Config) validateSource() error {
+	var given []string
+	for _, o := range []struct{ name, value string }{{"--shared-dir", c.Share.Dir}, {"--bundle", c.Bundle}, {"--spec", c.Spec}} {
+		if o.value != "" {
+			given = append(given, o.name)
+		}
+	}
+	switch len(given) {
+	case 0:
+		return errors.New("--shared-dir is needed: it names the directory to serve (or --bundle, or --spec)")
+	case 1:
+		return nil
+	default:
+		return fmt.Errorf("%s exclude each other: each says what to serve", strings.Join(given, " and "))
+	}
 }
 
 // Validate reports the first thing that cannot work, in terms of the options.
 func (s *Share) Validate() error {
 	switch {
-	case s.Dir == "":
-		return errors.New("--shared-dir is needed: it names the directory to serve")
 	case len(s.Tag) > MaxTag:
 		return fmt.Errorf("--tag: %d bytes are too long; at most %d fit", len(s.Tag), MaxTag)
 	case !utf8.ValidString(s.Tag):

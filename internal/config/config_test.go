@@ -11,7 +11,6 @@ func served() Config {
 	c := Default()
 	c.Share.Dir = "/srv"
 	c.SocketPath = "/run/s"
-	c.Sandbox = SandboxNone
 	return c
 }
 
@@ -41,7 +40,11 @@ func TestValidate(t *testing.T) {
 		{"no queue", func(c *Config) { c.RequestQueues = 0 }, "--num-request-queues: 0"},
 		{"too many queues", func(c *Config) { c.RequestQueues = MaxRequestQueues + 1 }, "--num-request-queues: 256"},
 		{"negative limit", func(c *Config) { c.RlimitNofile = -2 }, "--rlimit-nofile: -2"},
-		{"no sandbox chosen", func(c *Config) { c.Sandbox = SandboxUnset }, "run with --sandbox none"},
+		{"bundle", func(c *Config) { c.Share.Dir, c.Bundle = "", "/b" }, ""},
+		{"spec", func(c *Config) { c.Share.Dir, c.Spec = "", "/b/config.json" }, ""},
+		{"id maps", func(c *Config) { c.UIDMap = []string{":0:1000:1:"} }, ""},
+		{"two sources", func(c *Config) { c.Bundle = "/b" }, "--shared-dir and --bundle exclude"},
+		{"id maps without a namespace", func(c *Config) { c.GIDMap, c.Sandbox = []string{":0:1000:1:"}, SandboxNone }, "--uid-map and --gid-map"},
 		{"no directory", func(c *Config) { c.Share.Dir = "" }, "--shared-dir is needed"},
 		{"long tag", func(c *Config) { c.Share.Tag = strings.Repeat("t", MaxTag+1) }, "--tag: 37 bytes"},
 		{"tag not UTF-8", func(c *Config) { c.Share.Tag = "\xff" }, "--tag: not UTF-8"},
@@ -76,9 +79,8 @@ func TestEnums(t *testing.T) {
 		badText string
 	}{
 		{new(CachePolicy), "foo", `"foo" is not a cache policy; expected one of never, metadata, auto, always`},
-		{new(Sandbox), "foo", `"foo" is not a sandbox; expected none`},
-		{new(Sandbox), "namespace", `"namespace" is not done yet; expected none`},
-		{new(Seccomp), "kill", `"kill" is not done yet; expected none`},
+		{new(Sandbox), "foo", `"foo" is not a sandbox; expected one of namespace, chroot, none`},
+		{new(Seccomp), "foo", `"foo" is not a seccomp action; expected one of kill, trap, log, none, dump`},
 		{new(LogLevel), "", `"" is not a log level; expected one of error, warn, info, debug, trace, off`},
 	} {
 		for _, name := range tt.v.Choices() {

@@ -24,17 +24,29 @@ const (
 type Sandbox uint8
 
 const (
-	// SandboxUnset is the absence of a choice.
-	SandboxUnset Sandbox = iota
-	// SandboxNone serves from the daemon's own namespaces.
+	// SandboxNamespace serves from namespaces in which there is nothing but what is shared.
+	SandboxNamespace Sandbox = iota
+	// SandboxChroot serves with the shared directory as the root directory.
+	SandboxChroot
+	// SandboxNone serves from the daemon's own surroundings.
 	SandboxNone
 )
 
 // Seccomp is what happens to a system call that the daemon does not need.
 type Seccomp uint8
 
-// SeccompNone installs no filter.
-const SeccompNone Seccomp = 0
+const (
+	// SeccompKill logs the call and ends the process before it is made.
+	SeccompKill Seccomp = iota
+	// SeccompTrap is SeccompKill with a traceback.
+	SeccompTrap
+	// SeccompLog logs, counts and lets it pass.
+	SeccompLog
+	// SeccompNone installs no filter.
+	SeccompNone
+	// SeccompDump prints the filter instead of serving.
+	SeccompDump
+)
 
 // LogLevel is the least severe level that is logged; the zero value is info.
 type LogLevel slog.Level
@@ -49,11 +61,10 @@ const (
 // Level implements slog.Leveler.
 func (l LogLevel) Level() slog.Level { return slog.Level(l) }
 
-// choice is one spelling of an enumeration. One that is not done is known only to be refused by name.
+// choice is one spelling of an enumeration.
 type choice[T comparable] struct {
-	name    string
-	value   T
-	notDone bool
+	name  string
+	value T
 }
 
 // An enum is the set of spellings of an option's values, in the order they are shown in.
@@ -71,15 +82,16 @@ var (
 		{name: "always", value: CacheAlways},
 	}}
 	sandboxes = enum[Sandbox]{"a sandbox", []choice[Sandbox]{
-		{name: "namespace", notDone: true},
-		{name: "chroot", notDone: true},
+		{name: "namespace", value: SandboxNamespace},
+		{name: "chroot", value: SandboxChroot},
 		{name: "none", value: SandboxNone},
 	}}
 	seccomps = enum[Seccomp]{"a seccomp action", []choice[Seccomp]{
+		{name: "kill", value: SeccompKill},
+		{name: "trap", value: SeccompTrap},
+		{name: "log", value: SeccompLog},
 		{name: "none", value: SeccompNone},
-		{name: "kill", notDone: true},
-		{name: "log", notDone: true},
-		{name: "trap", notDone: true},
+		{name: "dump", value: SeccompDump},
 	}}
 	logLevels = enum[LogLevel]{"a log level", []choice[LogLevel]{
 		{name: "error", value: LogLevel(slog.LevelError)},
@@ -94,34 +106,19 @@ var (
 // parse finds the choice spelled s, in any case.
 func (e enum[T]) parse(s string) (T, error) {
 	for _, c := range e.choices {
-		if !strings.EqualFold(s, c.name) {
-			continue
+		if strings.EqualFold(s, c.name) {
+			return c.value, nil
 		}
-		if c.notDone {
-			return c.value, fmt.Errorf("%q is not done yet; expected %s", s, e.expected())
-		}
-		return c.value, nil
 	}
 	var zero T
-	return zero, fmt.Errorf("%q is not %s; expected %s", s, e.noun, e.expected())
+	return zero, fmt.Errorf("%q is not %s; expected one of %s", s, e.noun, strings.Join(e.names(), ", "))
 }
 
-// expected lists what works, for the end of an error message.
-func (e enum[T]) expected() string {
-	names := e.names()
-	if len(names) == 1 {
-		return names[0]
-	}
-	return "one of " + strings.Join(names, ", ")
-}
-
-// names lists the spellings of what works.
+// names lists the spellings.
 func (e enum[T]) names() []string {
 	var names []string
 	for _, c := range e.choices {
-		if !c.notDone {
-			names = append(names, c.name)
-		}
+		names = append(names, c.name)
 	}
 	return names
 }
@@ -129,7 +126,7 @@ func (e enum[T]) names() []string {
 // name returns the spelling of v, "" for a value without one.
 func (e enum[T]) name(v T) string {
 	for _, c := range e.choices {
-		if !c.notDone && c.value == v {
+		if c.value == v {
 			return c.name
 		}
 	}

@@ -122,6 +122,20 @@ func FD(fd int) (*Listener, error) {
 	return &Listener{conn: conn.(*net.UnixConn)}, nil
 }
 
+// File returns a descriptor of the listening or connected socket for another process, to which FD gives it. Close it.
+func (l *Listener) File() (*os.File, error) {
+	f, err := func() (*os.File, error) {
+		if l.ln != nil {
+			return l.ln.File()
+		}
+		return l.conn.File()
+	}()
+	if err != nil {
+		return nil, fmt.Errorf("hand over the socket: %w", err)
+	}
+	return f, nil
+}
+
 // inspect checks that fd is a Unix stream socket and tells a listening from a connected one. Nothing but SO_ACCEPTCONN
 // does: some launchers mean the one by --fd and some the other.
 func inspect(fd int) (listening bool, err error) {

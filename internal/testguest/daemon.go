@@ -7,6 +7,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"syscall"
 )
 
 // Daemon is a running virtio-fs server.
@@ -19,18 +21,33 @@ type Daemon struct {
 // Tag is the tag of the share that a Daemon serves.
 const Tag = "sluice"
 
-// StartDaemon starts a server of the directory share and waits until it listens. The socket is made in scratch, whose path must be short
-// enough for a Unix socket. The options every test needs are added to args.
-func StartDaemon(ctx context.Context, program, scratch, share string, args ...string) (*Daemon, error) {
-	socket := filepath.Join(scratch, "fs.sock")
-	args = append([]string{"--socket-path", socket, "--shared-dir", share, "--tag", Tag, "--sandbox", "none"}, args...)
-	p, err := startProcess(filepath.Base(program), exec.Command(program, args...), true)
+// DaemonConfig says how to start a Daemon.
+type DaemonConfig struct {
+	Program string
+	Scratch string // a directory for the socket, whose path must be short enough for a Unix socket
+	Share   string // the directory to serve; "" where Args say what is served
+	UID     uint32 // the user, and group, to run as
+	Args    []string
+}
+
+// StartDaemon starts a server and waits until it listens.
+func StartDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
+	socket := filepath.Join(cfg.Scratch, "fs.sock")
+	args := []string{"--socket-path", socket, "--tag", Tag}
+	if cfg.Share != "" {
+		args = append(args, "--shared-dir", cfg.Share)
+	}
+	cmd := exec.Command(cfg.Program, append(args, cfg.Args...)...)
+	if cfg.UID != 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: cfg.UID, Gid: cfg.UID}}
+	}
+	p, err := startProcess(filepath.Base(cfg.Program), cmd, true)
 	if err != nil {
 		return nil, err
 	}
 	if err := p.log.await(ctx, "Waiting for vhost-user socket connection"); err != nil {
 		p.kill()
-		return nil, fmt.Errorf("%s: %w\n%s", program, err, p.log)
+		return nil, fmt.Errorf("%s: %w\n%s", cfg.Program, err, p.log)
 	}
 	return &Daemon{p: p, socket: socket, tag: Tag}, nil
 }
@@ -41,6 +58,16 @@ func (d *Daemon) Device() Device { return Device{Socket: d.socket, Tag: d.tag} }
 // Wait waits for the daemon to end by itself; nil means with status 0.
 func (d *Daemon) Wait(ctx context.Context) error { return d.p.wait(ctx) }
 
+// Ended waits for the daemon to end by itself in any way.
+func (d *Daemon) Ended(ctx context.Context) error {
+	select {
+	case <-d.p.exited:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // Exited is closed when the daemon has ended.
 func (d *Daemon) Exited() <-chan struct{} { return d.p.exited }
 
@@ -50,8 +77,25 @@ func (d *Daemon) Close() { d.p.kill() }
 // Log is the end of what the daemon has written.
 func (d *Daemon) Log() string { return d.p.log.String() }
 
-// PID is the daemon's process id.
+// PID is the process id of what was started.
 func (d *Daemon) PID() int { return d.p.cmd.Process.Pid }
+
+// Server is the process id of what serves: PID's child, if it has one.
+func (d *Daemon) Server() int {
+	pid := d.PID()
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, path := range tasks {
+		if text, err := os.ReadFile(path); err == nil {
+			if child, err := strconv.Atoi(strings.TrimSpace(string(text))); err == nil {
+				return child
+			}
+		}
+	}
+	return pid
+}
+
+// Signal sends a signal to what was started.
+func (d *Daemon) Signal(sig syscall.Signal) error { return d.p.cmd.Process.Signal(sig) }
 
 // Usage is what a daemon holds at one moment.
 type Usage struct {
@@ -63,7 +107,7 @@ type Usage struct {
 
 // Usage reads the daemon's usage from /proc.
 func (d *Daemon) Usage() (Usage, error) {
-	proc := filepath.Join("/proc", strconv.Itoa(d.PID()))
+	proc := filepath.Join("/proc", strconv.Itoa(d.Server()))
 	fds, err := os.ReadDir(filepath.Join(proc, "fd"))
 	if err != nil {
 		return Usage{}, err

@@ -29,7 +29,7 @@ func WriteInitramfs(path string, kit Kit, programs map[string]string) (err error
 			err = fmt.Errorf("write initramfs: %w", err)
 		}
 	}()
-	files := map[string]string{"/init": init, "/bin/busybox": kit.busybox()}
+	files := map[string]string{"/init": init, "/bin/busybox": kit.Busybox()}
 	for name, source := range programs {
 		files["/bin/"+name] = source
 	}

@@ -14,6 +14,9 @@ import (
 // Kit is the directory that `make setup` fills with what guests are made of.
 type Kit struct{ Dir string }
 
+// Busybox is the static program that guests have for a user land.
+func (k Kit) Busybox() string { return filepath.Join(k.Dir, "busybox") }
+
 // FindKit returns the kit in $SLUICE_GUEST_KIT, or else in build/guest-kit of the module that the working directory belongs to.
 // The error for a kit that is not complete says how to get one.
 func FindKit() (Kit, error) {
@@ -26,7 +29,7 @@ func FindKit() (Kit, error) {
 		dir = filepath.Join(root, "build", "guest-kit")
 	}
 	kit := Kit{dir}
-	for _, part := range append([]string{kit.uml(), kit.vmlinuz(), kit.busybox()}, kit.modules()...) {
+	for _, part := range append([]string{kit.uml(), kit.vmlinuz(), kit.Busybox()}, kit.modules()...) {
 		if _, err := os.Stat(part); err != nil {
 			return Kit{}, fmt.Errorf("the guest kit is not complete, run `make setup`: %w", err)
 		}
@@ -41,7 +44,6 @@ const qemuProgram = "qemu-system-x86_64"
 
 func (k Kit) uml() string     { return filepath.Join(k.Dir, "linux-uml") }
 func (k Kit) vmlinuz() string { return filepath.Join(k.Dir, "vmlinuz") }
-func (k Kit) busybox() string { return filepath.Join(k.Dir, "busybox") }
 
 // modules returns the drivers that User-Mode Linux does not have built in, in the order in which they can be loaded.
 func (k Kit) modules() []string {
@@ -67,7 +69,7 @@ func ModuleRoot() (string, error) {
 }
 
 // runGo runs the go command in the module's root; under sudo as the user who called it, so that the build cache stays theirs.
-func runGo(args ...string) error {
+func runGo(cgo bool, args ...string) error {
 	root, err := ModuleRoot()
 	if err != nil {
 		return err
@@ -75,6 +77,9 @@ func runGo(args ...string) error {
 	cmd := exec.Command("go", args...)
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if cgo {
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=1")
+	}
 	uid, uidErr := strconv.ParseUint(os.Getenv("SUDO_UID"), 10, 32)
 	gid, gidErr := strconv.ParseUint(os.Getenv("SUDO_GID"), 10, 32)
 	if os.Geteuid() == 0 && uidErr == nil && gidErr == nil {
@@ -88,15 +93,20 @@ func runGo(args ...string) error {
 
 // BuildProgram compiles a static program, given by its import path, and returns the file; remove deletes it.
 func BuildProgram(pkg string) (program string, remove func(), err error) {
-	return build(pkg, "build", "-trimpath")
+	return build(pkg, false, "build", "-trimpath")
+}
+
+// BuildDaemon compiles a program that links libseccomp, as `make build` does.
+func BuildDaemon(pkg string) (program string, remove func(), err error) {
+	return build(pkg, true, "build", "-trimpath", "-tags", "osusergo,netgo", "-ldflags", `-linkmode external -extldflags "-static"`)
 }
 
 // BuildTest compiles the static test program of a package, as BuildProgram does for a program.
 func BuildTest(pkg string) (program string, remove func(), err error) {
-	return build(pkg, "test", "-c")
+	return build(pkg, false, "test", "-c")
 }
 
-func build(pkg string, args ...string) (string, func(), error) {
+func build(pkg string, cgo bool, args ...string) (string, func(), error) {
 	dir, err := os.MkdirTemp("", "sluice-build-")
 	if err != nil {
 		return "", nil, err
@@ -104,7 +114,7 @@ func build(pkg string, args ...string) (string, func(), error) {
 	remove := func() { os.RemoveAll(dir) }
 	program := filepath.Join(dir, filepath.Base(pkg))
 	// runGo may be another user than this process is.
-	if err := errors.Join(os.Chmod(dir, 0o777), runGo(append(args, "-o", program, pkg)...)); err != nil {
+	if err := errors.Join(os.Chmod(dir, 0o777), runGo(cgo, append(args, "-o", program, pkg)...)); err != nil {
 		remove()
 		return "", nil, err
 	}

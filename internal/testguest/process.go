@@ -44,7 +44,10 @@ func startProcess(name string, cmd *exec.Cmd, ownGroup bool) (*process, error) {
 	if cmd.Stderr == nil {
 		cmd.Stderr = p.log
 	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: ownGroup}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Pdeathsig, cmd.SysProcAttr.Setpgid = syscall.SIGKILL, ownGroup
 	// A grandchild that holds the output open must not keep Wait from returning.
 	cmd.WaitDelay = 2 * time.Second
 	started := make(chan error)

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -37,6 +38,7 @@ var (
 	kit     testguest.Kit
 	initrd  string
 	program string // the daemon
+	extd    string // the same with extensions for tests
 )
 
 func TestMain(m *testing.M) {
@@ -50,6 +52,12 @@ func TestMain(m *testing.M) {
 }
 
 func runTests(m *testing.M) (code int, err error) {
+	if err := chooseSurroundings(); err != nil {
+		return 1, err
+	}
+	if around.uid != 0 && around.ranges && os.Getenv(subIDsGiven) == "" {
+		return withSubIDs()
+	}
 	if kit, err = testguest.FindKit(); err != nil {
 		return 1, err
 	}
@@ -76,8 +84,9 @@ func runTests(m *testing.M) (code int, err error) {
 	build(&guestprog, testguest.BuildProgram, "github.com/sluicefs/sluice/test/guest/guestprog")
 	build(&posixtest, testguest.BuildTest, "github.com/hanwen/go-fuse/v2/posixtest")
 	if program = os.Getenv("SLUICED"); program == "" {
-		build(&program, testguest.BuildProgram, "github.com/sluicefs/sluice/cmd/sluiced")
+		build(&program, testguest.BuildDaemon, "github.com/sluicefs/sluice/cmd/sluiced")
 	}
+	build(&extd, testguest.BuildDaemon, "github.com/sluicefs/sluice/test/guest/extd")
 	if err != nil {
 		return 1, err
 	}
@@ -101,8 +110,25 @@ type machine struct {
 	guest   *testguest.Guest
 }
 
+// own gives a file of the host to the guest's root.
+func (m *machine) own(path string) { m.chown(path, 0, 0) }
+
+// chown gives a file of the host to users of the guest.
+func (m *machine) chown(path string, uid, gid int) {
+	m.t.Helper()
+	m.check(os.Lchown(path, around.hostID(uid), around.hostID(gid)))
+}
+
 // newMachine starts a daemon with these options on an empty directory. The test sees what daemon and guest have said if it fails.
 func newMachine(t *testing.T, options ...string) *machine {
+	t.Helper()
+	m := newScratch(t)
+	m.check(m.start(testguest.DaemonConfig{Program: program, Share: m.share, Args: options}))
+	return m
+}
+
+// newScratch makes the directories of a machine whose daemon is to be started yet.
+func newScratch(t *testing.T) *machine {
 	t.Helper()
 	m := &machine{t: t}
 	// The end of all the time there is must come as an error here: when go test ends the process, nobody cleans up.
@@ -120,25 +146,38 @@ func newMachine(t *testing.T, options ...string) *machine {
 	m.scratch = dir
 	m.share = filepath.Join(dir, "share")
 	m.check(os.Mkdir(m.share, 0o755))
-	m.daemon, err = testguest.StartDaemon(ctx, program, dir, m.share, options...)
-	m.check(err)
-	serving, ended := context.WithCancelCause(ctx)
+	m.check(os.Chmod(dir, 0o755))
+	if around.uid != 0 {
+		m.check(os.Chown(dir, int(around.uid), int(around.uid)))
+		m.own(m.share)
+	}
+	return m
+}
+
+// start starts the daemon in the surroundings of this run.
+func (m *machine) start(cfg testguest.DaemonConfig) (err error) {
+	m.t.Helper()
+	cfg.Scratch, cfg.UID, cfg.Args = m.scratch, around.uid, append(slices.Clone(around.options), cfg.Args...)
+	if m.daemon, err = testguest.StartDaemon(m.ctx, cfg); err != nil {
+		return err
+	}
+	serving, ended := context.WithCancelCause(m.ctx)
 	m.serving = serving
-	t.Cleanup(func() { ended(nil) })
+	m.t.Cleanup(func() { ended(nil) })
 	go func() {
 		select {
 		case <-m.daemon.Exited():
 			ended(errors.New("the daemon has ended"))
-		case <-ctx.Done():
+		case <-m.ctx.Done():
 		}
 	}()
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("daemon:\n%s", m.daemon.Log())
+	m.t.Cleanup(func() {
+		if m.t.Failed() {
+			m.t.Logf("daemon:\n%s", m.daemon.Log())
 		}
 		m.daemon.Close()
 	})
-	return m
+	return nil
 }
 
 // boot boots a guest and mounts the share at /mnt, with mount's options.

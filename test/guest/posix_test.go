@@ -72,7 +72,7 @@ func (m *machine) makeFixtures() {
 		} else {
 			m.check(os.MkdirAll(path, 0o755))
 		}
-		m.check(os.Chown(path, 0, f.gid))
+		m.chown(path, 0, f.gid)
 		m.check(unix.Chmod(path, f.mode))
 	}
 }

@@ -87,7 +87,7 @@ func run(ctx context.Context, kind testguest.Kind, daemon string) error {
 			return tree.WriteRandom(filepath.Join(share, "from-host"), mib<<20, 2)
 		}},
 		{"start " + filepath.Base(daemon), func() (err error) {
-			d, err = testguest.StartDaemon(ctx, daemon, scratch, share)
+			d, err = testguest.StartDaemon(ctx, testguest.DaemonConfig{Program: daemon, Scratch: scratch, Share: share})
 			return err
 		}},
 		{"boot a Linux guest (" + string(kind) + ")", func() (err error) {

@@ -49,7 +49,7 @@ func run(kind testguest.Kind, daemon, share string, args []string) error {
 	if err := testguest.WriteInitramfs(initrd, kit, nil); err != nil {
 		return err
 	}
-	d, err := testguest.StartDaemon(ctx, daemon, scratch, share, args...)
+	d, err := testguest.StartDaemon(ctx, testguest.DaemonConfig{Program: daemon, Scratch: scratch, Share: share, Args: args})
 	if err != nil {
 		return err
 	}

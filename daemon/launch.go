@@ -1,0 +1,90 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+
+	"github.com/sluicefs/sluice/internal/config"
+	"github.com/sluicefs/sluice/internal/listen"
+	"github.com/sluicefs/sluice/internal/sandbox"
+)
+
+// With --sandbox namespace there are two processes. The one that was started keeps what is outside: the socket's path, its
+// pid file, the service manager. The other one, in the namespaces, serves.
+
+// statusError ends this process with the status of the one that served, which has said why.
+type statusError struct{ status int }
+
+func (e statusError) Error() string {
+	return fmt.Sprintf("the serving process ended with status %d", e.status)
+}
+
+// Descriptors handed to the serving process, in this order.
+const (
+	handedSocket = iota
+	handedReady  // the write end of a pipe: a byte once it serves
+	numHanded
+)
+
+// launch starts the serving process, tells the service manager when that is ready, passes signals on, and returns when it
+// has ended.
+func (p *program) launch(cfg config.Config, what *source, log *slog.Logger, signals <-chan os.Signal) (err error) {
+	needs, err := p.registry.Needs(what.bundle.Spec)
+	if err != nil {
+		return err
+	}
+	uids, gids, err := idMaps(cfg)
+	if err != nil {
+		return usageError{err}
+	}
+	ln, err := openListener(cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, ln.Close()) }()
+	socket, err := ln.File()
+	if err != nil {
+		return err
+	}
+	defer socket.Close()
+	ready, toldReady, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("create a pipe: %w", err)
+	}
+	defer ready.Close()
+	defer toldReady.Close()
+
+	child, err := sandbox.Start(sandbox.Launch{
+		Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args, Log: log,
+		Files: []*os.File{handedSocket: socket, handedReady: toldReady},
+	})
+	if err != nil {
+		return err
+	}
+	// Only the serving process may hold these: it refuses further front-ends by closing its socket.
+	if err := errors.Join(ln.Refuse(), socket.Close(), toldReady.Close()); err != nil {
+		log.Warn("cannot close what was handed over", "error", err)
+	}
+	go func() {
+		for sig := range signals {
+			child.Signal(sig)
+		}
+	}()
+	if n, _ := io.ReadFull(ready, make([]byte, 1)); n == 1 {
+		p.notifyReady(log)
+	}
+	status, err := child.Wait()
+	if err != nil || status == exitOK {
+		return err
+	}
+	return statusError{status}
+}
+
+func (p *program) notifyReady(log *slog.Logger) {
+	if err := listen.NotifyReady(p.getenv); err != nil {
+		log.Warn("the service manager does not know that sluiced is ready", "error", err)
+	}
+}

@@ -1,0 +1,168 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/extensions"
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fsbackend/mem"
+	"github.com/sluicefs/sluice/fsbackend/passthrough"
+	"github.com/sluicefs/sluice/internal/bundle"
+	"github.com/sluicefs/sluice/internal/config"
+	"github.com/sluicefs/sluice/seccomp"
+	"github.com/sluicefs/sluice/share"
+)
+
+// Backends that come with the daemon, as --backend and annotations name them.
+const (
+	backendPassthrough = "passthrough"
+	backendMem         = "mem"
+)
+
+// tree is what is served, opened.
+type tree struct {
+	backend  fsbackend.Backend
+	readOnly bool                   // all of it is
+	claimed  []extensions.Extension // each once
+	host     bool                   // passthrough serves some of it
+	writes   bool                   // of which some may be changed
+}
+
+// place is where a mount's source is, once the process is in its sandbox.
+type place struct {
+	path string // "" where it is out of reach by path
+	fd   int    // a descriptor of the directory, or of the directory of the file, if not 0
+}
+
+func (p place) close() {
+	if p.fd != 0 {
+		_ = unix.Close(p.fd)
+	}
+}
+
+// dir is the path to speak of.
+func (p place) dir(m *bundle.Mount) string {
+	if p.path != "" {
+		return p.path
+	}
+	return m.Source
+}
+
+// opener opens the backends of a tree.
+type opener struct {
+	registry extensions.Registry
+	spec     *source
+	share    config.Share
+	procFD   int
+	marks    *seccomp.Marks
+	log      *slog.Logger
+
+	tree   tree
+	grafts []share.Graft
+}
+
+// openTree opens what is served: its root and mounts, at these places, the root's first.
+func (o *opener) openTree(places []place) (_ *tree, err error) {
+	defer func() {
+		if err != nil {
+			for i := range o.grafts {
+				err = errors.Join(err, o.grafts[i].Backend.Close())
+			}
+		}
+	}()
+	mounts := o.spec.mounts()
+	o.share.MaxFDs = max(o.share.MaxFDs/len(mounts), passthrough.MinMaxFDs) // one budget for all
+	for i, m := range mounts {
+		if err := o.open(&m, places[i]); err != nil {
+			return nil, err
+		}
+	}
+	o.tree.readOnly = true
+	for i := range o.grafts {
+		o.tree.readOnly = o.tree.readOnly && o.grafts[i].ReadOnly
+	}
+	if root := &o.grafts[0]; len(o.grafts) == 1 && !root.Isolated && root.UIDMap == nil && root.GIDMap == nil {
+		// Nothing is put together: requests go straight to the backend. Read-only is then fuseserver's.
+		o.tree.backend = root.Backend
+		return &o.tree, nil
+	}
+	s, err := share.New(share.Config{Grafts: o.grafts, Log: o.log})
+	if err != nil {
+		return nil, err
+	}
+	o.tree.backend = s
+	return &o.tree, nil
+}
+
+// open adds the graft for m, whose source is at p.
+func (o *opener) open(m *bundle.Mount, p place) error {
+	g := share.Graft{Path: m.Path, ReadOnly: m.ReadOnly, UIDMap: idMap(m.UIDMap), GIDMap: idMap(m.GIDMap)}
+	if m.Backend != backendPassthrough && m.Backend != backendMem {
+		choice, err := o.registry.Select(extensions.Request{
+			Spec: o.spec.bundle.Spec, Mount: m.Spec, MountPath: p.path, ReadOnly: m.ReadOnly, Backend: m.Backend,
+		})
+		if err != nil {
+			return err
+		}
+		if choice.Extension != nil {
+			o.claim(&g, choice)
+			o.grafts = append(o.grafts, g)
+			return nil
+		}
+	}
+	if err := o.openStock(&g, m, p); err != nil {
+		return fmt.Errorf("%s: %w", m.Path, err)
+	}
+	o.grafts = append(o.grafts, g)
+	return nil
+}
+
+// claim makes g an extension's.
+func (o *opener) claim(g *share.Graft, c extensions.Choice) {
+	g.Backend = c.Backend
+	g.Extension = c.Extension.Name()
+	g.ReadOnly = g.ReadOnly || c.Options.ReadOnly
+	g.Isolated, g.Slow = true, !c.Options.Inline
+	switch c.Options.Timeout {
+	case 0:
+		g.Timeout = extensions.DefaultTimeout
+	case extensions.NoTimeout:
+	default:
+		g.Timeout = c.Options.Timeout
+	}
+	g.Enter, g.Leave = o.marks.Around(g.Extension)
+	for _, e := range o.tree.claimed {
+		if e.Name() == g.Extension {
+			return
+		}
+	}
+	o.tree.claimed = append(o.tree.claimed, c.Extension)
+}
+
+// openStock opens what comes with the daemon.
+func (o *opener) openStock(g *share.Graft, m *bundle.Mount, p place) (err error) {
+	switch {
+	case m.Backend == backendMem, m.Kind == bundle.Tmpfs && m.Backend == "":
+		g.Backend, err = mem.New(mem.Config{MaxBytes: m.Size})
+		return err
+	case m.Kind == bundle.Dir:
+	case m.Kind == bundle.File:
+		g.File = filepath.Base(m.Source)
+		if p.path != "" {
+			p.path, g.File = filepath.Split(p.path)
+		}
+	default:
+		return fmt.Errorf("a mount of type %s is for an extension, and none claimed it", m.Spec.Type)
+	}
+	o.tree.host = true
+	o.tree.writes = o.tree.writes || !m.ReadOnly
+	g.Backend, err = passthrough.New(passthrough.Config{
+		Dir: p.dir(m), DirFD: p.fd, MaxFDs: o.share.MaxFDs, MaxInodes: o.share.MaxInodes, ProcFD: o.procFD, Log: o.log,
+	})
+	return err
+}
