@@ -3,6 +3,7 @@ package extensions
 import (
 	"errors"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -65,6 +66,9 @@ func TestSelect(t *testing.T) {
 			}
 			got, err := mustRegistry(t, exts...).Select(Request{Spec: spec, Mount: tt.mount, MountPath: "/inside", ReadOnly: true, Backend: tt.ask})
 			wantError(t, err, tt.err...)
+			if err != nil && strings.Contains(err.Error(), "Close") {
+				t.Errorf("error %q: a nil backend was closed", err)
+			}
 			want := Choice{}
 			if tt.err == nil {
 				want.Options.ReadOnly = true
