@@ -1,0 +1,244 @@
+package extensions
+
+import (
+	"fmt"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"runtime/debug"
+	"slices"
+	"strings"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/spf13/pflag"
+)
+
+// Names of the backends that come with the daemon, which no extension can have.
+const (
+	Passthrough = "passthrough" // a directory of the host
+	Mem         = "mem"         // a tree in memory
+)
+
+var (
+	nameShape       = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
+	capabilityShape = regexp.MustCompile(`^CAP_[A-Z][A-Z0-9_]*$`)
+)
+
+// Registry is a set of extensions, in the order they are asked in. It is a value that cannot change; the zero value has
+// none. A panic of an extension comes back as an error (PanicError).
+type Registry struct {
+	entries []entry
+}
+
+// entry keeps the name as it was when it was checked.
+type entry struct {
+	Extension
+	name string
+}
+
+// FlagGroup is the options of one extension.
+type FlagGroup struct {
+	Extension string
+	Flags     *pflag.FlagSet
+}
+
+// PanicError is a panic in an extension.
+type PanicError struct {
+	Extension string
+	Method    string // as Go names it: "TryHandleMount"
+	Value     any    // what it panicked with
+	Stack     []byte // where, as debug.Stack tells it
+}
+
+func (e *PanicError) Error() string {
+	return fmt.Sprintf("extension %s: %s panicked: %v", e.Extension, e.Method, e.Value)
+}
+
+// Unwrap returns the error that the extension panicked with, if it was one.
+func (e *PanicError) Unwrap() error {
+	err, _ := e.Value.(error)
+	return err
+}
+
+// NewRegistry returns the registry of exts. It refuses nil ones, and names that are malformed, taken, or those of the
+// daemon's own backends.
+func NewRegistry(exts ...Extension) (Registry, error) {
+	var r Registry
+	for i, ext := range exts {
+		if isNil(ext) {
+			return Registry{}, fmt.Errorf("extension %d of %d is nil (%T): register a value that can be called", i+1, len(exts), ext)
+		}
+		e := entry{Extension: ext, name: fmt.Sprintf("%d of %d", i+1, len(exts))}
+		var name string
+		if err := e.call("Name", func() { name = ext.Name() }); err != nil {
+			return Registry{}, err
+		}
+		switch earlier := slices.Index(r.Names(), name); {
+		case !nameShape.MatchString(name):
+			return Registry{}, fmt.Errorf("extension %s: bad name %q: expected 1 to 32 of a-z, 0-9 and '-', and a letter first", e.name, name)
+		case reserved(name):
+			return Registry{}, fmt.Errorf("extension %s: the name %q is that of a backend of the daemon's own: choose another", e.name, name)
+		case earlier >= 0:
+			return Registry{}, fmt.Errorf("extension %s: the name %q is already that of extension %d: choose another", e.name, name, earlier+1)
+		}
+		e.name = name
+		r.entries = append(r.entries, e)
+	}
+	return r, nil
+}
+
+// Names returns the extensions' names, in order.
+func (r Registry) Names() []string {
+	names := make([]string, len(r.entries))
+	for i, e := range r.entries {
+		names[i] = e.name
+	}
+	return names
+}
+
+// All returns the extensions, in order.
+func (r Registry) All() []Extension {
+	all := make([]Extension, len(r.entries))
+	for i, e := range r.entries {
+		all[i] = e.Extension
+	}
+	return all
+}
+
+// Lookup returns the extension of this name.
+func (r Registry) Lookup(name string) (Extension, bool) {
+	e, ok := r.lookup(name)
+	return e.Extension, ok
+}
+
+func (r Registry) lookup(name string) (entry, bool) {
+	i := slices.IndexFunc(r.entries, func(e entry) bool { return e.name == name })
+	if i < 0 {
+		return entry{}, false
+	}
+	return r.entries[i], true
+}
+
+// FlagSets asks each FlagSetter for its options, once, and returns those that have any. An option's name starts with the
+// extension's and '-', belongs to one extension only, and has no one-letter form, for those are the daemon's. Whether the daemon
+// itself has an option of such a name is for the caller to check.
+func (r Registry) FlagSets() ([]FlagGroup, error) {
+	var groups []FlagGroup
+	owners := map[string]string{}
+	for _, e := range r.entries {
+		setter, ok := e.Extension.(FlagSetter)
+		if !ok {
+			continue
+		}
+		flags := pflag.NewFlagSet(e.name, pflag.ContinueOnError)
+		if err := e.call("SetFlags", func() { setter.SetFlags(flags) }); err != nil {
+			return nil, err
+		}
+		var err error
+		flags.VisitAll(func(f *pflag.Flag) {
+			rest, ok := strings.CutPrefix(f.Name, e.name+"-")
+			owner, taken := owners[f.Name]
+			switch {
+			case err != nil:
+			case !ok || rest == "":
+				err = fmt.Errorf("extension %s: option --%s: its name must start with %q, as those of all the extension's options", e.name, f.Name, e.name+"-")
+			case f.Shorthand != "":
+				err = fmt.Errorf("extension %s: option --%s: an extension's option has no one-letter form, such as -%s", e.name, f.Name, f.Shorthand)
+			case taken:
+				err = fmt.Errorf("extension %s: option --%s is already that of extension %s", e.name, f.Name, owner)
+			}
+			owners[f.Name] = e.name
+		})
+		if err != nil {
+			return nil, err
+		}
+		if flags.HasFlags() {
+			groups = append(groups, FlagGroup{e.name, flags})
+		}
+	}
+	return groups, nil
+}
+
+// Needs returns what all SandboxUsers need together for spec, each thing once.
+func (r Registry) Needs(spec *specs.Spec) (Needs, error) {
+	var all Needs
+	for _, e := range r.entries {
+		user, ok := e.Extension.(SandboxUser)
+		if !ok {
+			continue
+		}
+		var needs Needs
+		if err := e.call("SandboxNeeds", func() { needs = user.SandboxNeeds(deepCopy(spec)) }); err != nil {
+			return Needs{}, err
+		}
+		all.Network = all.Network || needs.Network
+		for _, file := range needs.Files {
+			// The root itself would be no sandbox any more.
+			if !filepath.IsAbs(file) || filepath.Clean(file) != file || file == "/" || strings.ContainsRune(file, 0) {
+				return Needs{}, fmt.Errorf("extension %s: SandboxNeeds: file %q: expected an absolute path without '.', '..', '//' or '/' at the end, and not the root", e.name, file)
+			}
+			all.Files = appendNew(all.Files, file)
+		}
+		for _, name := range needs.Capabilities {
+			if !capabilityShape.MatchString(name) {
+				return Needs{}, fmt.Errorf("extension %s: SandboxNeeds: capability %q: expected a name of capabilities(7), such as CAP_SYS_ADMIN", e.name, name)
+			}
+			all.Capabilities = appendNew(all.Capabilities, name)
+		}
+	}
+	return all, nil
+}
+
+// Prepare prepares each Preparer, in order; the first error ends it. Each gets its own copy of ctx.Spec.
+func (r Registry) Prepare(ctx PrepareContext) error {
+	for _, e := range r.entries {
+		preparer, ok := e.Extension.(Preparer)
+		if !ok {
+			continue
+		}
+		own := PrepareContext{Spec: deepCopy(ctx.Spec), BundleDir: ctx.BundleDir}
+		var failed error
+		if err := e.call("Prepare", func() { failed = preparer.Prepare(own) }); err != nil {
+			return err
+		}
+		if failed != nil {
+			return fmt.Errorf("extension %s: prepare: %w", e.name, failed)
+		}
+	}
+	return nil
+}
+
+// call runs f, which calls the extension's method.
+func (e entry) call(method string, f func()) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = &PanicError{Extension: e.name, Method: method, Value: v, Stack: debug.Stack()}
+		}
+	}()
+	f()
+	return nil
+}
+
+func reserved(name string) bool {
+	return name == Passthrough || name == Mem
+}
+
+func appendNew(list []string, s string) []string {
+	if slices.Contains(list, s) {
+		return list
+	}
+	return append(list, s)
+}
+
+// isNil tells a nil interface, and one that holds a nil, which looks like a value until it is called.
+func isNil(v any) bool {
+	if v == nil {
+		return true
+	}
+	switch rv := reflect.ValueOf(v); rv.Kind() {
+	case reflect.Pointer, reflect.Map, reflect.Slice, reflect.Func, reflect.Chan:
+		return rv.IsNil()
+	default:
+		return false
+	}
+}
