@@ -1,0 +1,282 @@
+package sandbox
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Launch is how the program is started again in namespaces of its own. The zero value is the same command line, and for an
+// ordinary user the own ids and no others.
+type Launch struct {
+	// Network keeps the host's network.
+	Network bool
+	// UIDMap and GIDMap are the ids of the user namespace; root has none. Empty is the own id, which stays what it is.
+	// Anything but one entry for just that takes newuidmap(1) and newgidmap(1), and ranges in /etc/subuid and /etc/subgid.
+	UIDMap, GIDMap []IDMap
+	// Files are what Inherited returns in the child. Start closes them.
+	Files []*os.File
+	// Args are the child's arguments with the program's name, os.Args without.
+	Args []string
+	// Env is the child's environment, os.Environ() if nil.
+	Env []string
+	// Keep are the capabilities that the launcher keeps for what it does at the end.
+	Keep CapSet
+}
+
+// Validate says what cannot be done for the user who runs this process.
+func (l Launch) Validate() error {
+	if len(l.UIDMap) == 0 && len(l.GIDMap) == 0 {
+		return nil
+	}
+	if os.Geteuid() == 0 {
+		return errors.New("--uid-map and --gid-map are for ordinary users, and this is root: expected neither; " +
+			"--translate-uid and --translate-gid change ids for root")
+	}
+	if err := checkIDMaps(l.uidMap(), uint32(os.Geteuid())); err != nil {
+		return fmt.Errorf("map of user ids: %w", err)
+	}
+	if err := checkIDMaps(l.gidMap(), uint32(os.Getegid())); err != nil {
+		return fmt.Errorf("map of group ids: %w", err)
+	}
+	return nil
+}
+
+func (l Launch) uidMap() []IDMap { return orOwn(l.UIDMap, os.Geteuid()) }
+func (l Launch) gidMap() []IDMap { return orOwn(l.GIDMap, os.Getegid()) }
+
+func orOwn(m []IDMap, id int) []IDMap {
+	if len(m) > 0 {
+		return m
+	}
+	return []IDMap{{Inside: uint32(id), Outside: uint32(id), Count: 1}}
+}
+
+// A Child is the process in the sandbox, seen from its launcher.
+type Child struct {
+	cmd      *exec.Cmd
+	lifeline *os.File // nothing else in the world holds this end of the pipe
+}
+
+// Start starts the child. When it returns the child is past Inherited, and this process has given up all capabilities but
+// l.Keep and may not get any again, on every thread: start nothing more that needs any.
+//
+// Every descriptor of this process becomes close-on-exec, so that the child has the standard streams, of which the
+// input is /dev/null, and l.Files. It has a session of its own: a signal from the terminal comes to the launcher only, and
+// input cannot be pushed to the terminal.
+func Start(l Launch) (*Child, error) {
+	defer func() {
+		for _, f := range l.Files {
+			_ = f.Close()
+		}
+	}()
+	if err := l.Validate(); err != nil {
+		return nil, err
+	}
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("keep descriptors from the sandbox: %w: expected Linux 5.11 or later", err)
+	}
+	read, write, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("make a pipe: %w", err)
+	}
+	defer read.Close()
+	c := &Child{cmd: l.command(read), lifeline: write}
+	if err := c.cmd.Start(); err != nil {
+		_ = write.Close()
+		return nil, startError(err)
+	}
+	if err := l.prepare(c); err != nil {
+		_ = c.cmd.Process.Kill()
+		_ = c.cmd.Wait()
+		_ = write.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// command is the child, not yet started.
+func (l Launch) command(lifeline *os.File) *exec.Cmd {
+	args, env := l.Args, l.Env
+	if args == nil {
+		args = os.Args
+	}
+	if env == nil {
+		env = os.Environ()
+	}
+	h := handover{files: len(l.Files)}
+	attr := &syscall.SysProcAttr{
+		Setsid:     true,
+		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC,
+	}
+	if !l.Network {
+		attr.Cloneflags |= unix.CLONE_NEWNET
+	}
+	if os.Geteuid() != 0 {
+		attr.Cloneflags |= unix.CLONE_NEWUSER
+		// A user other than 0 loses all capabilities when a program is executed, unless they are ambient.
+		for number := range lastCap() + 1 {
+			attr.AmbientCaps = append(attr.AmbientCaps, uintptr(number))
+		}
+		h.rootUser, h.rootGroup = mapsRoot(l.uidMap()), mapsRoot(l.gidMap())
+		h.keepGroups = isOwn(l.gidMap(), os.Getegid())
+	}
+	return &exec.Cmd{
+		Path: "/proc/self/exe", Args: args, Env: append(env[:len(env):len(env)], marker+"="+h.String()),
+		Stdout: os.Stdout, Stderr: os.Stderr,
+		ExtraFiles: append([]*os.File{lifeline}, l.Files...), SysProcAttr: attr,
+	}
+}
+
+// startError says what to do about a child that could not be started.
+func startError(err error) error {
+	hint := ""
+	switch root := os.Geteuid() == 0; {
+	case root && errors.Is(err, unix.EPERM):
+		hint = ": expected the capability sys_admin; without it, as in a container, use --sandbox chroot or none"
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		hint = ": expected user namespaces to be allowed for ordinary users (sysctl kernel.unprivileged_userns_clone, " +
+			"kernel.apparmor_restrict_unprivileged_userns); otherwise use --sandbox none"
+	case errors.Is(err, unix.ENOSPC):
+		hint = ": expected room for more namespaces (sysctl user.max_user_namespaces and the others of user.)"
+	}
+	return fmt.Errorf("start in namespaces: %w%s", err, hint)
+}
+
+// prepare maps the child's ids, gives up this process's privileges and tells the child to go on.
+func (l Launch) prepare(c *Child) error {
+	if os.Geteuid() != 0 {
+		if err := l.mapIDs(c.cmd.Process.Pid); err != nil {
+			return err
+		}
+	}
+	tasks, err := openTasks()
+	if err != nil {
+		return err
+	}
+	defer tasks.Close()
+	// The bounding set, with its 40 calls on every thread, says nothing once no_new_privs is set.
+	_, want, err := dropAll(l.Keep, false)
+	if err == nil {
+		err = checkThreads(tasks, want)
+	}
+	if err != nil {
+		return fmt.Errorf("give up the launcher's privileges: %w", err)
+	}
+	if _, err := c.lifeline.Write([]byte{1}); err != nil {
+		_, err = c.Wait(nil)
+		return errors.Join(errors.New("the process in the sandbox ended at once"), err)
+	}
+	return nil
+}
+
+func (l Launch) mapIDs(pid int) error {
+	if err := mapIDs(pid, "gid", l.gidMap(), os.Getegid()); err != nil {
+		return fmt.Errorf("map group ids: %w", err)
+	}
+	if err := mapIDs(pid, "uid", l.uidMap(), os.Geteuid()); err != nil {
+		return fmt.Errorf("map user ids: %w", err)
+	}
+	return nil
+}
+
+// isOwn says whether the map is what an ordinary user may write: the own id and no other.
+func isOwn(m []IDMap, own int) bool {
+	return len(m) == 1 && m[0].Count == 1 && m[0].Outside == uint32(own)
+}
+
+// mapIDs writes the map of the user namespace of pid, of the kind "uid" or "gid".
+func mapIDs(pid int, kind string, m []IDMap, own int) error {
+	if !isOwn(m, own) {
+		return mapWithHelper(pid, kind, m)
+	}
+	dir := "/proc/" + strconv.Itoa(pid)
+	if kind == "gid" {
+		// Or else giving up a group could give access to what is denied to the group.
+		if err := os.WriteFile(dir+"/setgroups", []byte("deny"), 0); err != nil {
+			return err
+		}
+	}
+	err := os.WriteFile(dir+"/"+kind+"_map", fmt.Appendf(nil, "%d %d 1\n", m[0].Inside, m[0].Outside), 0)
+	if errors.Is(err, unix.EPERM) {
+		err = fmt.Errorf("%w: expected user namespaces to be allowed for ordinary users (sysctl kernel.apparmor_restrict_unprivileged_userns)", err)
+	}
+	return err
+}
+
+// mapWithHelper has newuidmap(1) or newgidmap(1) write the map.
+func mapWithHelper(pid int, kind string, m []IDMap) error {
+	helper := "new" + kind + "map"
+	args := []string{strconv.Itoa(pid)}
+	for _, e := range m {
+		for _, n := range []uint32{e.Inside, e.Outside, e.Count} {
+			args = append(args, strconv.FormatUint(uint64(n), 10))
+		}
+	}
+	out, err := exec.Command(helper, args...).CombinedOutput()
+	if errors.Is(err, exec.ErrNotFound) {
+		return fmt.Errorf("%w: expected the program %s, of the package uidmap or shadow-utils; without it only the own id can be mapped", err, helper)
+	}
+	if err != nil {
+		said := string(bytes.TrimSpace(out))
+		return fmt.Errorf("%s: %w: %s: expected the ranges to be granted to this user in /etc/sub%s", helper, err,
+			strings.ReplaceAll(said, "\n", "; "), kind)
+	}
+	return nil
+}
+
+// Signal sends the child a signal.
+func (c *Child) Signal(sig os.Signal) error {
+	return c.cmd.Process.Signal(sig)
+}
+
+// Wait passes signals on to the child until it ends, and returns its exit status. If a signal ended it, that is 128 and the
+// signal's number, with an error that says so.
+func (c *Child) Wait(signals <-chan os.Signal) (status int, err error) {
+	done := make(chan error, 1)
+	go func() { done <- c.cmd.Wait() }()
+	for {
+		select {
+		case sig, ok := <-signals:
+			if !ok {
+				signals = nil
+				continue
+			}
+			// One that comes too late is of no use to anybody.
+			_ = c.Signal(sig)
+			continue
+		case err = <-done:
+		}
+		break
+	}
+	_ = c.lifeline.Close()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		return 1, fmt.Errorf("wait for the process in the sandbox: %w", err)
+	}
+	return exitStatus(c.cmd.ProcessState.Sys().(syscall.WaitStatus))
+}
+
+// exitStatus is Wait's result.
+func exitStatus(ws syscall.WaitStatus) (int, error) {
+	if !ws.Signaled() {
+		return ws.ExitStatus(), nil
+	}
+	sig := ws.Signal()
+	hint := ""
+	switch sig {
+	case unix.SIGSYS:
+		hint = ": ended by the seccomp filter, for a system call that it does not allow"
+	case unix.SIGKILL:
+		hint = ": by an administrator, or for want of memory"
+	}
+	return 128 + int(sig), fmt.Errorf("the process in the sandbox was ended by %s (%s)%s", unix.SignalName(sig), sig, hint)
+}
