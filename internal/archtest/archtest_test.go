@@ -18,6 +18,7 @@ var house = Rules{
 		"extensions":     {"fsbackend", "seccomp"},
 		"extensions/...": {"extensions", "fsbackend", "fsbackend/...", "fuseproto", "seccomp"},
 		"seccomp":        {},
+		"seccomp/...":    {},
 		"share":          {"fsbackend", "fuseproto", "internal/ratelog"},
 
 		// The one room that knows the transport and the file system.
