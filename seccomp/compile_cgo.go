@@ -7,23 +7,39 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	libseccomp "github.com/seccomp/libseccomp-golang"
 	"golang.org/x/sys/unix"
 )
 
-var (
-	actAllow = libseccomp.ActAllow
-	actTrap  = libseccomp.ActTrap
-	actNoSys = libseccomp.ActErrno.SetReturnCode(int16(unix.ENOSYS))
-)
-
-// retAllow ends a program: the call is allowed.
-var retAllow = unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW}
-
 // compile makes a program that takes action for the calls that match a clause, ENOSYS for nosys, and def for all others.
 // Calls of other architectures kill the process: i386 and x32 number them differently.
+//
+// It has libseccomp compile one clause of each call at a time. Given several, libseccomp 2.5.4 makes one decision tree of
+// them from which there is no way back: a call that meets the first condition of a clause, but not the second, does not get
+// to the other clauses.
 func compile(def, action libseccomp.ScmpAction, clauses []Clause, nosys []string) ([]unix.SockFilter, error) {
+	var programs [][]unix.SockFilter
+	for _, layer := range layers(clauses) {
+		program, err := compileLayer(def, action, layer, nosys)
+		if err != nil {
+			return nil, err
+		}
+		programs = append(programs, program)
+		nosys = nil
+	}
+	return join(returns[def], programs...), nil
+}
+
+// returns are the values that a program returns for an action.
+var returns = map[libseccomp.ScmpAction]uint32{
+	libseccomp.ActAllow:  unix.SECCOMP_RET_ALLOW,
+	libseccomp.ActTrap:   unix.SECCOMP_RET_TRAP,
+	libseccomp.ActNotify: unix.SECCOMP_RET_USER_NOTIF,
+}
+
+func compileLayer(def, action libseccomp.ScmpAction, clauses []Clause, nosys []string) ([]unix.SockFilter, error) {
 	f, err := libseccomp.NewFilter(def)
 	if err != nil {
 		return nil, fmt.Errorf("make filter: %w", err)
@@ -37,11 +53,11 @@ func compile(def, action libseccomp.ScmpAction, clauses []Clause, nosys []string
 		return nil, fmt.Errorf("order filter as a tree: %w", err)
 	}
 	for _, name := range nosys {
-		if err := add(f, actNoSys, Clause{Syscall: name}); err != nil {
+		if err := add(f, libseccomp.ActErrno.SetReturnCode(int16(unix.ENOSYS)), Clause{Syscall: name}); err != nil {
 			return nil, err
 		}
 	}
-	for _, c := range normal(clauses) {
+	for _, c := range clauses {
 		if err := add(f, action, c); err != nil {
 			return nil, err
 		}
@@ -49,26 +65,27 @@ func compile(def, action libseccomp.ScmpAction, clauses []Clause, nosys []string
 	return export(f)
 }
 
-// normal drops the conditional clauses of calls that another clause matches always. libseccomp would refuse some of them,
-// depending on their order.
-func normal(clauses []Clause) []Clause {
+// layers deals the clauses out so that no call has two in one layer. There is at least one layer. A call that a clause
+// matches always has that one alone.
+func layers(clauses []Clause) [][]Clause {
 	always := map[string]bool{}
 	for _, c := range clauses {
 		always[c.Syscall] = always[c.Syscall] || len(c.Conds) == 0
 	}
-	var kept []Clause
+	dealt := [][]Clause{nil}
+	next := map[string]int{}
 	for _, c := range clauses {
-		whole, seen := always[c.Syscall]
-		switch {
-		case !seen:
-		case whole:
-			kept = append(kept, Clause{Syscall: c.Syscall})
-			delete(always, c.Syscall)
-		default:
-			kept = append(kept, c)
+		n := next[c.Syscall]
+		if always[c.Syscall] && (n > 0 || len(c.Conds) > 0) {
+			continue
 		}
+		if n == len(dealt) {
+			dealt = append(dealt, nil)
+		}
+		dealt[n] = append(dealt[n], c)
+		next[c.Syscall]++
 	}
-	return kept
+	return dealt
 }
 
 var compareOps = [...]libseccomp.ScmpCompareOp{
@@ -103,8 +120,7 @@ func add(f *libseccomp.ScmpFilter, action libseccomp.ScmpAction, c Clause) error
 	} else {
 		err = f.AddRuleConditionalExact(nr, action, conds)
 	}
-	// EEXIST: the same clause again.
-	if err != nil && err != unix.EEXIST {
+	if err != nil {
 		return fmt.Errorf("add rule for %s: %w", c.Syscall, err)
 	}
 	return nil
@@ -130,22 +146,24 @@ func export(f *libseccomp.ScmpFilter) ([]unix.SockFilter, error) {
 	if _, err := binary.Decode(b, binary.NativeEndian, program); err != nil {
 		return nil, fmt.Errorf("read filter: %w", err)
 	}
-	if len(program) == 0 || len(program) > unix.BPF_MAXINSNS {
-		return nil, fmt.Errorf("the filter has %d instructions: expected 1 to %d; allow more calls without conditions", len(program), unix.BPF_MAXINSNS)
-	}
 	return program, nil
 }
 
-// join makes one program of two: second decides on what first allows. Two filters would do the same, but the kernel lets
-// only one of a process's filters have a listener.
-func join(first, second []unix.SockFilter) []unix.SockFilter {
-	joined := append([]unix.SockFilter(nil), first...)
-	for i, ins := range joined {
-		if ins == retAllow {
-			joined[i] = unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JA, K: uint32(len(first) - i - 1)}
+// join makes one program of several: where one would return open, the next one decides. With what they do by default that is
+// their union. With ALLOW it is what stacked filters do, for log, where the kernel lets only one of them have a listener.
+func join(open uint32, programs ...[]unix.SockFilter) []unix.SockFilter {
+	joined := slices.Concat(programs...)
+	end := 0
+	for _, p := range programs[:len(programs)-1] {
+		start := end
+		end += len(p)
+		for i := start; i < end; i++ {
+			if joined[i] == (unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: open}) {
+				joined[i] = unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JA, K: uint32(end - i - 1)}
+			}
 		}
 	}
-	return append(joined, second...)
+	return joined
 }
 
 // number returns the number of a system call.

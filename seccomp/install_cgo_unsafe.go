@@ -144,38 +144,42 @@ var (
 
 // prepare makes the programs, and returns what loads them.
 func prepare(cfg InstallConfig, output int) (func(*C.struct_sluice_handlers) error, error) {
-	f := cfg.Filters
-	allow := slices.Concat(f.Allow, own(cfg.Action, output))
+	refuse := libseccomp.ActTrap
+	deny, allow := cfg.Filters.Deny, slices.Concat(cfg.Filters.Allow, own(cfg.Action, output))
+	switch {
+	case cfg.Trace:
+		deny, allow = nil, own(Log, output)
+		fallthrough
+	case cfg.Action == Log:
+		refuse = libseccomp.ActNotify
+	default:
+		deny = append(slices.Clip(deny), Clause{Syscall: "seccomp"})
+	}
+	denied, err := compile(libseccomp.ActAllow, refuse, deny, nil)
+	if err != nil {
+		return nil, fmt.Errorf("compile denials: %w", err)
+	}
+	allowed, err := compile(refuse, libseccomp.ActAllow, allow, cfg.Filters.NoSys)
+	if err != nil {
+		return nil, fmt.Errorf("compile filter: %w", err)
+	}
+	programs := [][]unix.SockFilter{allowed, denied}
 	if cfg.Action == Log {
-		if cfg.Trace {
-			f.Deny, allow = nil, own(cfg.Action, output)
-		}
-		denied, err := compile(actAllow, libseccomp.ActNotify, f.Deny, nil)
-		if err != nil {
-			return nil, fmt.Errorf("deny: %w", err)
-		}
-		allowed, err := compile(libseccomp.ActNotify, actAllow, allow, f.NoSys)
-		if err != nil {
-			return nil, fmt.Errorf("allow: %w", err)
-		}
-		program := join(denied, allowed)
-		return func(h *C.struct_sluice_handlers) error {
-			p, n := instructions(program)
-			return loadError(C.sluice_listen(h, p, n))
-		}, nil
+		programs = [][]unix.SockFilter{join(unix.SECCOMP_RET_ALLOW, denied, allowed)}
 	}
-	allowed, err := compile(actTrap, actAllow, allow, f.NoSys)
-	if err != nil {
-		return nil, fmt.Errorf("allow: %w", err)
-	}
-	denied, err := compile(actAllow, actTrap, append(slices.Clip(f.Deny), Clause{Syscall: "seccomp"}), nil)
-	if err != nil {
-		return nil, fmt.Errorf("deny: %w", err)
+	for _, p := range programs {
+		if len(p) > unix.BPF_MAXINSNS {
+			return nil, fmt.Errorf("compile filter: it has %d instructions, and the kernel takes %d: allow calls with fewer conditions", len(p), unix.BPF_MAXINSNS)
+		}
 	}
 	return func(h *C.struct_sluice_handlers) error {
-		a, aLen := instructions(allowed)
-		d, dLen := instructions(denied)
-		return loadError(C.sluice_confine(h, a, aLen, d, dLen))
+		p, n := instructions(programs[0])
+		if cfg.Action == Log {
+			return loadError(C.sluice_listen(h, p, n))
+		}
+		// Denials last, for they forbid seccomp(2).
+		q, m := instructions(programs[1])
+		return loadError(C.sluice_confine(h, p, n, q, m))
 	}, nil
 }
 

@@ -73,12 +73,12 @@ func openStatus(tasks, thread int) (int, error) {
 
 // check returns an error unless all threads are confined, by as many filters as this one, and this one by more than before.
 func (t *threads) check() error {
-	_, filters, err := readStatus(t.status[t.own], t.own)
+	mode, filters, err := readStatus(t.status[t.own], t.own)
 	if err != nil {
 		return err
 	}
-	if filters == t.before && filters != "" {
-		return fmt.Errorf("thread %d has %s filters, as many as before", t.own, filters)
+	if mode != "2" || filters == t.before && filters != "" {
+		return fmt.Errorf("thread %d is in seccomp mode %q with %q filters, and had %q before: expected mode 2 and more filters", t.own, mode, filters, t.before)
 	}
 	for thread, fd := range t.status {
 		if thread == t.own {
