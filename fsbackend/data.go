@@ -199,7 +199,12 @@ type DirList struct {
 	Plus       bool   // READDIRPLUS: entries are added with AddPlus
 	EntryValid uint64 // seconds, for entries that leave theirs 0
 	AttrValid  uint64 // seconds, likewise
-	buf        [direntplusSize + 256 + 8]byte
+	// Translate, unless nil, changes each entry of READDIRPLUS before it is written: a share's nodeids and owners are not
+	// those of its parts.
+	Translate func(*fuseproto.EntryOut)
+
+	entry fuseproto.EntryOut // of the entry being added, here so that Translate costs no allocation
+	buf   [direntplusSize + 256 + 8]byte
 }
 
 const (
@@ -240,14 +245,18 @@ func (l *DirList) add(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, na
 	clear(b)
 	at := 0
 	if entry != nil {
-		e := *entry
+		e := &l.entry
+		*e = *entry
+		if l.Translate != nil {
+			l.Translate(e)
+		}
 		if e.NodeId != 0 && e.EntryValid == 0 && e.EntryValidNsec == 0 {
 			e.EntryValid = l.EntryValid
 		}
 		if e.AttrValid == 0 && e.AttrValidNsec == 0 {
 			e.AttrValid = l.AttrValid
 		}
-		at = copy(b, entryBytes(&e))
+		at = copy(b, entryBytes(e))
 	}
 	at += copy(b[at:], direntBytes(&fuseproto.Dirent{Ino: ino, Off: off, Namelen: uint32(len(name)), Type: typ}))
 	copy(b[at:], name)

@@ -419,3 +419,33 @@ func TestDataDoesNotAllocate(t *testing.T) {
 		t.Errorf("%v allocations, expected none", n)
 	}
 }
+
+func TestDirListTranslates(t *testing.T) {
+	buf := make([]byte, 1024)
+	l := &DirList{Plus: true, EntryValid: 5}
+	l.Translate = func(e *fuseproto.EntryOut) {
+		e.NodeId |= 3 << 48
+		e.Uid = 77
+	}
+	entry := fuseproto.EntryOut{NodeId: 9}
+	name := []byte("name")
+	iov := make([]unix.Iovec, 1)
+	allocs := testing.AllocsPerRun(1, func() {
+		iov[0] = sys.MakeIovec(buf)
+		l.Reset(iov, 0, uint64(len(buf)))
+		l.AddPlus(&entry, 1, 2, unix.DT_REG, name)
+	})
+	var got fuseproto.EntryOut
+	if _, err := binary.Decode(buf, binary.NativeEndian, &got); err != nil {
+		t.Fatal(err)
+	}
+	if got.NodeId != 3<<48|9 || got.Uid != 77 || got.EntryValid != 5 {
+		t.Errorf("entry has nodeid %#x, uid %d, valid %d, expected %#x, 77, 5", got.NodeId, got.Uid, got.EntryValid, uint64(3<<48|9))
+	}
+	if entry.NodeId != 9 || entry.Uid != 0 {
+		t.Errorf("the backend's own entry was changed to nodeid %#x, uid %d", entry.NodeId, entry.Uid)
+	}
+	if allocs > 0 {
+		t.Errorf("%v allocations for an entry that is translated", allocs)
+	}
+}

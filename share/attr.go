@@ -1,0 +1,181 @@
+package share
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fuseproto"
+)
+
+// Getattr implements fsbackend.Backend.
+func (s *Share) Getattr(c *fsbackend.Context, in *fuseproto.GetattrIn, out *fuseproto.AttrOut) Errno {
+	p, errno := s.at(in.NodeId)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	fh := in.Fh_
+	if in.Flags_&fuseproto.FUSE_GETATTR_FH != 0 {
+		if fh>>indexShift != in.NodeId>>indexShift {
+			return unix.EBADF
+		}
+		in.Fh_ &= numberMask
+	}
+	v := p.enter(c, &in.InHeader)
+	errno = p.Getattr(c, in, out)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh_ = fh
+	return p.attrs(in.NodeId, out, errno)
+}
+
+// attrs makes the guest's attributes of those that a call has answered errno with.
+func (p *part) attrs(node uint64, out *fuseproto.AttrOut, errno Errno) Errno {
+	if errno != fsbackend.OK {
+		return errno
+	}
+	p.attr(&out.Attr)
+	if p.info.Isolated && node&numberMask == fuseproto.FUSE_ROOT_ID {
+		p.seen.Lock()
+		p.seen.Attr = out.Attr
+		p.seen.Unlock()
+	}
+	return fsbackend.OK
+}
+
+// Setattr implements fsbackend.Setattrer.
+func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuseproto.AttrOut) Errno {
+	p, errno := s.changed(in.NodeId)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	fh := in.Fh
+	if in.Valid&fuseproto.FATTR_FH != 0 && fh>>indexShift != in.NodeId>>indexShift {
+		return unix.EBADF
+	}
+	if p.Setattrer == nil {
+		return s.lacks(unix.EPERM)
+	}
+	owner := in.Owner
+	if p.mapped {
+		uid, hasUID := p.uids.host(owner.Uid)
+		gid, hasGID := p.gids.host(owner.Gid)
+		if in.Valid&fuseproto.FATTR_UID != 0 && !hasUID || in.Valid&fuseproto.FATTR_GID != 0 && !hasGID {
+			return unix.EOVERFLOW
+		}
+		in.Owner.Uid, in.Owner.Gid = uid, gid
+	}
+	if in.Valid&fuseproto.FATTR_FH != 0 {
+		in.Fh &= numberMask
+	}
+	v := p.enter(c, &in.InHeader)
+	errno = p.Setattr(c, in, out)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh, in.Owner = fh, owner
+	return p.attrs(in.NodeId, out, s.known(errno, unix.EPERM))
+}
+
+// Statx implements fsbackend.Statxer.
+func (s *Share) Statx(c *fsbackend.Context, in *fuseproto.StatxIn, out *fuseproto.StatxOut) Errno {
+	p, errno := s.at(in.NodeId)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	fh, hasFh := in.Fh, in.GetattrFlags&fuseproto.FUSE_GETATTR_FH != 0
+	if hasFh && fh>>indexShift != in.NodeId>>indexShift {
+		return unix.EBADF
+	}
+	if p.Statxer == nil {
+		if s.alone {
+			return unix.ENOSYS
+		}
+		return s.statx(c, in, out)
+	}
+	if hasFh {
+		in.Fh &= numberMask
+	}
+	v := p.enter(c, &in.InHeader)
+	errno = p.Statx(c, in, out)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	if errno == unix.ENOSYS && !s.alone {
+		return s.statx(c, in, out)
+	}
+	if errno != fsbackend.OK {
+		return errno
+	}
+	out.Ino = p.ino(out.Ino)
+	if p.mapped {
+		out.Uid, out.Gid = p.uids.guest(out.Uid), p.gids.guest(out.Gid)
+	}
+	return fsbackend.OK
+}
+
+// statx makes a STATX of a GETATTR: there is no birth time in it.
+func (s *Share) statx(c *fsbackend.Context, in *fuseproto.StatxIn, out *fuseproto.StatxOut) Errno {
+	var o fuseproto.AttrOut
+	errno := s.Getattr(c, &fuseproto.GetattrIn{InHeader: in.InHeader, Flags_: in.GetattrFlags, Fh_: in.Fh}, &o)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	out.AttrValid, out.AttrValidNsec = o.AttrValid, o.AttrValidNsec
+	a, x := &o.Attr, &out.Statx
+	x.Mask = unix.STATX_BASIC_STATS
+	x.Blksize, x.Nlink, x.Mode, x.Uid, x.Gid = a.Blksize, a.Nlink, uint16(a.Mode), a.Uid, a.Gid
+	x.Ino, x.Size, x.Blocks = a.Ino, a.Size, a.Blocks
+	x.Atime.Sec, x.Atime.Nsec = a.Atime, a.Atimensec
+	x.Mtime.Sec, x.Mtime.Nsec = a.Mtime, a.Mtimensec
+	x.Ctime.Sec, x.Ctime.Nsec = a.Ctime, a.Ctimensec
+	x.RdevMajor, x.RdevMinor = unix.Major(uint64(a.Rdev)), unix.Minor(uint64(a.Rdev))
+	return fsbackend.OK
+}
+
+// Statfs implements fsbackend.StatFSer.
+func (s *Share) Statfs(c *fsbackend.Context, node uint64, out *fuseproto.StatfsOut) Errno {
+	p, errno := s.at(node)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.StatFSer == nil {
+		out.Bsize, out.Frsize, out.NameLen = 4096, 4096, unix.NAME_MAX
+		return fsbackend.OK
+	}
+	v := p.enter(c, nil)
+	errno = p.Statfs(c, node&numberMask, out)
+	p.leave(c, nil, &v)
+	return errno
+}
+
+// Access implements fsbackend.Accesser.
+func (s *Share) Access(c *fsbackend.Context, in *fuseproto.AccessIn) Errno {
+	p, errno := s.at(in.NodeId)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.Accesser == nil && s.alone {
+		return unix.ENOSYS
+	}
+	if p.readOnly && in.Mask&unix.W_OK != 0 {
+		return unix.EROFS
+	}
+	if p.Accesser == nil {
+		return fsbackend.OK
+	}
+	v := p.enter(c, &in.InHeader)
+	errno = p.Access(c, in)
+	p.leave(c, &in.InHeader, &v)
+	return s.known(errno, fsbackend.OK)
+}
+
+// Readlink implements fsbackend.Readlinker.
+func (s *Share) Readlink(c *fsbackend.Context, node uint64, dst *fsbackend.Sink) Errno {
+	p, errno := s.at(node)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.Readlinker == nil {
+		return s.lacks(unix.EINVAL)
+	}
+	v := p.enter(c, nil)
+	errno = p.Readlink(c, node&numberMask, dst)
+	p.leave(c, nil, &v)
+	return s.known(errno, unix.EINVAL)
+}

@@ -1,0 +1,219 @@
+package share
+
+import (
+	"encoding/binary"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fuseproto"
+)
+
+// Offsets from madeUpOffset on are those of names that the share adds to a directory, behind all that its backend has.
+// Backends' own are below, but for what some give to a last entry (ext4: 1<<63 - 1), which becomes madeUpOffset.
+const (
+	madeUpOffset     = 0x7fff_ffff_ffff_f000
+	maxMadeUpEntries = 1<<63 - 1 - madeUpOffset
+)
+
+// Opendir implements fsbackend.DirReader.
+func (s *Share) Opendir(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) Errno {
+	p, errno := s.directory(in.NodeId)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.DirReader == nil {
+		if p.dir(in.NodeId&numberMask) == nil {
+			return s.lacks(unix.EOPNOTSUPP)
+		}
+		out.Fh = p.base // what the share adds can be listed
+		return fsbackend.OK
+	}
+	v := p.enter(c, &in.InHeader)
+	errno = p.Opendir(c, in, out)
+	p.leave(c, &in.InHeader, &v)
+	return s.handle(p, &out.Fh, s.known(errno, fsbackend.OK))
+}
+
+// Releasedir implements fsbackend.DirReader.
+func (s *Share) Releasedir(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	if errno != fsbackend.OK || p.DirReader == nil {
+		return
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	p.Releasedir(c, in)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+}
+
+// Readdir implements fsbackend.DirReader.
+func (s *Share) Readdir(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) Errno {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if pos := p.dir(in.NodeId & numberMask); pos != nil {
+		return s.listWay(c, p, pos, in, out)
+	}
+	if p.DirReader == nil {
+		return s.lacks(unix.EOPNOTSUPP)
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	errno = p.Readdir(c, in, out)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	return s.known(errno, unix.EOPNOTSUPP)
+}
+
+// Readdirplus implements fsbackend.DirPlusReader.
+func (s *Share) Readdirplus(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) Errno {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	pos := p.dir(in.NodeId & numberMask)
+	switch {
+	case pos != nil:
+		return s.listWay(c, p, pos, in, out)
+	case p.DirPlusReader != nil:
+	case s.alone:
+		return unix.ENOSYS
+	case p.DirReader == nil:
+		return unix.EOPNOTSUPP
+	default:
+		_, errno := s.listNames(c, p, nil, in, out)
+		return errno
+	}
+	out.Translate = nil // of another request that ended in a panic
+	if p.base != 0 || p.mapped {
+		out.Translate = p.edit
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	errno = p.Readdirplus(c, in, out)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	out.Translate = nil
+	if errno == unix.ENOSYS && !s.alone && p.DirReader != nil {
+		_, errno = s.listNames(c, p, nil, in, out)
+	}
+	return errno
+}
+
+// listWay lists a directory on the way: what its backend has, then the positions in it.
+func (s *Share) listWay(c *fsbackend.Context, p *part, pos *position, in *fuseproto.ReadIn, out *fsbackend.DirList) Errno {
+	if in.Offset < madeUpOffset && p.DirReader != nil {
+		if end, errno := s.listNames(c, p, pos, in, out); !end {
+			return errno
+		}
+	}
+	first := uint64(0)
+	if in.Offset > madeUpOffset {
+		first = in.Offset - madeUpOffset
+	}
+	for i := first; i < uint64(len(pos.order)); i++ {
+		child := pos.order[i]
+		if !addName(out, child.ino.Load(), madeUpOffset+1+i, child.typ.Load(), []byte(child.name)) {
+			break
+		}
+	}
+	return fsbackend.OK
+}
+
+// addName adds an entry that the guest has to look up.
+func addName(out *fsbackend.DirList, ino, off uint64, typ uint32, name []byte) bool {
+	if !out.Plus {
+		return out.Add(ino, off, typ, name)
+	}
+	var entry fuseproto.EntryOut
+	entry.Ino, entry.Mode = ino, typ<<12
+	return out.AddPlus(&entry, ino, off, typ, name)
+}
+
+// listing is room for a backend's entries on their way to the guest.
+type listing struct {
+	fsbackend.DirList
+	iov [1]unix.Iovec
+	buf [32 << 10]byte
+}
+
+var listings = sync.Pool{New: func() any { return new(listing) }}
+
+// listNames copies the entries that p's READDIR gives from offset in.Offset on, without those that are positions in pos,
+// and reports whether there are no more.
+func (s *Share) listNames(c *fsbackend.Context, p *part, pos *position, in *fuseproto.ReadIn, out *fsbackend.DirList) (end bool, errno Errno) {
+	l := listings.Get().(*listing)
+	defer listings.Put(l)
+	given := *in
+	defer func() { *in = given }()
+	in.Fh &= numberMask
+	for out.Fits(1) {
+		// Not much more than will fit: what does not is read again. An entry of READDIRPLUS is about four times as long.
+		size := out.Len()
+		if out.Plus {
+			size /= 4
+		}
+		size = min(max(size, direntMax), len(l.buf))
+		l.iov[0] = unix.Iovec{Base: &l.buf[0]}
+		l.iov[0].SetLen(size)
+		l.Reset(l.iov[:], 0, uint64(size))
+		in.Size = uint32(size)
+		from := in.Offset
+		v := p.enter(c, &in.InHeader)
+		errno = p.Readdir(c, in, &l.DirList)
+		p.leave(c, &in.InHeader, &v)
+		if l.Written() == 0 {
+			return errno == fsbackend.OK, s.known(errno, unix.EOPNOTSUPP)
+		}
+		if !copyNames(p, pos, l.buf[:l.Written()], in, out) {
+			return false, fsbackend.OK
+		}
+		switch {
+		case pos != nil && in.Offset >= madeUpOffset:
+			return true, fsbackend.OK
+		case errno != fsbackend.OK:
+			return false, errno
+		case in.Offset == from:
+			return false, s.broken(p, "offset of a directory entry, again", from)
+		}
+	}
+	return false, fsbackend.OK
+}
+
+const (
+	direntHeader = 24                               // fuse_dirent
+	direntMax    = direntHeader + unix.NAME_MAX + 1 // 280, a multiple of 8
+)
+
+// copyNames copies the fuse_dirents in buf, leaves in in.Offset where the next ones start, and reports false at the first
+// that does not fit.
+func copyNames(p *part, pos *position, buf []byte, in *fuseproto.ReadIn, out *fsbackend.DirList) bool {
+	for len(buf) > 0 {
+		ino, off := binary.NativeEndian.Uint64(buf), binary.NativeEndian.Uint64(buf[8:])
+		length, typ := binary.NativeEndian.Uint32(buf[16:]), binary.NativeEndian.Uint32(buf[20:])
+		name := buf[direntHeader : direntHeader+length]
+		buf = buf[(direntHeader+length+7)&^7:]
+		if pos != nil {
+			off = min(off, madeUpOffset)
+			if child := pos.children[string(name)]; child != nil {
+				if child.graft == nil && typ == unix.DT_DIR {
+					child.ino.Store(ino)
+				}
+				in.Offset = off
+				continue
+			}
+		}
+		if !addName(out, ino, off, typ, name) {
+			return false
+		}
+		in.Offset = off
+	}
+	return true
+}

@@ -1,0 +1,427 @@
+package share
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fuseproto"
+)
+
+// opensForWriting says whether open(2) flags ask for what a read-only tree refuses; 3, which only asks for ioctl rights, is
+// checked like O_RDWR.
+func opensForWriting(flags uint32) bool {
+	return flags&unix.O_ACCMODE != unix.O_RDONLY || flags&unix.O_TRUNC != 0
+}
+
+// Open implements fsbackend.Opener.
+func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) Errno {
+	p, errno := s.at(in.NodeId)
+	switch {
+	case errno != fsbackend.OK:
+		return errno
+	case p.readOnly && opensForWriting(in.Flags):
+		return unix.EROFS
+	case p.Opener == nil && s.noOpen.Load():
+		return unix.ENOSYS // agreed on only where there is nothing but the root
+	case p.Opener == nil:
+		out.Fh = p.base
+		return fsbackend.OK
+	}
+	v := p.enter(c, &in.InHeader)
+	errno = p.Open(c, in, out)
+	p.leave(c, &in.InHeader, &v)
+	return s.handle(p, &out.Fh, s.known(errno, fsbackend.OK))
+}
+
+// Release implements fsbackend.Opener.
+func (s *Share) Release(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	if errno != fsbackend.OK || p.Opener == nil {
+		return
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	p.Release(c, in)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+}
+
+// Create implements fsbackend.Creater.
+func (s *Share) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbackend.Name, out *fuseproto.CreateOut) Errno {
+	p, errno := s.directory(in.NodeId)
+	switch {
+	case errno != fsbackend.OK:
+		return errno
+	case p.readOnly:
+		return unix.EROFS
+	}
+	if pos := p.onWay(in.NodeId, name); pos != nil {
+		return s.createPosition(c, in, pos, out)
+	}
+	if errno := p.mayCreate(c); errno != fsbackend.OK {
+		return errno
+	}
+	if p.Creater == nil {
+		if s.alone {
+			return unix.ENOSYS
+		}
+		return s.make(c, in, name, out)
+	}
+	v := p.enter(c, &in.InHeader)
+	errno = p.Create(c, in, name, out)
+	p.leave(c, &in.InHeader, &v)
+	if errno == unix.ENOSYS && !s.alone {
+		return s.make(c, in, name, out)
+	}
+	return s.created(p, out, errno)
+}
+
+// created makes the guest's numbers of those that a call has answered errno with.
+func (s *Share) created(p *part, out *fuseproto.CreateOut, errno Errno) Errno {
+	if errno = s.entry(p, &out.EntryOut, errno); errno != fsbackend.OK {
+		return errno
+	}
+	return s.handle(p, &out.Fh, errno)
+}
+
+// createPosition is CREATE of a name that is taken by pos: at most, a file is opened. It is what a guest asks that has
+// not seen the file, when it was not there yet.
+func (s *Share) createPosition(c *fsbackend.Context, in *fuseproto.CreateIn, pos *position, out *fuseproto.CreateOut) Errno {
+	g := pos.graft
+	switch {
+	case in.Flags&unix.O_EXCL != 0:
+		return unix.EEXIST
+	case g == nil || g.file == nil:
+		return unix.EISDIR
+	case g.dead.Load():
+		return unix.EIO
+	case g.readOnly && opensForWriting(in.Flags):
+		return unix.EROFS
+	case !c.MayBlock:
+		return fsbackend.ErrMayBlock // two calls cannot both be without effect
+	}
+	if !g.info.Isolated {
+		g.begin()
+		defer g.end()
+		return s.openFile(c, g, in, out)
+	}
+	own, opened := *in, new(fuseproto.CreateOut)
+	errno := s.across(c, g, func(c *fsbackend.Context) Errno {
+		return s.openFile(c, g, &own, opened)
+	}, func() {
+		s.Release(new(fsbackend.Context), &fuseproto.ReleaseIn{InHeader: fuseproto.InHeader{NodeId: opened.NodeId}, Fh: opened.Fh})
+		s.Forget(opened.NodeId, 1)
+	})
+	if errno == fsbackend.OK {
+		*out = *opened
+	}
+	return errno
+}
+
+// openFile looks the one file of g up and opens it.
+func (s *Share) openFile(c *fsbackend.Context, g *part, in *fuseproto.CreateIn, out *fuseproto.CreateOut) Errno {
+	errno := s.entry(g, &out.EntryOut, g.findFile(c, &out.EntryOut))
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if out.NodeId == 0 {
+		return unix.ENOENT
+	}
+	return s.openFound(c, in, out)
+}
+
+// openFound opens what a call has found and counted a lookup of, or takes that back.
+func (s *Share) openFound(c *fsbackend.Context, in *fuseproto.CreateIn, out *fuseproto.CreateOut) Errno {
+	open := &fuseproto.OpenIn{InHeader: in.InHeader, Flags: in.Flags &^ (unix.O_CREAT | unix.O_EXCL | unix.O_NOCTTY), Mode: in.OpenFlags}
+	open.NodeId = out.NodeId
+	errno := s.Open(c, open, &out.OpenOut)
+	if errno != fsbackend.OK {
+		s.Forget(out.NodeId, 1)
+		out.EntryOut = fuseproto.EntryOut{}
+	}
+	return errno
+}
+
+// make is CREATE for a part without a Creater.
+func (s *Share) make(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbackend.Name, out *fuseproto.CreateOut) Errno {
+	if !c.MayBlock {
+		return fsbackend.ErrMayBlock // two calls cannot both be without effect
+	}
+	mknod := &fuseproto.MknodIn{InHeader: in.InHeader, Mode: in.Mode&^unix.S_IFMT | unix.S_IFREG, Umask: in.Umask}
+	errno := s.Mknod(c, mknod, name, &out.EntryOut)
+	if errno == unix.EEXIST && in.Flags&unix.O_EXCL == 0 {
+		if errno = s.Lookup(c, in.NodeId, name, &out.EntryOut); errno != fsbackend.OK {
+			return errno
+		}
+		switch {
+		case out.NodeId == 0:
+			return unix.ENOENT
+		case out.Mode&unix.S_IFMT == unix.S_IFDIR:
+			s.Forget(out.NodeId, 1)
+			return unix.EISDIR
+		}
+		return s.openFound(c, in, out)
+	}
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if errno = s.openFound(c, in, out); errno != fsbackend.OK {
+		_ = s.Unlink(c, in.NodeId, name)
+	}
+	return errno
+}
+
+// Tmpfile implements fsbackend.Tmpfiler.
+func (s *Share) Tmpfile(c *fsbackend.Context, in *fuseproto.CreateIn, out *fuseproto.CreateOut) Errno {
+	p, errno := s.directory(in.NodeId)
+	switch {
+	case errno != fsbackend.OK:
+		return errno
+	case p.readOnly:
+		return unix.EROFS
+	case p.Tmpfiler == nil:
+		return s.lacks(unix.EOPNOTSUPP)
+	}
+	if errno := p.mayCreate(c); errno != fsbackend.OK {
+		return errno
+	}
+	v := p.enter(c, &in.InHeader)
+	errno = p.Tmpfile(c, in, out)
+	p.leave(c, &in.InHeader, &v)
+	return s.created(p, out, s.known(errno, unix.EOPNOTSUPP))
+}
+
+// Read implements fsbackend.Reader.
+func (s *Share) Read(c *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.Sink) Errno {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.Reader == nil {
+		return s.lacks(unix.EINVAL)
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	errno = p.Read(c, in, dst)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	return s.known(errno, unix.EINVAL)
+}
+
+// Write implements fsbackend.Writer.
+func (s *Share) Write(c *fsbackend.Context, in *fuseproto.WriteIn, src *fsbackend.Source) (uint32, Errno) {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	switch {
+	case errno != fsbackend.OK:
+		return 0, errno
+	case p.readOnly:
+		return 0, unix.EROFS
+	case p.Writer == nil:
+		return 0, s.lacks(unix.EINVAL)
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	n, errno := p.Write(c, in, src)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	return n, s.known(errno, unix.EINVAL)
+}
+
+// Flush implements fsbackend.Flusher.
+func (s *Share) Flush(c *fsbackend.Context, in *fuseproto.FlushIn) Errno {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.Flusher == nil {
+		return s.lacks(fsbackend.OK)
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	errno = p.Flush(c, in)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	return s.known(errno, fsbackend.OK)
+}
+
+// Fsync implements fsbackend.Fsyncer.
+func (s *Share) Fsync(c *fsbackend.Context, in *fuseproto.FsyncIn) Errno {
+	return s.fsync(c, in, fsbackend.Fsyncer.Fsync)
+}
+
+// Fsyncdir implements fsbackend.Fsyncer.
+func (s *Share) Fsyncdir(c *fsbackend.Context, in *fuseproto.FsyncIn) Errno {
+	return s.fsync(c, in, fsbackend.Fsyncer.Fsyncdir)
+}
+
+func (s *Share) fsync(c *fsbackend.Context, in *fuseproto.FsyncIn, call func(fsbackend.Fsyncer, *fsbackend.Context, *fuseproto.FsyncIn) Errno) Errno {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.Fsyncer == nil {
+		return s.lacks(fsbackend.OK)
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	errno = call(p.Fsyncer, c, in)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	return s.known(errno, fsbackend.OK)
+}
+
+// Syncfs implements fsbackend.Syncfser. A guest that knows nothing of submounts has but one file system to write.
+func (s *Share) Syncfs(c *fsbackend.Context, node uint64) Errno {
+	p, errno := s.at(node)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	errno = s.syncfs(c, p, node)
+	if node != fuseproto.FUSE_ROOT_ID || s.submounts.Load() {
+		return errno
+	}
+	for _, other := range s.parts[1:] {
+		var one Errno
+		if other.info.Isolated {
+			one = s.across(c, other, func(c *fsbackend.Context) Errno {
+				return s.syncfs(c, other, fuseproto.FUSE_ROOT_ID)
+			}, func() {})
+		} else {
+			one = s.syncfs(c, other, fuseproto.FUSE_ROOT_ID)
+		}
+		if errno == fsbackend.OK {
+			errno = one
+		}
+	}
+	return errno
+}
+
+func (s *Share) syncfs(c *fsbackend.Context, p *part, node uint64) Errno {
+	if p.Syncfser == nil {
+		return s.lacks(fsbackend.OK)
+	}
+	v := p.enter(c, nil)
+	errno := p.Syncfs(c, node&numberMask)
+	p.leave(c, nil, &v)
+	return s.known(errno, fsbackend.OK)
+}
+
+// Fallocate implements fsbackend.Fallocater.
+func (s *Share) Fallocate(c *fsbackend.Context, in *fuseproto.FallocateIn) Errno {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	switch {
+	case errno != fsbackend.OK:
+		return errno
+	case p.readOnly:
+		return unix.EROFS
+	case p.Fallocater == nil:
+		return s.lacks(unix.EOPNOTSUPP)
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	errno = p.Fallocate(c, in)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	return s.known(errno, unix.EOPNOTSUPP)
+}
+
+// Lseek implements fsbackend.Lseeker.
+func (s *Share) Lseek(c *fsbackend.Context, in *fuseproto.LseekIn, out *fuseproto.LseekOut) Errno {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.Lseeker == nil {
+		if s.alone {
+			return unix.ENOSYS
+		}
+		return s.seek(c, in, out)
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	errno = p.Lseek(c, in, out)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	if errno == unix.ENOSYS && !s.alone {
+		return s.seek(c, in, out)
+	}
+	return errno
+}
+
+// seek is LSEEK for a part that knows of no holes: all is data, but for the hole that every file ends with.
+func (s *Share) seek(c *fsbackend.Context, in *fuseproto.LseekIn, out *fuseproto.LseekOut) Errno {
+	var attr fuseproto.AttrOut
+	errno := s.Getattr(c, &fuseproto.GetattrIn{InHeader: in.InHeader, Flags_: fuseproto.FUSE_GETATTR_FH, Fh_: in.Fh}, &attr)
+	switch {
+	case errno != fsbackend.OK:
+		return errno
+	case in.Whence != unix.SEEK_DATA && in.Whence != unix.SEEK_HOLE:
+		return unix.EINVAL
+	case in.Offset >= attr.Size:
+		return unix.ENXIO
+	}
+	out.Offset = in.Offset
+	if in.Whence == unix.SEEK_HOLE {
+		out.Offset = attr.Size
+	}
+	return fsbackend.OK
+}
+
+// CopyFileRange implements fsbackend.CopyFileRanger.
+func (s *Share) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeIn) (uint64, Errno) {
+	if _, errno := s.opened(in.NodeId, in.FhIn); errno != fsbackend.OK {
+		return 0, errno
+	}
+	p, errno := s.opened(in.NodeIdOut, in.FhOut)
+	switch {
+	case errno != fsbackend.OK:
+		return 0, errno
+	case in.NodeId>>indexShift != in.NodeIdOut>>indexShift:
+		return 0, unix.EXDEV
+	case p.readOnly:
+		return 0, unix.EROFS
+	case p.CopyFileRanger == nil:
+		return 0, s.lacks(unix.EOPNOTSUPP)
+	}
+	fhIn, node, fhOut := in.FhIn, in.NodeIdOut, in.FhOut
+	in.FhIn, in.NodeIdOut, in.FhOut = fhIn&numberMask, node&numberMask, fhOut&numberMask
+	v := p.enter(c, &in.InHeader)
+	n, errno := p.CopyFileRange(c, in)
+	p.leave(c, &in.InHeader, &v)
+	in.FhIn, in.NodeIdOut, in.FhOut = fhIn, node, fhOut
+	return n, s.known(errno, unix.EOPNOTSUPP)
+}
+
+// Bits 30 and 31 of an ioctl say which way its argument goes (include/uapi/asm-generic/ioctl.h).
+const (
+	iocDirShift = 30
+	iocRead     = 2
+)
+
+// Ioctl implements fsbackend.Ioctler. On a read-only part only those go that are declared to return something and take
+// nothing.
+func (s *Share) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, dst *fsbackend.Sink) (int32, Errno) {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	switch {
+	case errno != fsbackend.OK:
+		return 0, errno
+	case p.readOnly && in.Cmd>>iocDirShift != iocRead:
+		return 0, unix.EROFS
+	case p.Ioctler == nil:
+		return 0, s.lacks(unix.ENOTTY)
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	v := p.enter(c, &in.InHeader)
+	result, errno := p.Ioctl(c, in, arg, dst)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	return result, s.known(errno, unix.ENOTTY)
+}

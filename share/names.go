@@ -1,0 +1,175 @@
+package share
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fuseproto"
+)
+
+// makeIn returns the part of the directory that name is to be made in.
+func (s *Share) makeIn(c *fsbackend.Context, dir uint64, name fsbackend.Name) (*part, Errno) {
+	p, errno := s.directory(dir)
+	switch {
+	case errno != fsbackend.OK:
+		return nil, errno
+	case p.readOnly:
+		return nil, unix.EROFS
+	case p.onWay(dir, name) != nil:
+		return nil, unix.EEXIST
+	}
+	return p, p.mayCreate(c)
+}
+
+// Mknod implements fsbackend.Maker.
+func (s *Share) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	p, errno := s.makeIn(c, in.NodeId, name)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.Maker == nil {
+		return s.lacks(unix.EPERM)
+	}
+	v := p.enter(c, &in.InHeader)
+	errno = p.Mknod(c, in, name, out)
+	p.leave(c, &in.InHeader, &v)
+	return s.entry(p, out, s.known(errno, unix.EPERM))
+}
+
+// Mkdir implements fsbackend.Maker.
+func (s *Share) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	p, errno := s.makeIn(c, in.NodeId, name)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.Maker == nil {
+		return s.lacks(unix.EPERM)
+	}
+	v := p.enter(c, &in.InHeader)
+	errno = p.Mkdir(c, in, name, out)
+	p.leave(c, &in.InHeader, &v)
+	return s.entry(p, out, s.known(errno, unix.EPERM))
+}
+
+// Symlink implements fsbackend.Maker.
+func (s *Share) Symlink(c *fsbackend.Context, parent uint64, name, target fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	p, errno := s.makeIn(c, parent, name)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.Maker == nil {
+		return s.lacks(unix.EPERM)
+	}
+	v := p.enter(c, nil)
+	errno = p.Symlink(c, parent&numberMask, name, target, out)
+	p.leave(c, nil, &v)
+	return s.entry(p, out, s.known(errno, unix.EPERM))
+}
+
+// Link implements fsbackend.Linker.
+func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	if _, errno := s.at(in.Oldnodeid); errno != fsbackend.OK {
+		return errno
+	}
+	if _, errno := s.at(in.NodeId); errno != fsbackend.OK {
+		return errno
+	}
+	if in.Oldnodeid>>indexShift != in.NodeId>>indexShift {
+		return unix.EXDEV
+	}
+	p, errno := s.makeIn(c, in.NodeId, name)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if p.Linker == nil {
+		return s.lacks(unix.EPERM)
+	}
+	old := in.Oldnodeid
+	in.Oldnodeid &= numberMask
+	v := p.enter(c, &in.InHeader)
+	errno = p.Link(c, in, name, out)
+	p.leave(c, &in.InHeader, &v)
+	in.Oldnodeid = old
+	return s.entry(p, out, s.known(errno, unix.EPERM))
+}
+
+// removeFrom returns the part of the directory that name is to be removed from.
+func (s *Share) removeFrom(dir uint64, name fsbackend.Name) (*part, Errno) {
+	p, errno := s.directory(dir)
+	switch {
+	case errno != fsbackend.OK:
+		return nil, errno
+	case p.readOnly:
+		return nil, unix.EROFS
+	case p.onWay(dir, name) != nil:
+		return nil, unix.EBUSY
+	case p.Remover == nil:
+		return nil, s.lacks(unix.EPERM)
+	}
+	return p, fsbackend.OK
+}
+
+// Unlink implements fsbackend.Remover.
+func (s *Share) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name) Errno {
+	p, errno := s.removeFrom(parent, name)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	v := p.enter(c, nil)
+	errno = p.Unlink(c, parent&numberMask, name)
+	p.leave(c, nil, &v)
+	return s.known(errno, unix.EPERM)
+}
+
+// Rmdir implements fsbackend.Remover.
+func (s *Share) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) Errno {
+	p, errno := s.removeFrom(parent, name)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	v := p.enter(c, nil)
+	errno = p.Rmdir(c, parent&numberMask, name)
+	p.leave(c, nil, &v)
+	return s.known(errno, unix.EPERM)
+}
+
+// Rename implements fsbackend.Renamer.
+func (s *Share) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, newName fsbackend.Name) Errno {
+	p, errno := s.directory(in.NodeId)
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if _, errno := s.directory(in.Newdir); errno != fsbackend.OK {
+		return errno
+	}
+	switch {
+	case in.NodeId>>indexShift != in.Newdir>>indexShift:
+		return unix.EXDEV
+	case p.readOnly:
+		return unix.EROFS
+	case p.onWay(in.NodeId, oldName) != nil:
+		return unix.EBUSY
+	case p.onWay(in.Newdir, newName) != nil:
+		if in.Flags&unix.RENAME_NOREPLACE != 0 {
+			return unix.EEXIST
+		}
+		return unix.EBUSY
+	case p.Renamer == nil:
+		return s.lacks(unix.EPERM)
+	}
+	if in.Flags&unix.RENAME_WHITEOUT != 0 {
+		if errno := p.mayCreate(c); errno != fsbackend.OK {
+			return errno
+		}
+	}
+	newdir := in.Newdir
+	in.Newdir &= numberMask
+	v := p.enter(c, &in.InHeader)
+	errno = p.Rename(c, in, oldName, newName)
+	p.leave(c, &in.InHeader, &v)
+	in.Newdir = newdir
+	if in.Flags != 0 {
+		return s.known(errno, unix.EINVAL) // as Linux makes of ENOSYS (fs/fuse/dir.c, fuse_rename2)
+	}
+	return s.known(errno, unix.EPERM)
+}

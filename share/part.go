@@ -1,0 +1,195 @@
+package share
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fuseproto"
+)
+
+const (
+	indexShift = 48
+	numberMask = 1<<indexShift - 1
+
+	// maxGrafts leaves an index for directories made up.
+	maxGrafts = 1<<(64-indexShift) - 1
+)
+
+// part is a backend with what the share adds to it.
+type part struct {
+	*fsbackend.Resolved
+	info     fsbackend.Part
+	base     uint64 // the index where it is in a number
+	readOnly bool
+	uids     IDMap
+	gids     IDMap
+	mapped   bool           // uids or gids is not identity
+	file     fsbackend.Name // Graft.File, nil for a directory
+	edit     func(*fuseproto.EntryOut)
+
+	// dirs are the positions in this part by the number of their directory; nil if there are none.
+	dirs atomic.Pointer[map[uint64]*position]
+
+	dead    atomic.Bool  // Init or Reset failed: every request is EIO
+	hung    atomic.Bool  // and is still running
+	overdue atomic.Int32 // calls given up that have not come back
+	waiting atomic.Int32 // calls under way that another part's requests wait for
+
+	// seen are the root's attributes as of the last GETATTR of an isolated part, which is not asked on behalf of others.
+	seen struct {
+		sync.Mutex
+		fuseproto.Attr
+	}
+}
+
+func newPart(index int, g *Graft) *part {
+	p := &part{
+		Resolved: fsbackend.Resolve(g.Backend),
+		base:     uint64(index) << indexShift,
+		readOnly: g.ReadOnly,
+		uids:     g.UIDMap, gids: g.GIDMap, mapped: len(g.UIDMap)+len(g.GIDMap) > 0,
+	}
+	if g.File != "" {
+		p.file = fsbackend.MakeName(g.File)
+	}
+	p.info.Name, p.info.Path = g.Extension, g.Path
+	p.info.Isolated, p.info.Slow, p.info.Timeout = g.Isolated, g.Slow || p.Resolved.Slow, g.Timeout
+	p.info.Enter, p.info.Leave = g.Enter, g.Leave
+	p.edit = p.listed
+	p.seen.Ino, p.seen.Mode, p.seen.Nlink = p.base|fuseproto.FUSE_ROOT_ID, unix.S_IFDIR|0o755, 2
+	return p
+}
+
+// visit is what enter has changed in a request.
+type visit struct {
+	ctx    fuseproto.Caller
+	groups []uint32
+	node   uint64
+	header fuseproto.Caller
+}
+
+// enter makes the numbers and ids of a request the backend's own. leave puts them back: a call that ends in ErrMayBlock is
+// made again. h is nil where the call has no In struct.
+func (p *part) enter(c *fsbackend.Context, h *fuseproto.InHeader) (v visit) {
+	if h != nil {
+		v.node = h.NodeId
+		h.NodeId &= numberMask
+	}
+	if p.mapped {
+		v.ctx, v.groups = c.Caller, c.SuppGroups
+		p.disguise(&c.Caller)
+		c.SuppGroups = p.groups(c.SuppGroups)
+		if h != nil {
+			v.header = h.Caller
+			p.disguise(&h.Caller)
+		}
+	}
+	return v
+}
+
+func (p *part) leave(c *fsbackend.Context, h *fuseproto.InHeader, v *visit) {
+	if h != nil {
+		h.NodeId = v.node
+	}
+	if p.mapped {
+		c.Caller, c.SuppGroups = v.ctx, v.groups
+		if h != nil {
+			h.Caller = v.header
+		}
+	}
+}
+
+// disguise translates a caller; one without an id here acts with OverflowID, and mayCreate keeps it from leaving that anywhere.
+func (p *part) disguise(c *fuseproto.Caller) {
+	c.Uid, _ = p.uids.host(c.Uid)
+	c.Gid, _ = p.gids.host(c.Gid)
+}
+
+// groups translates supplementary groups, without those that are none here.
+func (p *part) groups(guest []uint32) []uint32 {
+	if len(guest) == 0 || len(p.gids) == 0 {
+		return guest
+	}
+	host := make([]uint32, 0, len(guest))
+	for _, id := range guest {
+		if h, ok := p.gids.host(id); ok {
+			host = append(host, h)
+		}
+	}
+	return host
+}
+
+// mayCreate answers EOVERFLOW to a caller without an id in this part (Linux fs/namei.c, may_create).
+func (p *part) mayCreate(c *fsbackend.Context) Errno {
+	if p.mapped {
+		_, uid := p.uids.host(c.Caller.Uid)
+		_, gid := p.gids.host(c.Caller.Gid)
+		if !uid || !gid {
+			return unix.EOVERFLOW
+		}
+	}
+	return fsbackend.OK
+}
+
+// ino makes a file's inode number differ from those of the directory that it is shown in, whose device number it has.
+func (p *part) ino(ino uint64) uint64 {
+	if p.file != nil && ino != p.base {
+		ino ^= p.base
+	}
+	return ino
+}
+
+// attr makes the guest's attributes of the backend's.
+func (p *part) attr(a *fuseproto.Attr) {
+	a.Ino = p.ino(a.Ino)
+	if p.mapped {
+		a.Uid, a.Gid = p.uids.guest(a.Uid), p.gids.guest(a.Gid)
+	}
+}
+
+// entry makes the guest's entry of one that a call has answered errno with.
+func (s *Share) entry(p *part, out *fuseproto.EntryOut, errno Errno) Errno {
+	if errno != fsbackend.OK || out.NodeId == 0 {
+		return errno
+	}
+	if out.NodeId > numberMask {
+		return s.broken(p, "nodeid", out.NodeId)
+	}
+	out.NodeId |= p.base
+	p.attr(&out.Attr)
+	return fsbackend.OK
+}
+
+// handle makes the guest's handle of one that a call has answered errno with.
+func (s *Share) handle(p *part, fh *uint64, errno Errno) Errno {
+	if errno != fsbackend.OK {
+		return errno
+	}
+	if *fh > numberMask {
+		return s.broken(p, "file handle", *fh)
+	}
+	*fh |= p.base
+	return fsbackend.OK
+}
+
+// broken logs a reply that breaks the contract and would lead to another part. What it stands for in the backend is lost.
+func (s *Share) broken(p *part, what string, value uint64) Errno {
+	s.bugs.Error("backend broke its contract; the guest gets EIO: expected a number below 1<<48",
+		"extension", p.info.Name, "path", p.info.Path, "what", what, "value", value)
+	return unix.EIO
+}
+
+// listed is a DirList's Translate.
+func (p *part) listed(e *fuseproto.EntryOut) {
+	if e.NodeId > numberMask {
+		e.NodeId = 0 // the guest looks the name up, and broken says what is wrong
+		p.info.Stats.Errors.Add(1)
+	}
+	if e.NodeId != 0 {
+		e.NodeId |= p.base
+	}
+	p.attr(&e.Attr)
+}

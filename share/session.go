@@ -1,0 +1,67 @@
+package share
+
+import (
+	"errors"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fuseproto"
+)
+
+const readdirplusFlags = fuseproto.FUSE_DO_READDIRPLUS | fuseproto.FUSE_READDIRPLUS_AUTO
+
+// WantFlags implements fsbackend.Wanter: what every part wants, for a flag holds for all of them.
+func (s *Share) WantFlags(defaults uint64) uint64 {
+	grafts := s.parts[:len(s.shown)]
+	want := ^uint64(0)
+	plus := false
+	for _, p := range grafts {
+		flags := defaults
+		if p.Wanter != nil {
+			flags = p.WantFlags(defaults)
+		}
+		if p.DirPlusReader != nil {
+			plus = plus || flags&readdirplusFlags != 0
+			want &= flags
+		} else {
+			want &= flags | readdirplusFlags // the share makes READDIRPLUS of its READDIR
+		}
+	}
+	if !plus {
+		want &^= readdirplusFlags
+	}
+	if !s.alone {
+		want |= defaults & fuseproto.FUSE_SUBMOUNTS
+		// Both are about an ENOSYS that is never given.
+		want &^= fuseproto.FUSE_NO_OPEN_SUPPORT | fuseproto.FUSE_NO_OPENDIR_SUPPORT
+	}
+	for _, p := range grafts {
+		if p.mapped {
+			// A guest that checks access lists itself would find the backend's ids in them.
+			want &^= fuseproto.FUSE_POSIX_ACL
+		}
+	}
+	return want
+}
+
+// Init implements fsbackend.Initer.
+func (s *Share) Init(f fsbackend.Features) {
+	s.submounts.Store(f.Has(fuseproto.FUSE_SUBMOUNTS))
+	s.noOpen.Store(f.Has(fuseproto.FUSE_NO_OPEN_SUPPORT))
+	s.all("Init", false, func(p *part) {
+		if p.Initer != nil {
+			p.Init(f)
+		}
+	})
+}
+
+// Reset implements fsbackend.Backend.
+func (s *Share) Reset() {
+	s.loseNodes()
+	s.all("Reset", false, func(p *part) { p.Reset() })
+	s.loseNodes() // what was found meanwhile, the backends may have forgotten
+}
+
+// Close implements fsbackend.Backend. A part whose Reset never ended is left as it is.
+func (s *Share) Close() error {
+	return errors.Join(s.closeAll()...)
+}
