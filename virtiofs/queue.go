@@ -99,7 +99,7 @@ func (q *queue) runningLocked() bool {
 
 // readyLocked is runningLocked, but for a full pool. Hiprio's requests do not go there.
 func (q *queue) readyLocked() bool {
-	return q.runningLocked() && (q.index == 0 || !q.device.pool.full())
+	return q.runningLocked() && (q.index == 0 || q.device.pool.full.Load() == 0)
 }
 
 // setNotifier puts fd in place of *slot, one of q's own.
