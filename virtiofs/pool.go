@@ -1,34 +1,43 @@
 package virtiofs
 
 import (
+	"context"
+	"errors"
+	"maps"
+	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fuseserver"
 	"github.com/sluicefs/sluice/guestmem"
 	"github.com/sluicefs/sluice/virtqueue"
 )
 
-const (
-	// maxTasks bounds the requests that the shared lane holds. A device that has as many fetches no more until one ends.
-	maxTasks = 512
-	// spareTasks bounds the tasks kept for reuse.
-	spareTasks = 32
-)
+// spareTasks bounds the tasks kept for reuse.
+const spareTasks = 32
 
 // task is one request with all that it needs to leave its worker.
 type task struct {
 	server *fuseserver.Server
-	req    *fuseserver.Request
+	req    *fuseserver.Request // nil: FORGETs of the lane's part (fuseserver.Server.RunForgets)
 	chain  virtqueue.Chain
 
-	// Set by queue.parkLocked.
-	queue  *queue
-	run    uint64
-	mem    *guestmem.Map
-	cancel <-chan struct{}
-	slot   int // in queue.parked
+	// Set by queue.parkLocked; mem and cancelled change under queue.mu.
+	queue     *queue
+	run       uint64
+	slot      int           // in queue.parked
+	mem       *guestmem.Map // nil once it is released
+	cancel    <-chan struct{}
+	own       chan struct{} // what cancel is in an isolated lane; used again until it is closed
+	cancelled bool          // own is closed
+
+	lane  *lane
+	since time.Time // when it came to an isolated lane
+	at    int       // in lane.running
+	hung  bool      // it is given up, and its call still runs; under lane.mu
 }
 
 // begin handles the request as far as it does not sleep.
@@ -39,26 +48,46 @@ func (t *task) begin() (written uint32, done bool) {
 
 // finish handles the request to its end and gives it back to the guest.
 func (t *task) finish() {
+	if t.req == nil {
+		t.server.RunForgets(t.lane.part)
+		return
+	}
 	t.req.MayBlock, t.req.Cancel = true, t.cancel
 	written, _ := t.server.Handle(t.req) // done, now that it may sleep
 	t.queue.finished(t, written)
-	t.mem.Release()
-	t.queue, t.mem, t.cancel = nil, nil, nil
 }
 
-// pool runs requests that may sleep, on the threads of its lanes.
+// overdue says that the request has taken longer than its part may.
+func (t *task) overdue(now time.Time) bool {
+	part := t.lane.part
+	return part != nil && part.Timeout > 0 && now.Sub(t.since) > part.Timeout
+}
+
+// pool runs requests that may sleep, on the threads of its lanes: one for each isolated part of the backend, and one that
+// all others share.
 type pool struct {
-	device *Device
-	shared *lane
-	full   atomic.Int32 // lanes that keep the device from fetching
+	device  *Device
+	threads int // of each lane, at most
+	shared  *lane
+	full    atomic.Int32 // lanes that keep the device from fetching
 
 	mu    sync.Mutex
 	spare []*task
+	lanes map[*fsbackend.Part]*lane // of isolated parts, made when first needed
+
+	// The watch ends what takes too long in these; it runs once there is one of them.
+	asleep  atomic.Bool
+	wake    chan struct{} // buffered
+	closing chan struct{}
+	watcher sync.WaitGroup
 }
 
 func newPool(d *Device, threads int) *pool {
-	p := &pool{device: d}
-	p.shared = newLane(p, threads, maxTasks)
+	p := &pool{
+		device: d, threads: threads,
+		lanes: make(map[*fsbackend.Part]*lane), wake: make(chan struct{}, 1), closing: make(chan struct{}),
+	}
+	p.shared = newLane(p, nil)
 	return p
 }
 
@@ -77,6 +106,10 @@ func (p *pool) get() *task {
 
 // put takes back a task that is done with.
 func (p *pool) put(t *task) {
+	if t.req == nil {
+		return
+	}
+	t.queue, t.mem, t.cancel, t.lane, t.hung = nil, nil, nil, nil, false
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(p.spare) < spareTasks {
@@ -84,10 +117,28 @@ func (p *pool) put(t *task) {
 	}
 }
 
-// hand takes over t and returns another task for its worker to go on with.
-func (p *pool) hand(t *task) *task {
-	p.shared.hand(t)
-	return p.get()
+// lane returns the lane for requests of part, which may be nil.
+func (p *pool) lane(part *fsbackend.Part) *lane {
+	if part == nil || !part.Isolated {
+		return p.shared
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.lanes[part]
+	if l == nil {
+		l = newLane(p, part)
+		if len(p.lanes) == 0 {
+			p.watcher.Go(p.watch)
+		}
+		p.lanes[part] = l
+	}
+	return l
+}
+
+// forgets has FORGETs of part made; nil stands for all that are not isolated.
+func (p *pool) forgets(part *fsbackend.Part) {
+	l := p.lane(part)
+	l.hand(&task{server: p.device.cfg.Server, lane: l})
 }
 
 // unblock has the workers fetch again.
@@ -98,15 +149,85 @@ func (p *pool) unblock() {
 	}
 }
 
-// close ends the threads once their requests are done, and says whether they were within timeout.
-func (p *pool) close(timeout time.Duration) bool {
-	timer := time.NewTimer(timeout)
-	defer timer.Stop()
-	p.shared.close()
-	select {
-	case <-p.shared.gone:
-		return true
-	case <-timer.C:
-		return false
+// rouse has the watch look at the lanes from now on.
+func (p *pool) rouse() {
+	if p.asleep.CompareAndSwap(true, false) {
+		select {
+		case p.wake <- struct{}{}:
+		default: // it has yet to see the last one
+		}
 	}
+}
+
+// watch gives up what takes too long in isolated lanes. It sleeps while they have nothing to do.
+func (p *pool) watch() {
+	debug.SetPanicOnFault(true) // it completes requests
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+		case <-p.wake:
+		case <-p.closing:
+			return
+		}
+		tick := p.patrol()
+		if tick == 0 {
+			p.asleep.Store(true)
+			// A task that came before that has not roused anybody.
+			if tick = p.patrol(); tick == 0 || !p.asleep.CompareAndSwap(true, false) {
+				continue // asleep, or there is a wake already
+			}
+		}
+		timer.Reset(tick)
+	}
+}
+
+// patrol looks at every lane once and returns after what time it has to be done again; 0 is never.
+func (p *pool) patrol() (tick time.Duration) {
+	lanes := p.isolated()
+	tick = stalled / patrols
+	busy := false
+	for _, l := range lanes {
+		busy = l.busy() || busy
+		tick = min(tick, l.tick())
+	}
+	if !busy {
+		return 0
+	}
+	now := time.Now()
+	for _, q := range p.device.queues {
+		q.giveUpOverdue(now)
+	}
+	for _, l := range lanes {
+		l.sweep(now)
+	}
+	return tick
+}
+
+// close ends the threads once their requests are done. After timeout it leaves behind those that are not, and says whose
+// they are.
+func (p *pool) close(timeout time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	lanes := append(p.isolated(), p.shared)
+	for _, l := range lanes {
+		l.close()
+	}
+	var err error
+	for _, l := range lanes {
+		if !l.awaitGone(ctx) {
+			err = errors.Join(err, l.leftBehind())
+		}
+	}
+	close(p.closing)
+	p.watcher.Wait()
+	return err
+}
+
+// isolated returns the lanes but for the shared one.
+func (p *pool) isolated() []*lane {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.AppendSeq(make([]*lane, 0, len(p.lanes)+1), maps.Values(p.lanes))
 }
