@@ -97,8 +97,12 @@ func (v *vector) copy(p []byte, in bool) int {
 
 // Sink is room in the guest's memory for a reply's data. What a backend puts in lands there directly.
 type Sink struct {
-	v vector
+	v    vector
+	gate *Gate
 }
+
+// SetGate has all that is put in go through g, until the next SetGate; nil is none. Behind a closed gate there is no room.
+func (s *Sink) SetGate(g *Gate) { s.gate = g }
 
 // Reset makes the Sink write to iov, whose elements it changes, from byte skip on and at most limit bytes.
 func (s *Sink) Reset(iov []unix.Iovec, skip, limit uint64) {
@@ -122,12 +126,22 @@ func (s *Sink) Commit() int {
 // ReadFrom reads up to n bytes of fd at byte off into the Sink with RWF_* flags: one preadv2 for up to 1024 pieces of
 // guest memory. It returns the bytes read before a short read or an error.
 func (s *Sink) ReadFrom(fd int, off int64, n, flags int) (int, Errno) {
-	return s.v.move(sys.Preadv2, fd, off, n, flags)
+	if !s.gate.enter() {
+		return 0, unix.EIO
+	}
+	got, errno := s.v.move(sys.Preadv2, fd, off, n, flags)
+	s.gate.leave()
+	return got, errno
 }
 
 // Write copies p in and returns how many bytes of it fitted. Memory that is gone (sys.Guard) ends it.
 func (s *Sink) Write(p []byte) int {
-	return s.v.copy(p, true)
+	if !s.gate.enter() {
+		return 0
+	}
+	n := s.v.copy(p, true)
+	s.gate.leave()
+	return n
 }
 
 // Extent is a run of bytes in a file: where data of a backend lies that keeps it in other files.
@@ -171,8 +185,12 @@ func (s *Sink) zero(n int) int {
 
 // Source is a request's data in the guest's memory, which the guest may change at any time: take each byte once.
 type Source struct {
-	v vector
+	v    vector
+	gate *Gate
 }
+
+// SetGate has all that is taken go through g, until the next SetGate; nil is none. Behind a closed gate there is nothing.
+func (s *Source) SetGate(g *Gate) { s.gate = g }
 
 // Reset makes the Source read from iov, whose elements it changes, from byte skip on and at most limit bytes.
 func (s *Source) Reset(iov []unix.Iovec, skip, limit uint64) {
@@ -185,12 +203,22 @@ func (s *Source) Len() int { return s.v.left }
 // WriteTo writes up to n bytes to fd at byte off with RWF_* flags: one pwritev2 for up to 1024 pieces of guest memory. It
 // returns the bytes written before a short write or an error.
 func (s *Source) WriteTo(fd int, off int64, n, flags int) (int, Errno) {
-	return s.v.move(sys.Pwritev2, fd, off, n, flags)
+	if !s.gate.enter() {
+		return 0, unix.EIO
+	}
+	put, errno := s.v.move(sys.Pwritev2, fd, off, n, flags)
+	s.gate.leave()
+	return put, errno
 }
 
 // Read copies the next bytes to p and returns how many there were.
 func (s *Source) Read(p []byte) int {
-	return s.v.copy(p, false)
+	if !s.gate.enter() {
+		return 0
+	}
+	n := s.v.copy(p, false)
+	s.gate.leave()
+	return n
 }
 
 // DirList is the reply to READDIR or READDIRPLUS that a backend adds entries to.
@@ -202,6 +230,9 @@ type DirList struct {
 	// Translate, unless nil, changes each entry of READDIRPLUS before it is written: a share's nodeids and owners are not
 	// those of its parts.
 	Translate func(*fuseproto.EntryOut)
+
+	// Lookups are the nodeids that entries count a lookup of, kept only behind a Gate: the reply may never be seen.
+	Lookups []uint64
 
 	entry fuseproto.EntryOut // of the entry being added, here so that Translate costs no allocation
 	buf   [direntplusSize + 256 + 8]byte
@@ -243,7 +274,7 @@ func (l *DirList) add(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, na
 	}
 	b := l.buf[:size]
 	clear(b)
-	at := 0
+	at, node := 0, uint64(0)
 	if entry != nil {
 		e := &l.entry
 		*e = *entry
@@ -256,10 +287,17 @@ func (l *DirList) add(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, na
 		if e.AttrValid == 0 && e.AttrValidNsec == 0 {
 			e.AttrValid = l.AttrValid
 		}
-		at = copy(b, entryBytes(e))
+		at, node = copy(b, entryBytes(e)), e.NodeId
 	}
 	at += copy(b[at:], direntBytes(&fuseproto.Dirent{Ino: ino, Off: off, Namelen: uint32(len(name)), Type: typ}))
 	copy(b[at:], name)
-	l.Write(b)
+	if n := l.Write(b); l.gate != nil {
+		if n == 0 {
+			return false // closed: the entry is not there, and its lookup not the guest's
+		}
+		if node != 0 {
+			l.Lookups = append(l.Lookups, node)
+		}
+	}
 	return true
 }

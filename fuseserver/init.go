@@ -135,6 +135,7 @@ func opDestroy(s *Server, _ *Request) Errno {
 // end ends the session, if there is one. s.mu is held.
 func (s *Server) end() {
 	if s.session.Swap(nil) != nil {
+		defer s.caught(nil, fuseproto.FUSE_DESTROY)
 		s.backend.Reset()
 	}
 }

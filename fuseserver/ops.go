@@ -28,6 +28,8 @@ const (
 	extended // extensions may follow the names
 	data     // the reply's data goes straight to guest memory, behind the struct
 	source   // data or a list follows the struct and stays in guest memory
+	partless // is for no part of the backend, or for several
+	owed     // see Request.Owed
 )
 
 // maxDataOut is the largest op.out beside data.
@@ -42,20 +44,20 @@ const (
 )
 
 // unknown is the row of every opcode that has none.
-var unknown = op{handle: opUnknown, flags: anytime | inline}
+var unknown = op{handle: opUnknown, flags: anytime | inline | partless}
 
 // otherEndian is the row of FUSE_INIT_BSWAP_RESERVED.
-var otherEndian = op{handle: opOtherEndian, flags: anytime | inline}
+var otherEndian = op{handle: opOtherEndian, flags: anytime | inline | partless}
 
 // ops is indexed by opcode. To serve another one: its structs and their sizes go to fuseproto, its row here, its handler to
 // ops_*.go by subject, an example to examples in ops_test.go; tests miss what is left out.
 var ops = [...]op{
-	fuseproto.FUSE_INIT:    {handle: opInit, in: 16, out: 64, flags: anytime | whole | mayBlock},
-	fuseproto.FUSE_DESTROY: {handle: opDestroy, flags: anytime | mayBlock},
+	fuseproto.FUSE_INIT:    {handle: opInit, in: 16, out: 64, flags: anytime | whole | mayBlock | partless},
+	fuseproto.FUSE_DESTROY: {handle: opDestroy, flags: anytime | mayBlock | partless},
 
 	fuseproto.FUSE_LOOKUP:       {handle: opLookup, undo: undoEntry, out: entryOut, names: [2]nameRule{nameLookup}, flags: whole},
-	fuseproto.FUSE_FORGET:       {handle: opForget, in: 8, flags: noReply},
-	fuseproto.FUSE_BATCH_FORGET: {handle: opBatchForget, in: 8, flags: noReply | source},
+	fuseproto.FUSE_FORGET:       {handle: opForget, in: 8, flags: noReply | partless},
+	fuseproto.FUSE_BATCH_FORGET: {handle: opBatchForget, in: 8, flags: noReply | source | partless},
 
 	fuseproto.FUSE_GETATTR:  {handle: opGetattr, in: 16, out: attrOut},
 	fuseproto.FUSE_SETATTR:  {handle: opSetattr, in: 88, out: attrOut, flags: modifies},
@@ -80,7 +82,7 @@ var ops = [...]op{
 	fuseproto.FUSE_READ:               {handle: opRead, in: 40, flags: data},
 	fuseproto.FUSE_WRITE:              {handle: opWrite, in: 40, out: 8, flags: modifies | source},
 	fuseproto.FUSE_FLUSH:              {handle: opFlush, in: 24},
-	fuseproto.FUSE_RELEASE:            {handle: opRelease, in: 24},
+	fuseproto.FUSE_RELEASE:            {handle: opRelease, in: 24, flags: owed},
 	fuseproto.FUSE_FSYNC:              {handle: opFsync, in: 16, flags: mayBlock},
 	fuseproto.FUSE_FALLOCATE:          {handle: opFallocate, in: 32, flags: modifies | mayBlock},
 	fuseproto.FUSE_LSEEK:              {handle: opLseek, in: 24, out: 8},
@@ -89,8 +91,8 @@ var ops = [...]op{
 
 	fuseproto.FUSE_OPENDIR:     {handle: opOpendir, undo: undoOpendir, in: 8, out: openOut},
 	fuseproto.FUSE_READDIR:     {handle: opReaddir, in: 40, flags: data},
-	fuseproto.FUSE_READDIRPLUS: {handle: opReaddirplus, in: 40, flags: data},
-	fuseproto.FUSE_RELEASEDIR:  {handle: opReleasedir, in: 24},
+	fuseproto.FUSE_READDIRPLUS: {handle: opReaddirplus, undo: undoReaddirplus, in: 40, flags: data},
+	fuseproto.FUSE_RELEASEDIR:  {handle: opReleasedir, in: 24, flags: owed},
 	fuseproto.FUSE_FSYNCDIR:    {handle: opFsyncdir, in: 16, flags: mayBlock},
 
 	fuseproto.FUSE_GETXATTR:    {handle: opGetxattr, in: 8, names: [2]nameRule{nameXattr}, flags: whole | data},
@@ -100,7 +102,7 @@ var ops = [...]op{
 
 	fuseproto.FUSE_SYNCFS:    {handle: opSyncfs, in: 8, flags: mayBlock},
 	fuseproto.FUSE_IOCTL:     {handle: opIoctl, in: 32, out: 16, flags: whole | data},
-	fuseproto.FUSE_INTERRUPT: {handle: opInterrupt, flags: anytime | inline | noReply},
+	fuseproto.FUSE_INTERRUPT: {handle: opInterrupt, flags: anytime | inline | noReply | partless},
 }
 
 // notImplemented are fuse.h's other opcodes, which answer ENOSYS, and why.

@@ -40,6 +40,13 @@ func opReaddirplus(s *Server, r *Request) Errno {
 	return r.listed(s.backend.Readdirplus(&r.ctx, in, s.list(r, in, true)))
 }
 
+// undoReaddirplus takes back the lookups that the entries counted.
+func undoReaddirplus(s *Server, r *Request) {
+	for _, node := range r.dst.Lookups {
+		s.unlook(node)
+	}
+}
+
 // list returns the reply's room as a list.
 func (s *Server) list(r *Request, in *fuseproto.ReadIn, plus bool) *fsbackend.DirList {
 	r.dst.Plus, r.dst.EntryValid, r.dst.AttrValid = plus, s.valid, s.valid

@@ -75,7 +75,7 @@ func (s *Server) created(r *Request, o *fuseproto.CreateOut, errno Errno) Errno 
 func undoCreate(s *Server, r *Request) {
 	o := out[fuseproto.CreateOut](r)
 	s.release(r, o.NodeId, o.Fh)
-	s.forget(o.NodeId, 1)
+	s.unlook(o.NodeId)
 }
 
 func opRead(s *Server, r *Request) Errno {

@@ -37,7 +37,14 @@ func (s *Server) entry(r *Request, e *fuseproto.EntryOut, errno Errno) Errno {
 
 // undoEntry takes back the lookup that an EntryOut at the reply's start counted.
 func undoEntry(s *Server, r *Request) {
-	s.forget(out[fuseproto.EntryOut](r).NodeId, 1)
+	s.unlook(out[fuseproto.EntryOut](r).NodeId)
+}
+
+// unlook takes back a lookup that the guest never learns of.
+func (s *Server) unlook(node uint64) {
+	if node > fuseproto.FUSE_ROOT_ID {
+		s.backend.Forget(node, 1)
+	}
 }
 
 func opForget(s *Server, r *Request) Errno {
@@ -48,8 +55,12 @@ func opForget(s *Server, r *Request) Errno {
 
 // forget passes a FORGET on. The root is never forgotten: virtiofsd obeys, and then serves EBADF for ever.
 func (s *Server) forget(node, n uint64) {
-	if node > fuseproto.FUSE_ROOT_ID && n > 0 {
+	switch {
+	case node <= fuseproto.FUSE_ROOT_ID || n == 0:
+	case s.divided == nil:
 		s.backend.Forget(node, n)
+	default:
+		s.forgetPart(s.divided.PartOf(node), node, n)
 	}
 }
 

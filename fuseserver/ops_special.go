@@ -37,7 +37,7 @@ func opIoctl(s *Server, r *Request) Errno {
 		return syscall.EINVAL
 	case uint64(in.OutSize) > r.room():
 		s.stats.NoRoom.Add(1)
-		return syscall.EIO
+		return errCounted
 	}
 	result, errno := s.backend.Ioctl(&r.ctx, in, r.tail[:in.InSize], r.dataSink(uint64(in.OutSize)))
 	out[fuseproto.IoctlOut](r).Result = result

@@ -42,7 +42,7 @@ func (s *Server) xattrSink(r *Request, in *fuseproto.GetxattrIn) (*fsbackend.Sin
 	}
 	if r.room() < least {
 		s.stats.NoRoom.Add(1)
-		return nil, syscall.EIO
+		return nil, errCounted
 	}
 	in.Size = uint32(min(uint64(in.Size), r.room()))
 	if in.Size == 0 {
@@ -60,7 +60,7 @@ func (s *Server) xattr(r *Request, in *fuseproto.GetxattrIn, size uint32, errno 
 	}
 	if errno == fsbackend.OK && r.dataSink(getxattrOut).Write(outBytes(&fuseproto.GetxattrOut{Size: size})) != getxattrOut {
 		s.stats.Faults.Add(1)
-		return syscall.EIO
+		return errCounted
 	}
 	return errno
 }

@@ -15,7 +15,13 @@ const errnoMax = 512
 // answer writes the reply and returns its length, 0 if there is none.
 func (s *Server) answer(r *Request, errno Errno) uint32 {
 	if errno >= errnoMax {
-		errno = s.broken(r, "errno", int(errno))
+		s.broken(r, "errno", int(errno))
+		errno = syscall.EIO
+	}
+	if errno == fsbackend.OK && r.isolated() && r.gate.Closed() {
+		// An Abort that has not come about yet may have kept data from where it belongs.
+		s.undo(r, errno)
+		errno = syscall.EIO
 	}
 	if !r.state.CompareAndSwap(pending, answered) {
 		s.undo(r, errno)
@@ -48,16 +54,24 @@ func (s *Server) answer(r *Request, errno Errno) uint32 {
 
 // undo takes back what a call did whose reply never reaches the guest.
 func (s *Server) undo(r *Request, errno Errno) {
-	if errno == fsbackend.OK && r.op.undo != nil {
-		r.op.undo(s, r)
+	if errno != fsbackend.OK || r.op.undo == nil || r.session != s.session.Load() {
+		return // what another session began, the backend has forgotten
 	}
+	defer s.caught(r.part, r.Opcode())
+	enter(r.part)
+	defer leave(r.part)
+	r.op.undo(s, r)
 }
 
 // Abort answers r with errno instead of Handle, for which nobody can wait any longer, and returns the reply's length, 0
 // where there is none. It may be called while Handle runs elsewhere: one of the two answers, Aborted says which, and what
 // Handle does after that no longer reaches the guest. Where TouchesGuestMemory, call it only while Handle is not running.
-// r is free for the next Begin when Handle has returned.
+// Where an isolated part is moving guest memory at this moment, Abort answers nothing and may be called again later; no
+// further move begins, and Handle's own answer is EIO. Once it has answered, Handle does not touch guest memory. r is free for the next Begin when Handle has returned.
 func (r *Request) Abort(errno Errno) (written uint32) {
+	if r.isolated() && r.op.flags&(data|source) != 0 && !r.gate.Close() {
+		return 0
+	}
 	if !r.state.CompareAndSwap(pending, aborted) {
 		return 0
 	}

@@ -40,6 +40,7 @@ type Request struct {
 
 	server   *Server
 	op       *op
+	part     *fsbackend.Part
 	session  *session
 	state    atomic.Uint32 // pending, answered or aborted: whoever changes it writes the reply
 	errno    Errno         // what Begin found, answered without a call
@@ -67,6 +68,7 @@ type Request struct {
 
 	dst     fsbackend.DirList // over body
 	src     fsbackend.Source  // over readable, behind args
+	gate    fsbackend.Gate    // before dst and src, where part is isolated
 	nowhere fsbackend.Sink    // no room at all
 	started bool              // dst or src is set up: a call made again goes on from there
 	moved   uint32            // bytes of READ or WRITE moved by calls that ended in ErrMayBlock
@@ -98,9 +100,9 @@ func (r *Request) Unique() uint64 {
 }
 
 // TouchesGuestMemory says that the backend's call has guest memory in its hands: the chain must not be given back before
-// Handle has returned.
+// Handle has returned. An isolated part's call can have it taken away, by Abort.
 func (r *Request) TouchesGuestMemory() bool {
-	return r.op.flags&(data|source) != 0
+	return r.op.flags&(data|source) != 0 && !r.isolated()
 }
 
 // Aborted says that Abort, and not Handle, has answered.
@@ -115,7 +117,7 @@ func (s *Server) Begin(r *Request, readable, writable []unix.Iovec, readableLen,
 	r.MayBlock, r.Cancel = false, nil
 	r.session = s.session.Load()
 	r.state.Store(pending)
-	r.op, r.errno, r.faulted, r.started, r.moved = &unknown, fsbackend.OK, false, false, 0
+	r.op, r.part, r.errno, r.faulted, r.started, r.moved = &unknown, nil, fsbackend.OK, false, false, 0
 	r.readable = readable
 	r.writable = min(writableLen, math.MaxUint32)
 	r.names, r.tail = [2]fsbackend.Name{}, nil
@@ -133,6 +135,9 @@ func (s *Server) Begin(r *Request, readable, writable []unix.Iovec, readableLen,
 	if len(r.args) < inHeaderSize {
 		// Without a unique there is nothing to reply to.
 		r.writable = 0
+	}
+	if s.divided != nil {
+		s.assign(r)
 	}
 
 	if r.op.flags&data != 0 {
@@ -226,6 +231,7 @@ func (r *Request) split(writable []unix.Iovec) {
 func (r *Request) dataSink(limit uint64) *fsbackend.Sink {
 	if !r.started {
 		r.started = true
+		r.dst.Lookups = r.dst.Lookups[:0]
 		r.dst.Reset(r.body, 0, min(limit, r.room()))
 	}
 	return &r.dst.Sink

@@ -16,7 +16,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -81,11 +80,14 @@ type Server struct {
 	cfg     Config
 	backend *fsbackend.Resolved
 	log     *ratelog.Logger // of what a guest does
-	bugs    *ratelog.Logger // of what a backend does: apart, so that no guest can drown it
-	valid   uint64          // seconds that names and attributes are valid by default
-	want    uint64          // INIT flags
+	bugs    *bugs
+	valid   uint64 // seconds that names and attributes are valid by default
+	want    uint64 // INIT flags
 	stats   Stats
-	stacked sync.Once // the stack of the first panic has been logged
+
+	divided fsbackend.Divided          // nil where the backend is not
+	parts   sync.Map                   // *fsbackend.Part → *partState
+	later   func(part *fsbackend.Part) // see OnForgets
 
 	session atomic.Pointer[session] // nil without one
 
@@ -106,10 +108,12 @@ func New(cfg Config) (*Server, error) {
 		cfg:     cfg,
 		backend: fsbackend.Resolve(cfg.Backend),
 		log:     ratelog.New(cfg.Log, 10*time.Second, 5),
-		bugs:    ratelog.New(cfg.Log, 10*time.Second, 5),
+		bugs:    newBugs(cfg.Log),
 		valid:   policies[cfg.Cache].valid,
 	}
 	s.want = s.wantFlags()
+	s.divided, _ = cfg.Backend.(fsbackend.Divided)
+	s.later = s.RunForgets
 	return s, nil
 }
 
@@ -120,7 +124,7 @@ func (s *Server) Stats() *Stats { return &s.stats }
 // is used.len and its out_header.len, or 0 if there is none. Without, the call may sleep: call Handle again with
 // r.MayBlock set, from a thread that may. If Abort has answered r meanwhile, it returns 0 and true.
 func (s *Server) Handle(r *Request) (written uint32, done bool) {
-	if r.state.Load() != pending {
+	if r.state.Load() != pending && !(r.MayBlock && r.Owed()) {
 		return 0, true
 	}
 	errno := r.errno
@@ -137,7 +141,7 @@ func (s *Server) Handle(r *Request) (written uint32, done bool) {
 func (s *Server) dispatch(r *Request) Errno {
 	op := r.op
 	switch {
-	case r.session == nil && op.flags&anytime == 0:
+	case op.flags&anytime == 0 && (r.session == nil || r.over()):
 		s.stats.NoSession.Add(1)
 		return ErrNoSession
 	case op.flags&noReply == 0 && r.writable < headerSize+uint64(op.out):
@@ -154,7 +158,8 @@ func (s *Server) dispatch(r *Request) Errno {
 		}
 		return errno
 	}
-	if !r.MayBlock && (op.flags&mayBlock != 0 || s.backend.Slow && op.flags&inline == 0) {
+	slow := s.backend.Slow || r.part != nil && r.part.Slow
+	if !r.MayBlock && (op.flags&mayBlock != 0 || slow && op.flags&inline == 0) {
 		return fsbackend.ErrMayBlock
 	}
 	r.ctx.MayBlock = r.MayBlock
@@ -170,8 +175,19 @@ func (s *Server) dispatch(r *Request) Errno {
 func (s *Server) call(r *Request) (errno Errno) {
 	defer s.recovered(r, &errno)
 	defer sys.Guard(&r.faulted)
-	return r.op.handle(s, r)
+	if r.part == nil {
+		errno = r.op.handle(s, r)
+	} else {
+		errno = s.callPart(r)
+	}
+	if errno == errCounted {
+		return syscall.EIO
+	}
+	return errno
 }
+
+// errCounted is EIO that the backend has not answered, or that is counted and logged already. It does not leave call.
+const errCounted = fsbackend.ErrMayBlock << 1
 
 // recovered is deferred. It makes EIO of a fault in guest memory and of any other panic.
 func (s *Server) recovered(r *Request, errno *Errno) {
@@ -179,17 +195,17 @@ func (s *Server) recovered(r *Request, errno *Errno) {
 		r.faulted = false
 		s.stats.Faults.Add(1)
 		*errno = syscall.EIO
+		if r.part != nil {
+			s.panicked(r.part, r.Opcode(), "memory fault") // guest memory that is gone ends a Sink's or Source's method, not the call
+		}
 		return
 	}
 	cause := recover()
 	if cause == nil {
 		return
 	}
-	s.stats.Panics.Add(1)
 	*errno = syscall.EIO
-	about := []any{"opcode", r.Opcode(), "panic", cause}
-	s.stacked.Do(func() { about = append(about, "stack", string(debug.Stack())) })
-	s.bugs.Error("backend panicked; the guest gets EIO: please report this bug", about...)
+	s.panicked(r.part, r.Opcode(), cause)
 }
 
 // malformed counts and logs a request that breaks the protocol.
@@ -201,8 +217,13 @@ func (s *Server) malformed(r *Request, errno Errno) {
 // broken counts and logs a reply of the backend that breaks its contract, and returns what the guest gets instead.
 func (s *Server) broken(r *Request, what string, value any) Errno {
 	s.stats.BadReplies.Add(1)
-	s.bugs.Error("backend broke its contract; the guest gets EIO: please report this bug", "opcode", r.Opcode(), "what", what, "value", value)
-	return syscall.EIO
+	if r.isolated() {
+		r.part.Stats.Errors.Add(1)
+	}
+	log, about := s.bugsOf(r.part)
+	about = append(about, "opcode", r.Opcode(), "what", what, "value", value)
+	log.Error("backend broke its contract; the guest gets EIO: please report this bug", about...)
+	return errCounted
 }
 
 // Reset ends the session, as when the device is reset or the front-end is gone: the backend forgets every lookup and

@@ -3,7 +3,8 @@
 //
 //	front-end ──vhostuser.Serve──▶ Device ──StartQueue──▶ queue ◀─kick─ guest
 //	                                                       │ worker: Pop ─▶ fuseserver.Handle ─▶ Push, Publish, call
-//	                                                       └ pool: what may sleep, completed in any order
+//	                                                       └ pool: what may sleep, completed in any order, in a lane of
+//	                                                         its own for each isolated part of the backend
 //
 // A worker is a locked thread that serves its queues inline, so a request costs no hand-over. What may sleep goes to the
 // pool, so that no request waits behind a slow disk, and FORGETs never wait at all.
@@ -53,7 +54,8 @@ type Config struct {
 	NumRequestQueues int
 	// DrainTimeout is how long a queue that is being stopped waits for requests in flight; 0 means 5 s.
 	DrainTimeout time.Duration
-	// PoolThreads is the most threads that run requests that may sleep; 0 means 16.
+	// PoolThreads is the most threads that run requests that may sleep, and the most of each isolated part of the backend;
+	// 0 means 16.
 	PoolThreads int
 	Log         *slog.Logger
 }
@@ -116,6 +118,7 @@ func New(cfg Config) (*Device, error) {
 	}
 	d := &Device{cfg: cfg, log: ratelog.New(cfg.Log, time.Second, 10), mem: guestmem.New()}
 	d.pool = newPool(d, cfg.PoolThreads)
+	cfg.Server.OnForgets(d.pool.forgets)
 	for i := range min(cfg.NumRequestQueues, runtime.NumCPU()) {
 		w, err := newWorker(d, i)
 		if err != nil {
@@ -158,9 +161,8 @@ func (d *Device) Close() error {
 			d.SetErr(i, nil)
 		}
 		d.closeWorkers()
-		if !d.pool.close(d.cfg.DrainTimeout) {
-			// A thread that the kernel holds cannot be waited for, and still uses the backend.
-			err = errors.New("requests are stuck in the kernel: their threads were left behind")
+		if e := d.pool.close(d.cfg.DrainTimeout); e != nil {
+			err = e
 			return
 		}
 		err = errors.Join(err, d.cfg.Server.Close())

@@ -1,38 +1,43 @@
 package virtiofs
 
 import (
-	"runtime"
+	"context"
+	"errors"
+	"maps"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fuseserver"
 	"github.com/sluicefs/sluice/guestmem"
 	"github.com/sluicefs/sluice/virtqueue"
 )
 
-const (
-	// maxTasks bounds the requests that the pool holds. A device that has as many fetches no more until one ends.
-	maxTasks = 512
-	// spareTasks bounds the tasks kept for reuse.
-	spareTasks = 32
-	// threadIdle is how long a pool thread without work stays.
-	threadIdle = 10 * time.Second
-)
+// spareTasks bounds the tasks kept for reuse.
+const spareTasks = 32
 
 // task is one request with all that it needs to leave its worker.
 type task struct {
 	server *fuseserver.Server
-	req    *fuseserver.Request
+	req    *fuseserver.Request // nil: FORGETs of the lane's part (fuseserver.Server.RunForgets)
 	chain  virtqueue.Chain
 
-	// Set by queue.parkLocked.
-	queue  *queue
-	run    uint64
-	mem    *guestmem.Map
-	cancel <-chan struct{}
-	slot   int // in queue.parked
+	// Set by queue.parkLocked; mem and cancelled change under queue.mu.
+	queue     *queue
+	run       uint64
+	slot      int           // in queue.parked
+	mem       *guestmem.Map // nil once it is released
+	cancel    <-chan struct{}
+	own       chan struct{} // what cancel is in an isolated lane; used again until it is closed
+	cancelled bool          // own is closed
+
+	lane  *lane
+	since time.Time // when it came to an isolated lane
+	at    int       // in lane.running
+	hung  bool      // it is given up, and its call still runs; under lane.mu
 }
 
 // begin handles the request as far as it does not sleep.
@@ -43,40 +48,53 @@ func (t *task) begin() (written uint32, done bool) {
 
 // finish handles the request to its end and gives it back to the guest.
 func (t *task) finish() {
+	if t.req == nil {
+		t.server.RunForgets(t.lane.part)
+		return
+	}
 	t.req.MayBlock, t.req.Cancel = true, t.cancel
 	written, _ := t.server.Handle(t.req) // done, now that it may sleep
 	t.queue.finished(t, written)
-	t.mem.Release()
-	t.queue, t.mem, t.cancel = nil, nil, nil
 }
 
-// pool runs requests that may sleep, each on a locked thread of a bounded, shrinking set.
-type pool struct {
-	device *Device
-	max    int          // threads
-	tasks  atomic.Int32 // waiting or running; changed under mu
+// overdue says that the request has taken longer than its part may.
+func (t *task) overdue(now time.Time) bool {
+	part := t.lane.part
+	return part != nil && part.Timeout > 0 && now.Sub(t.since) > part.Timeout
+}
 
-	mu      sync.Mutex
-	waiting []*task
-	idle    []chan *task // one for each thread without work
-	threads int
-	spare   []*task
-	closed  bool
-	gone    chan struct{} // closed when the last thread has ended after close
+// pool runs requests that may sleep, on the threads of its lanes: one for each isolated part of the backend, and one that
+// all others share.
+type pool struct {
+	device  *Device
+	threads int // of each lane, at most
+	shared  *lane
+	full    atomic.Int32 // lanes that keep the device from fetching
+
+	mu    sync.Mutex
+	spare []*task
+	lanes map[*fsbackend.Part]*lane // of isolated parts, made when first needed
+
+	// The watch ends what takes too long in these; it runs once there is one of them.
+	asleep  atomic.Bool
+	wake    chan struct{} // buffered
+	closing chan struct{}
+	watcher sync.WaitGroup
 }
 
 func newPool(d *Device, threads int) *pool {
-	return &pool{device: d, max: threads, gone: make(chan struct{})}
+	p := &pool{
+		device: d, threads: threads,
+		lanes: make(map[*fsbackend.Part]*lane), wake: make(chan struct{}, 1), closing: make(chan struct{}),
+	}
+	p.shared = newLane(p, nil)
+	return p
 }
 
 // get returns a task to fetch a request into.
 func (p *pool) get() *task {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.getLocked()
-}
-
-func (p *pool) getLocked() *task {
 	if n := len(p.spare); n > 0 {
 		t := p.spare[n-1]
 		p.spare = p.spare[:n-1]
@@ -86,120 +104,130 @@ func (p *pool) getLocked() *task {
 	return &task{server: server, req: server.NewRequest()}
 }
 
-// full says whether no more requests should be fetched.
-func (p *pool) full() bool {
-	return p.tasks.Load() >= maxTasks
-}
-
-// hand takes over t and returns another task for its worker to go on with.
-func (p *pool) hand(t *task) *task {
+// put takes back a task that is done with.
+func (p *pool) put(t *task) {
+	if t.req == nil {
+		return
+	}
+	t.queue, t.mem, t.cancel, t.lane, t.hung = nil, nil, nil, nil, false
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.tasks.Add(1)
-	switch n := len(p.idle); {
-	case n > 0:
-		p.idle[n-1] <- t // buffered: it never waits
-		p.idle = p.idle[:n-1]
-	case p.threads < p.max:
-		p.threads++
-		go p.thread(t)
-	default:
-		p.waiting = append(p.waiting, t)
+	if len(p.spare) < spareTasks {
+		p.spare = append(p.spare, t)
 	}
-	return p.getLocked()
 }
 
-func (p *pool) thread(t *task) {
-	runtime.LockOSThread() // see worker.run; a thread whose credentials could not be restored must not outlive this
-	debug.SetPanicOnFault(true)
-	work := make(chan *task, 1)
-	idle := time.NewTimer(threadIdle)
-	defer idle.Stop()
-	for {
-		t.finish()
-		if t = p.next(t, work); t != nil {
-			continue
+// lane returns the lane for requests of part, which may be nil.
+func (p *pool) lane(part *fsbackend.Part) *lane {
+	if part == nil || !part.Isolated {
+		return p.shared
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	l := p.lanes[part]
+	if l == nil {
+		l = newLane(p, part)
+		if len(p.lanes) == 0 {
+			p.watcher.Go(p.watch)
 		}
-		idle.Reset(threadIdle)
+		p.lanes[part] = l
+	}
+	return l
+}
+
+// forgets has FORGETs of part made; nil stands for all that are not isolated.
+func (p *pool) forgets(part *fsbackend.Part) {
+	l := p.lane(part)
+	l.hand(&task{server: p.device.cfg.Server, lane: l})
+}
+
+// unblock has the workers fetch again.
+func (p *pool) unblock() {
+	p.full.Add(-1)
+	for _, w := range p.device.workers {
+		w.poke()
+	}
+}
+
+// rouse has the watch look at the lanes from now on.
+func (p *pool) rouse() {
+	if p.asleep.CompareAndSwap(true, false) {
 		select {
-		case t = <-work:
-		case <-idle.C:
-			t = p.leave(work)
+		case p.wake <- struct{}{}:
+		default: // it has yet to see the last one
 		}
-		if t == nil {
-			p.exit()
+	}
+}
+
+// watch gives up what takes too long in isolated lanes. It sleeps while they have nothing to do.
+func (p *pool) watch() {
+	debug.SetPanicOnFault(true) // it completes requests
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+		case <-p.wake:
+		case <-p.closing:
 			return
 		}
+		tick := p.patrol()
+		if tick == 0 {
+			p.asleep.Store(true)
+			// A task that came before that has not roused anybody.
+			if tick = p.patrol(); tick == 0 || !p.asleep.CompareAndSwap(true, false) {
+				continue // asleep, or there is a wake already
+			}
+		}
+		timer.Reset(tick)
 	}
 }
 
-// next puts the finished task by and returns a waiting one, or nil after it has enlisted the thread as idle.
-func (p *pool) next(finished *task, work chan *task) *task {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.tasks.Add(-1) == maxTasks-1 {
-		for _, w := range p.device.workers {
-			w.poke()
+// patrol looks at every lane once and returns after what time it has to be done again; 0 is never.
+func (p *pool) patrol() (tick time.Duration) {
+	lanes := p.isolated()
+	tick = stalled / patrols
+	busy := false
+	for _, l := range lanes {
+		busy = l.busy() || busy
+		tick = min(tick, l.tick())
+	}
+	if !busy {
+		return 0
+	}
+	now := time.Now()
+	for _, q := range p.device.queues {
+		q.giveUpOverdue(now)
+	}
+	for _, l := range lanes {
+		l.sweep(now)
+	}
+	return tick
+}
+
+// close ends the threads once their requests are done. After timeout it leaves behind those that are not, and says whose
+// they are.
+func (p *pool) close(timeout time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	lanes := append(p.isolated(), p.shared)
+	for _, l := range lanes {
+		l.close()
+	}
+	var err error
+	for _, l := range lanes {
+		if !l.awaitGone(ctx) {
+			err = errors.Join(err, l.leftBehind())
 		}
 	}
-	if len(p.spare) < spareTasks {
-		p.spare = append(p.spare, finished)
-	}
-	if len(p.waiting) > 0 {
-		t := p.waiting[0]
-		p.waiting[0] = nil
-		p.waiting = p.waiting[1:]
-		return t
-	}
-	if p.closed {
-		work <- nil
-		return nil
-	}
-	p.idle = append(p.idle, work)
-	return nil
+	close(p.closing)
+	p.watcher.Wait()
+	return err
 }
 
-// leave takes the thread off the idle list, unless a task is on its way to it.
-func (p *pool) leave(work chan *task) *task {
-	p.mu.Lock()
-	for i, c := range p.idle {
-		if c == work {
-			p.idle = append(p.idle[:i], p.idle[i+1:]...)
-			p.mu.Unlock()
-			return nil
-		}
-	}
-	p.mu.Unlock()
-	return <-work
-}
-
-func (p *pool) exit() {
+// isolated returns the lanes but for the shared one.
+func (p *pool) isolated() []*lane {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.threads--
-	if p.closed && p.threads == 0 {
-		close(p.gone)
-	}
-}
-
-// close ends the threads once their requests are done, and says whether they were within timeout.
-func (p *pool) close(timeout time.Duration) bool {
-	p.mu.Lock()
-	p.closed = true
-	for _, work := range p.idle {
-		work <- nil
-	}
-	p.idle = nil
-	if p.threads == 0 {
-		close(p.gone)
-	}
-	p.mu.Unlock()
-	timer := time.NewTimer(timeout)
-	defer timer.Stop()
-	select {
-	case <-p.gone:
-		return true
-	case <-timer.C:
-		return false
-	}
+	return slices.AppendSeq(make([]*lane, 0, len(p.lanes)+1), maps.Values(p.lanes))
 }

@@ -7,6 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sluicefs/sluice/fuseproto"
 	"github.com/sluicefs/sluice/guestmem"
 	"github.com/sluicefs/sluice/internal/sys"
 	"github.com/sluicefs/sluice/virtqueue"
@@ -37,7 +38,7 @@ type queue struct {
 	stopping bool
 	broken   bool
 	inflight int           // requests popped and not completed
-	parked   []*task       // those of them that the pool has
+	parked   []*task       // those of them that the pool has and that are not given up
 	cancel   chan struct{} // closed when nobody waits for requests in flight any longer
 	drained  chan struct{} // closed when inflight gets to 0 while stopping
 	call     *notifier
@@ -52,11 +53,14 @@ type due struct {
 	ring  error
 	chain virtqueue.ChainError
 	bad   bool // chain is set
+
+	refused *lane // by it
+	opcode  fuseproto.Opcode
 }
 
 // unlock releases mu and tells what is due.
 func (q *queue) unlock() {
-	if q.due.ring != nil || q.due.bad {
+	if q.due.ring != nil || q.due.bad || q.due.refused != nil {
 		q.unlockAndReport()
 		return
 	}
@@ -70,10 +74,10 @@ func (q *queue) unlock() {
 	call.signal()
 }
 
-// unlockAndReport is unlock where the guest has done wrong; apart, because its copies live on the heap.
+// unlockAndReport is unlock where the guest or a backend has done wrong; apart, because its copies live on the heap.
 func (q *queue) unlockAndReport() {
 	due := q.due
-	q.due.call, q.due.ring, q.due.bad = false, nil, false
+	q.due.call, q.due.ring, q.due.bad, q.due.refused = false, nil, false, nil
 	var call, errfd *notifier
 	if due.call {
 		call = q.call.retain()
@@ -90,6 +94,9 @@ func (q *queue) unlockAndReport() {
 	if due.bad {
 		q.device.log.Warn("guest sent a malformed descriptor chain", "queue", q.index, "error", &due.chain)
 	}
+	if due.refused != nil {
+		due.refused.refused(due.opcode)
+	}
 }
 
 // runningLocked says whether requests may be fetched.
@@ -99,7 +106,7 @@ func (q *queue) runningLocked() bool {
 
 // readyLocked is runningLocked, but for a full pool. Hiprio's requests do not go there.
 func (q *queue) readyLocked() bool {
-	return q.runningLocked() && (q.index == 0 || !q.device.pool.full())
+	return q.runningLocked() && (q.index == 0 || q.device.pool.full.Load() == 0)
 }
 
 // setNotifier puts fd in place of *slot, one of q's own.
@@ -155,6 +162,9 @@ func (q *queue) stop(timeout time.Duration) (base uint32, err error) {
 		close(q.cancel)
 		q.abortLocked()
 		if q.inflight > 0 && !q.waitLocked(cancelGrace) {
+			q.abortLocked()
+		}
+		if q.inflight > 0 {
 			err = fmt.Errorf("stop queue %d: %d requests did not end within %v and were given up", q.index, q.inflight, timeout)
 			q.device.stats.abandoned.Add(uint64(q.inflight))
 		}
@@ -171,40 +181,105 @@ func (q *queue) stop(timeout time.Duration) (base uint32, err error) {
 // abortLocked answers requests that the pool has with EIO, but for those that the kernel may still read or write guest
 // memory for: their buffers cannot be given back.
 func (q *queue) abortLocked() {
-	for _, t := range q.parked {
-		if t.req.TouchesGuestMemory() {
-			continue
-		}
-		written := t.req.Abort(unix.EIO)
-		if t.req.Aborted() {
-			q.completeLocked(t.chain.Head, written)
-		}
+	for i := len(q.parked) - 1; i >= 0; i-- {
+		q.giveUpLocked(q.parked[i])
 	}
 }
 
-// parkLocked hands t to the pool and returns the task to go on with.
+// giveUpLocked answers t, which is parked, with EIO and says whether that was possible. Its call goes on, if it has begun,
+// without guest memory.
+func (q *queue) giveUpLocked(t *task) bool {
+	if t.cancel == t.own && !t.cancelled {
+		t.cancelled = true
+		close(t.own)
+	}
+	if t.req.TouchesGuestMemory() {
+		return false
+	}
+	written := t.req.Abort(unix.EIO)
+	if !t.req.Aborted() {
+		return false
+	}
+	q.completeLocked(t.chain.Head, written)
+	q.unparkLocked(t)
+	return true
+}
+
+// giveUpOverdue gives up the requests that have taken longer than their parts may. One that guest memory is being moved
+// for is given up next time.
+func (q *queue) giveUpOverdue(now time.Time) {
+	type loss struct {
+		lane   *lane
+		opcode fuseproto.Opcode
+		after  time.Duration
+	}
+	var lost []loss
+	q.mu.Lock()
+	for i := len(q.parked) - 1; i >= 0; i-- {
+		t := q.parked[i]
+		if !t.overdue(now) {
+			continue
+		}
+		l, opcode := t.lane, t.req.Opcode()
+		if q.giveUpLocked(t) {
+			l.part.Stats.Timeouts.Add(1)
+			lost = append(lost, loss{l, opcode, now.Sub(t.since)})
+		}
+	}
+	q.publishLocked()
+	q.unlock()
+	for _, l := range lost {
+		l.lane.gaveUp(l.opcode, l.after)
+	}
+}
+
+// parkLocked hands t to the pool and returns the task to go on with: t itself, if its lane refuses it.
 func (q *queue) parkLocked(t *task, m *guestmem.Map) *task {
-	t.queue, t.run, t.mem, t.cancel, t.slot = q, q.run, m.Retain(), q.cancel, len(q.parked)
+	pool := q.device.pool
+	l := pool.lane(t.req.Part())
+	if l.refuses(t) {
+		l.part.Stats.Refused.Add(1)
+		q.due.refused, q.due.opcode = l, t.req.Opcode()
+		q.completeLocked(t.chain.Head, t.req.Abort(unix.EIO))
+		return t
+	}
+	t.queue, t.run, t.lane, t.mem, t.slot = q, q.run, l, m.Retain(), len(q.parked)
+	t.cancel = q.cancel
+	if l.part != nil {
+		if t.own == nil || t.cancelled {
+			t.own, t.cancelled = make(chan struct{}), false
+		}
+		t.cancel = t.own
+	}
 	q.parked = append(q.parked, t)
-	return q.device.pool.hand(t)
+	l.hand(t)
+	return pool.get()
+}
+
+// unparkLocked forgets t, which the pool has.
+func (q *queue) unparkLocked(t *task) {
+	last := len(q.parked) - 1
+	q.parked[t.slot] = q.parked[last]
+	q.parked[t.slot].slot = t.slot
+	q.parked[last] = nil
+	q.parked = q.parked[:last]
+	t.mem.Release()
+	t.mem = nil
 }
 
 // finished completes t, which the pool has done.
 func (q *queue) finished(t *task, written uint32) {
 	q.mu.Lock()
 	defer q.unlock()
-	if q.run != t.run {
-		return // given up
-	}
-	last := len(q.parked) - 1
-	q.parked[t.slot] = q.parked[last]
-	q.parked[t.slot].slot = t.slot
-	q.parked[last] = nil
-	q.parked = q.parked[:last]
-	if !t.req.Aborted() {
+	switch {
+	case t.req.Aborted():
+	case q.run != t.run: // given up when the queue was stopped, with guest memory in its hands
+		t.mem.Release()
+	default:
 		q.completeLocked(t.chain.Head, written)
+		q.publishLocked()
+		q.unparkLocked(t)
 	}
-	q.publishLocked()
 }
 
 // waitLocked waits for the requests in flight, mu free meanwhile, and says whether they ended in time.

@@ -22,7 +22,7 @@ var house = Rules{
 		"share":          {"fsbackend", "fuseproto", "internal/ratelog"},
 
 		// The one room that knows the transport and the file system.
-		"virtiofs": {"vhostuser", "virtqueue", "fuseserver", "guestmem", "internal/sys", "internal/ratelog"},
+		"virtiofs": {"vhostuser", "virtqueue", "fuseserver", "fsbackend", "fuseproto", "guestmem", "internal/sys", "internal/ratelog"},
 
 		"vhostuser":           {"guestmem", "internal/sys", "internal/ratelog"},
 		"vhostuser/vhosttest": {"vhostuser", "guestmem", "internal/sys"},
