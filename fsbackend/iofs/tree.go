@@ -26,7 +26,7 @@ func Tree(files map[string]File) (fs.FS, error) {
 	for p, f := range files {
 		switch {
 		case !fs.ValidPath(p) || p == ".":
-			return nil, fmt.Errorf("make tree: %q is no path of a file: expected one like dir/name, without a leading slash, . or ..", p)
+			return nil, fmt.Errorf("make tree: %q is no path of a file: expected one like dir/name, with no slash in front and no . or .. in it", p)
 		case f.Data == nil || f.Size < 0:
 			return nil, fmt.Errorf("make tree: %s needs data and a size of at least 0", p)
 		case f.Mode.Type() != 0:
