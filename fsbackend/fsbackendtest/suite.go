@@ -110,26 +110,32 @@ func Run(t *testing.T, cfg Config) {
 		if test.skip {
 			continue
 		}
-		t.Run(test.name, func(t *testing.T) {
-			goroutines := goleak.IgnoreCurrent()
-			fds := openFDs(t)
-			b := cfg.New(t)
-			s := newSuite(&cfg, b)
-			test.run(t, s)
-			if !t.Failed() && cfg.Check != nil {
-				if err := cfg.Check(b); err != nil {
-					t.Errorf("bookkeeping of the backend at rest: %v", err)
-				}
-			}
-			if err := b.Close(); err != nil {
-				t.Errorf("Close: %v", err)
-			}
-			goleak.VerifyNone(t, goroutines)
-			if left := openFDs(t); left > fds {
-				t.Errorf("%d file descriptors open after Close, %d before New", left, fds)
-			}
+		withBackend(t, test.name, cfg.New, cfg.Check, func(t *testing.T, b fsbackend.Backend) {
+			test.run(t, newSuite(&cfg, b))
 		})
 	}
+}
+
+// withBackend runs a subtest with a backend of its own, which must rest in order, close, and leave nothing behind.
+func withBackend(t *testing.T, name string, newBackend func(*testing.T) fsbackend.Backend, check func(fsbackend.Backend) error, run func(*testing.T, fsbackend.Backend)) {
+	t.Run(name, func(t *testing.T) {
+		goroutines := goleak.IgnoreCurrent()
+		fds := openFDs(t)
+		b := newBackend(t)
+		run(t, b)
+		if !t.Failed() && check != nil {
+			if err := check(b); err != nil {
+				t.Errorf("bookkeeping of the backend at rest: %v", err)
+			}
+		}
+		if err := b.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+		goleak.VerifyNone(t, goroutines)
+		if left := openFDs(t); left > fds {
+			t.Errorf("%d file descriptors open after Close, %d before New", left, fds)
+		}
+	})
 }
 
 // leaveOut leaves out the tests of interfaces that a backend does not have.
