@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -97,10 +96,16 @@ func (d *daemon) alive() bool {
 	}
 }
 
-// fds lists what the daemon and the processes that it has started have open.
-func (d *daemon) fds(t testing.TB) []string {
+// openFile is a descriptor of the daemon's.
+type openFile struct {
+	path  string
+	flags int // open(2)'s
+}
+
+// openFiles lists what the daemon and the processes that it has started have open.
+func (d *daemon) openFiles(t testing.TB) []openFile {
 	t.Helper()
-	var fds []string
+	var files []openFile
 	pids := []string{fmt.Sprint(d.cmd.Process.Pid)}
 	for len(pids) > 0 {
 		proc := filepath.Join("/proc", pids[0])
@@ -109,9 +114,17 @@ func (d *daemon) fds(t testing.TB) []string {
 			t.Fatalf("the daemon has gone: %v\n%s", err, &d.log)
 		}
 		for _, e := range entries {
-			if target, err := os.Readlink(filepath.Join(proc, "fd", e.Name())); err == nil {
-				fds = append(fds, target)
+			// One that is closed meanwhile does not count.
+			target, err := os.Readlink(filepath.Join(proc, "fd", e.Name()))
+			info, infoErr := os.ReadFile(filepath.Join(proc, "fdinfo", e.Name()))
+			if err != nil || infoErr != nil {
+				continue
 			}
+			f := openFile{path: target}
+			if _, err := fmt.Sscanf(string(info), "pos:\t%d\nflags:\t%o", new(int64), &f.flags); err != nil {
+				t.Fatalf("parse fdinfo %q: %v", info, err)
+			}
+			files = append(files, f)
 		}
 		tasks, err := filepath.Glob(filepath.Join(proc, "task/*/children"))
 		if err != nil {
@@ -124,6 +137,5 @@ func (d *daemon) fds(t testing.TB) []string {
 		}
 		pids = pids[1:]
 	}
-	slices.Sort(fds)
-	return fds
+	return files
 }

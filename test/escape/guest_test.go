@@ -274,6 +274,18 @@ func (g *guest) getattr(node uint64) (fuseproto.Attr, unix.Errno) {
 	return out.Attr, errno
 }
 
+// statx returns the inode number that STATX says.
+func (g *guest) statx(node uint64) (uint64, unix.Errno) {
+	g.t.Helper()
+	const inoOffset = 64 // in fuse_statx_out, which binary.Decode cannot fill
+	in := fuseproto.StatxIn{SxMask: unix.STATX_BASIC_STATS}
+	reply, errno := g.do(call{op: fuseproto.FUSE_STATX, node: node, args: args(in), outArgs: binary.Size(fuseproto.StatxOut{})})
+	if errno != 0 {
+		return 0, errno
+	}
+	return binary.NativeEndian.Uint64(reply[inoOffset:]), 0
+}
+
 func (g *guest) setattr(node uint64, in fuseproto.SetattrIn) unix.Errno {
 	g.t.Helper()
 	_, errno := get[fuseproto.AttrOut](g, call{op: fuseproto.FUSE_SETATTR, node: node, args: args(in)})

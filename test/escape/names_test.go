@@ -25,7 +25,10 @@ func evilNames(s *scene) []string {
 // namedCalls are all requests that take a name, by what they do with it in a directory.
 var namedCalls = map[string]func(s *scene, dir uint64, name string) unix.Errno{
 	"LOOKUP": func(s *scene, dir uint64, name string) unix.Errno { _, e := s.lookup(dir, name); return e },
-	"CREATE": func(s *scene, dir uint64, name string) unix.Errno { _, e := s.create(dir, name, unix.O_RDWR, 0o666); return e },
+	"CREATE": func(s *scene, dir uint64, name string) unix.Errno {
+		_, e := s.create(dir, name, unix.O_RDWR, 0o666)
+		return e
+	},
 	"CREATE O_TRUNC": func(s *scene, dir uint64, name string) unix.Errno {
 		_, e := s.create(dir, name, unix.O_RDWR|unix.O_TRUNC, 0o666)
 		return e
@@ -34,13 +37,22 @@ var namedCalls = map[string]func(s *scene, dir uint64, name string) unix.Errno{
 		_, e := s.create(dir, name, unix.O_WRONLY|unix.O_EXCL, 0o666)
 		return e
 	},
-	"MKDIR":      func(s *scene, dir uint64, name string) unix.Errno { _, e := s.mkdir(dir, name); return e },
-	"MKNOD":      func(s *scene, dir uint64, name string) unix.Errno { _, e := s.mknod(dir, name, unix.S_IFREG|0o644, 0); return e },
-	"MKNOD FIFO": func(s *scene, dir uint64, name string) unix.Errno { _, e := s.mknod(dir, name, unix.S_IFIFO|0o644, 0); return e },
-	"SYMLINK":    func(s *scene, dir uint64, name string) unix.Errno { _, e := s.symlink(dir, name, "target"); return e },
-	"LINK":       func(s *scene, dir uint64, name string) unix.Errno { _, e := s.link(s.node("file"), dir, name); return e },
-	"UNLINK":     func(s *scene, dir uint64, name string) unix.Errno { return s.unlink(dir, name) },
-	"RMDIR":      func(s *scene, dir uint64, name string) unix.Errno { return s.rmdir(dir, name) },
+	"MKDIR": func(s *scene, dir uint64, name string) unix.Errno { _, e := s.mkdir(dir, name); return e },
+	"MKNOD": func(s *scene, dir uint64, name string) unix.Errno {
+		_, e := s.mknod(dir, name, unix.S_IFREG|0o644, 0)
+		return e
+	},
+	"MKNOD FIFO": func(s *scene, dir uint64, name string) unix.Errno {
+		_, e := s.mknod(dir, name, unix.S_IFIFO|0o644, 0)
+		return e
+	},
+	"SYMLINK": func(s *scene, dir uint64, name string) unix.Errno { _, e := s.symlink(dir, name, "target"); return e },
+	"LINK": func(s *scene, dir uint64, name string) unix.Errno {
+		_, e := s.link(s.node("file"), dir, name)
+		return e
+	},
+	"UNLINK": func(s *scene, dir uint64, name string) unix.Errno { return s.unlink(dir, name) },
+	"RMDIR":  func(s *scene, dir uint64, name string) unix.Errno { return s.rmdir(dir, name) },
 	"RENAME from": func(s *scene, dir uint64, name string) unix.Errno {
 		return s.rename(dir, name, root, "stolen")
 	},

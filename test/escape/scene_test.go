@@ -40,7 +40,7 @@ type scene struct {
 	before snapshot // of all that is not the share's
 	// excused are paths below dir, and all below them, that the test hands to the guest.
 	excused []string
-	fds     []string
+	fds     int // the daemon's
 	// mounts is how many mounts came after the start and were shown to the daemon, which keeps a descriptor for each.
 	mounts int
 }
@@ -186,7 +186,7 @@ func (s *scene) start(share string) {
 	}
 	s.destroy()
 	s.init()
-	s.fds = s.daemon.fds(s.t)
+	s.fds = len(s.daemon.openFiles(s.t))
 	s.rebase()
 	s.t.Cleanup(s.verify)
 }
@@ -277,12 +277,12 @@ func (s *scene) verify() {
 	// A thread that is still busy with the end of a call holds what it worked on.
 	deadline := time.Now().Add(patience)
 	for {
-		fds := s.daemon.fds(s.t)
-		if len(fds) <= len(s.fds)+s.mounts {
+		files := s.daemon.openFiles(s.t)
+		if len(files) <= s.fds+s.mounts {
 			break
 		}
 		if time.Now().After(deadline) {
-			s.t.Errorf("the daemon holds %d descriptors, expected %d, and one for each of %d new mounts: %q", len(fds), len(s.fds), s.mounts, fds)
+			s.t.Errorf("the daemon holds %d descriptors, expected %d, and one for each of %d new mounts: %v", len(files), s.fds, s.mounts, files)
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
