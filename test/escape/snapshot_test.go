@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -101,4 +102,15 @@ func (s snapshot) diff(t snapshot) []string {
 	}
 	slices.Sort(found)
 	return found
+}
+
+// without returns s without path and all below it.
+func (s snapshot) without(path string) snapshot {
+	rest := make(snapshot)
+	for name, text := range s {
+		if name != path && !strings.HasPrefix(name, path+"/") {
+			rest[name] = text
+		}
+	}
+	return rest
 }
