@@ -42,6 +42,7 @@ var house = Rules{
 		"internal/sandbox":       {"internal/sys"},
 		"internal/sys":           {},
 		"internal/testguest/...": {"internal/testguest/..."},
+		"test/escape":            {},
 		"test/guest/...":         {"internal/testguest/...", "test/guest/..."},
 	},
 	Libraries: map[string][]string{
