@@ -1,9 +1,12 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
-	"log/slog"
 	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/internal/bundle"
@@ -31,6 +34,15 @@ func enterBox(cfg config.Config) (*sandbox.Box, []*os.File, error) {
 	return box, nil, err
 }
 
+// checkConfinement finds what is wrong with the options of this file.
+func checkConfinement(cfg config.Config) error {
+	if _, _, err := idMaps(cfg); err != nil {
+		return err
+	}
+	_, err := changeCapabilities(cfg, 0, sandbox.Options{})
+	return err
+}
+
 // idMaps parses --uid-map and --gid-map.
 func idMaps(cfg config.Config) (uids, gids []sandbox.IDMap, err error) {
 	for _, text := range cfg.UIDMap {
@@ -52,21 +64,29 @@ func idMaps(cfg config.Config) (uids, gids []sandbox.IDMap, err error) {
 
 // keptCapabilities are those that the options in force need, changed as --modcaps says.
 func keptCapabilities(cfg config.Config, what *source, needs extensions.Needs) (sandbox.CapSet, error) {
-	readOnly := true
-	for _, m := range what.mounts() {
-		readOnly = readOnly && m.ReadOnly
-	}
-	caps := sandbox.Needed(sandbox.Needs{ReadOnly: readOnly, Xattr: cfg.Share.Xattr, FileHandles: true})
+	o := sandbox.Options{ReadOnly: what.readOnly(), Xattr: cfg.Share.Xattr, FileHandles: true}
+	caps := sandbox.Needed(o)
 	for _, name := range needs.Capabilities {
 		c, err := sandbox.ParseCap(name)
 		if err != nil {
-			return caps, fmt.Errorf("capability that an extension needs: %w", err)
+			return 0, fmt.Errorf("capability that an extension needs: %w", err)
 		}
-		caps = caps.With(c)
+		caps |= c
 	}
-	caps, err := sandbox.Modify(caps, cfg.ModCaps)
+	return changeCapabilities(cfg, caps, o)
+}
+
+// changeCapabilities applies --modcaps.
+func changeCapabilities(cfg config.Config, caps sandbox.CapSet, o sandbox.Options) (sandbox.CapSet, error) {
+	if cfg.ModCaps == "" {
+		return caps, nil
+	}
+	change, err := sandbox.ParseModcaps(cfg.ModCaps)
+	if err == nil {
+		caps, err = change.Apply(caps, o)
+	}
 	if err != nil {
-		return caps, usageError{fmt.Errorf("--modcaps: %w", err)}
+		return 0, fmt.Errorf("--modcaps: %w", err)
 	}
 	return caps, nil
 }
@@ -133,45 +153,70 @@ var actions = map[config.Seccomp]seccomp.Action{
 	config.SeccompLog:  seccomp.Log,
 }
 
-// checkSeccomp refuses a filter that cannot be had before anything is done.
-func checkSeccomp(cfg config.Config) error {
-	if cfg.Seccomp == config.SeccompNone {
-		return nil
-	}
-	return seccomp.Supported()
-}
-
-// policy is what a process may call that serves t.
-func (t *tree) policy(cfg config.Config) (*seccomp.Policy, error) {
-	sources := []seccomp.Source{seccomp.Base(seccomp.BaseOptions{Syslog: cfg.Syslog})}
+// policy is what a process that serves t with these capabilities may call.
+func (t *tree) policy(base seccomp.BaseOptions, cfg config.Config, caps sandbox.CapSet) (*seccomp.Policy, error) {
+	sources := []seccomp.Source{seccomp.Base(base)}
 	if t.host {
-		sources = append(sources, seccomp.Passthrough(seccomp.PassthroughOptions{ReadOnly: !t.writes, Xattr: cfg.Share.Xattr}))
+		sources = append(sources, seccomp.Passthrough(seccomp.PassthroughOptions{
+			Writable: t.writes, Xattr: cfg.Share.Xattr,
+			FileHandles: caps.Has(capFileHandles), SwitchIDs: caps.Has(capSwitchIDs),
+		}))
 	}
 	return seccomp.New(append(sources, extensions.Rules(t.claimed)...)...)
 }
 
+// What passthrough does with capabilities, if it has them.
+const (
+	capFileHandles = sandbox.CapSet(1) << unix.CAP_DAC_READ_SEARCH
+	capSwitchIDs   = sandbox.CapSet(1)<<unix.CAP_SETUID | sandbox.CapSet(1)<<unix.CAP_SETGID
+)
+
 // confine gives up, for all threads and for good, what serving t does not take.
-func (w *worker) confine(caps sandbox.CapSet, t *tree) error {
-	filter := w.cfg.Seccomp != config.SeccompNone
-	var policy *seccomp.Policy
-	if filter {
-		var err error
-		if policy, err = t.policy(w.cfg); err != nil {
-			return err
-		}
-	}
-	if err := w.box.Confine(caps); err != nil {
+func (w *worker) confine(caps sandbox.CapSet, t *tree, marks *seccomp.Marks) error {
+	tasks, err := w.box.Tasks()
+	if err != nil {
 		return err
 	}
-	if !filter {
+	defer tasks.Close()
+	missing, err := w.box.Confine(caps)
+	if err != nil {
+		return err
+	}
+	if missing != 0 {
+		w.log.Debug("not all capabilities are there that could be of use", "missing", missing)
+	}
+	if w.cfg.Seccomp == config.SeccompNone {
 		return nil
 	}
-	return seccomp.Install(policy, seccomp.InstallConfig{Action: actions[w.cfg.Seccomp]})
+	base := seccomp.BaseOptions{
+		PID: os.Getpid(), Syslog: w.cfg.Syslog, OwnSocket: w.handed == nil && w.cfg.SocketPath != "",
+	}
+	policy, err := t.policy(base, w.cfg, caps&^missing)
+	if err != nil {
+		return err
+	}
+	return seccomp.Install(seccomp.InstallConfig{
+		Filters: seccomp.Filters{Deny: policy.Deny(), Allow: policy.Allow(), NoSys: policy.NoSys()},
+		Action:  actions[w.cfg.Seccomp], Marks: marks, Tasks: tasks,
+	})
 }
 
 // dumpFilter prints the filter that a run with these options would be under.
-func (p *program) dumpFilter(cfg config.Config, what *source, log *slog.Logger) error {
-	o := opener{registry: p.registry, spec: what, share: cfg.Share, log: log}
+func (p *program) dumpFilter(cfg config.Config, what *source) error {
+	log, closeLog, err := newLogger(cfg, p.err)
+	if err != nil {
+		return err
+	}
+	defer closeLog()
+	needs, err := p.registry.Needs(what.bundle.Spec)
+	if err != nil {
+		return err
+	}
+	caps, err := keptCapabilities(cfg, what, needs)
+	if err != nil {
+		return err
+	}
+	o := opener{registry: p.registry, what: what, share: cfg.Share, marks: &seccomp.Marks{}, log: log}
 	var places []place
 	for _, m := range what.mounts() {
 		places = append(places, place{path: m.Source})
@@ -180,10 +225,10 @@ func (p *program) dumpFilter(cfg config.Config, what *source, log *slog.Logger) 
 	if err != nil {
 		return err
 	}
-	defer t.backend.Close()
-	policy, err := t.policy(cfg)
-	if err != nil {
-		return err
+	base := seccomp.BaseOptions{Syslog: cfg.Syslog, OwnSocket: cfg.SocketPath != "" && cfg.Sandbox != config.SandboxNamespace}
+	policy, err := t.policy(base, cfg, caps)
+	if err == nil {
+		err = policy.Dump(p.out)
 	}
-	return policy.Dump(p.out)
+	return errors.Join(err, t.backend.Close())
 }

@@ -49,34 +49,29 @@ func (p *program) launch(cfg config.Config, what *source, log *slog.Logger, sign
 	if err != nil {
 		return err
 	}
-	defer socket.Close()
 	ready, toldReady, err := os.Pipe()
 	if err != nil {
-		return fmt.Errorf("create a pipe: %w", err)
+		return fmt.Errorf("create a pipe: %w", errors.Join(err, socket.Close()))
 	}
 	defer ready.Close()
-	defer toldReady.Close()
 
 	child, err := sandbox.Start(sandbox.Launch{
-		Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args, Log: log,
+		Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args,
 		Files: []*os.File{handedSocket: socket, handedReady: toldReady},
 	})
 	if err != nil {
 		return err
 	}
-	// Only the serving process may hold these: it refuses further front-ends by closing its socket.
-	if err := errors.Join(ln.Refuse(), socket.Close(), toldReady.Close()); err != nil {
-		log.Warn("cannot close what was handed over", "error", err)
+	// Only the serving process may hold the socket: it refuses further front-ends by closing it.
+	if err := ln.Refuse(); err != nil {
+		log.Warn("cannot close the socket", "error", err)
 	}
 	go func() {
-		for sig := range signals {
-			child.Signal(sig)
+		if n, _ := io.ReadFull(ready, make([]byte, 1)); n == 1 {
+			p.notifyReady(log)
 		}
 	}()
-	if n, _ := io.ReadFull(ready, make([]byte, 1)); n == 1 {
-		p.notifyReady(log)
-	}
-	status, err := child.Wait()
+	status, err := child.Wait(signals)
 	if err != nil || status == exitOK {
 		return err
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/internal/listen"
 	"github.com/sluicefs/sluice/internal/sandbox"
+	"github.com/sluicefs/sluice/seccomp"
 )
 
 // Exit statuses, as the manual page promises them.
@@ -92,17 +93,13 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	if cfg.ListExtensions {
 		return p.listExtensions()
 	}
-	if err := cfg.Validate(); err != nil {
-		return usageError{err}
+	for _, check := range []func(config.Config) error{config.Config.Validate, checkConfinement} {
+		if err := check(cfg); err != nil {
+			return usageError{err}
+		}
 	}
-	what, err := loadSource(&cfg, flags)
-	if err != nil {
-		return err
-	}
-	if cfg.Seccomp == config.SeccompDump {
-		return p.dumpFilter(cfg, what)
-	}
-	if cfg.SocketPath == "" && cfg.FD == config.NoFD {
+	dump := cfg.Seccomp == config.SeccompDump
+	if cfg.SocketPath == "" && cfg.FD == config.NoFD && !dump {
 		fd, ok, err := listen.FromSystemd(p.getenv)
 		if err != nil {
 			return err
@@ -112,8 +109,17 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 		}
 		cfg.FD = fd
 	}
-	if err := checkSeccomp(cfg); err != nil {
+	what, err := loadSource(&cfg, flags)
+	if err != nil {
 		return err
+	}
+	if dump {
+		return p.dumpFilter(cfg, what)
+	}
+	if cfg.Seccomp != config.SeccompNone {
+		if err := seccomp.Supported(); err != nil {
+			return err
+		}
 	}
 
 	log, closeLog, err := newLogger(cfg, p.err)
@@ -147,7 +153,7 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 
 // listExtensions prints the extensions' names in the order they are asked in, those that come with the daemon last.
 func (p *program) listExtensions() error {
-	for _, name := range append(p.registry.Names(), backendMem, backendPassthrough) {
+	for _, name := range append(p.registry.Names(), extensions.Mem, extensions.Passthrough) {
 		if _, err := fmt.Fprintln(p.out, name); err != nil {
 			return err
 		}
@@ -188,7 +194,7 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 	if err != nil {
 		return err
 	}
-	caps, err := keptCapabilities(cfg, needs)
+	caps, err := keptCapabilities(cfg, w.what, needs)
 	if err != nil {
 		return err
 	}
@@ -205,7 +211,7 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 	if err != nil {
 		return err
 	}
-	opener := opener{registry: p.registry, spec: w.what, share: cfg.Share, procFD: w.box.ProcSelfFD(), marks: newMarks(), log: log}
+	opener := opener{registry: p.registry, what: w.what, share: cfg.Share, procFD: w.box.ProcSelfFD(), marks: &seccomp.Marks{}, log: log}
 	tree, err := opener.openTree(places)
 	for _, p := range places {
 		p.close()
@@ -217,11 +223,11 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 	if err != nil {
 		return errors.Join(err, tree.backend.Close())
 	}
-	if err := w.confine(caps, p.registry, tree, opener.marks); err != nil {
-		return errors.Join(err, srv.Close())
-	}
 	// What is created from now on is created for the guest, with the mode that it asks for.
 	unix.Umask(0)
+	if err := w.confine(caps, tree, opener.marks); err != nil {
+		return errors.Join(err, srv.Close())
+	}
 
 	log.Info("Waiting for vhost-user socket connection...")
 	if err := w.tellReady(p); err != nil {

@@ -23,6 +23,11 @@ func (s *source) mounts() []bundle.Mount {
 	return append([]bundle.Mount{s.plan.Root}, s.plan.Mounts...)
 }
 
+// readOnly says that nothing of it may be changed.
+func (s *source) readOnly() bool {
+	return !slices.ContainsFunc(s.mounts(), func(m bundle.Mount) bool { return !m.ReadOnly })
+}
+
 // annotated are the options that a bundle may set by an annotation, io.sluice.option.NAME: how the share looks to the
 // guest, and nothing about the daemon.
 var annotated = []string{"cache", "writeback", "readonly", "xattr", "allow-mmap", "allow-direct-io", "no-readdirplus"}

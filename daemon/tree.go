@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -16,12 +17,6 @@ import (
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/seccomp"
 	"github.com/sluicefs/sluice/share"
-)
-
-// Backends that come with the daemon, as --backend and annotations name them.
-const (
-	backendPassthrough = "passthrough"
-	backendMem         = "mem"
 )
 
 // tree is what is served, opened.
@@ -56,7 +51,7 @@ func (p place) dir(m *bundle.Mount) string {
 // opener opens the backends of a tree.
 type opener struct {
 	registry extensions.Registry
-	spec     *source
+	what     *source
 	share    config.Share
 	procFD   int
 	marks    *seccomp.Marks
@@ -75,7 +70,7 @@ func (o *opener) openTree(places []place) (_ *tree, err error) {
 			}
 		}
 	}()
-	mounts := o.spec.mounts()
+	mounts := o.what.mounts()
 	o.share.MaxFDs = max(o.share.MaxFDs/len(mounts), passthrough.MinMaxFDs) // one budget for all
 	for i, m := range mounts {
 		if err := o.open(&m, places[i]); err != nil {
@@ -102,20 +97,18 @@ func (o *opener) openTree(places []place) (_ *tree, err error) {
 // open adds the graft for m, whose source is at p.
 func (o *opener) open(m *bundle.Mount, p place) error {
 	g := share.Graft{Path: m.Path, ReadOnly: m.ReadOnly, UIDMap: idMap(m.UIDMap), GIDMap: idMap(m.GIDMap)}
-	if m.Backend != backendPassthrough && m.Backend != backendMem {
-		choice, err := o.registry.Select(extensions.Request{
-			Spec: o.spec.bundle.Spec, Mount: m.Spec, MountPath: p.path, ReadOnly: m.ReadOnly, Backend: m.Backend,
-		})
-		if err != nil {
-			return err
-		}
-		if choice.Extension != nil {
-			o.claim(&g, choice)
-			o.grafts = append(o.grafts, g)
-			return nil
-		}
+	choice, err := o.registry.Select(extensions.Request{
+		Spec: o.what.bundle.Spec, Mount: m.Spec, MountPath: p.path, ReadOnly: m.ReadOnly, Backend: m.Backend,
+	})
+	switch {
+	case err != nil:
+		return err
+	case choice.Extension != nil:
+		err = o.claim(&g, choice)
+	default:
+		err = o.openStock(&g, m, p)
 	}
-	if err := o.openStock(&g, m, p); err != nil {
+	if err != nil {
 		return fmt.Errorf("%s: %w", m.Path, err)
 	}
 	o.grafts = append(o.grafts, g)
@@ -123,10 +116,10 @@ func (o *opener) open(m *bundle.Mount, p place) error {
 }
 
 // claim makes g an extension's.
-func (o *opener) claim(g *share.Graft, c extensions.Choice) {
+func (o *opener) claim(g *share.Graft, c extensions.Choice) error {
 	g.Backend = c.Backend
 	g.Extension = c.Extension.Name()
-	g.ReadOnly = g.ReadOnly || c.Options.ReadOnly
+	g.ReadOnly = c.Options.ReadOnly
 	g.Isolated, g.Slow = true, !c.Options.Inline
 	switch c.Options.Timeout {
 	case 0:
@@ -135,20 +128,31 @@ func (o *opener) claim(g *share.Graft, c extensions.Choice) {
 	default:
 		g.Timeout = c.Options.Timeout
 	}
-	g.Enter, g.Leave = o.marks.Around(g.Extension)
-	for _, e := range o.tree.claimed {
-		if e.Name() == g.Extension {
-			return
-		}
+	owner, err := o.marks.Register(g.Extension)
+	if err != nil {
+		return errors.Join(err, g.Backend.Close())
 	}
-	o.tree.claimed = append(o.tree.claimed, c.Extension)
+	g.Enter, g.Leave = func() { o.marks.Enter(owner) }, o.marks.Leave
+	if !slices.Contains(o.tree.claimed, c.Extension) {
+		o.tree.claimed = append(o.tree.claimed, c.Extension)
+	}
+	return nil
+}
+
+// idMap is m in share's words.
+func idMap(m []bundle.IDRange) share.IDMap {
+	var to share.IDMap
+	for _, r := range m {
+		to = append(to, share.IDRange(r))
+	}
+	return to
 }
 
 // openStock opens what comes with the daemon.
 func (o *opener) openStock(g *share.Graft, m *bundle.Mount, p place) (err error) {
 	switch {
-	case m.Backend == backendMem, m.Kind == bundle.Tmpfs && m.Backend == "":
-		g.Backend, err = mem.New(mem.Config{MaxBytes: m.Size})
+	case m.Backend == extensions.Mem, m.Kind == bundle.Tmpfs && m.Backend == "":
+		g.Backend, err = mem.New(mem.Config{MaxBytes: m.Size, Mode: m.Mode, UID: m.UID, GID: m.GID})
 		return err
 	case m.Kind == bundle.Dir:
 	case m.Kind == bundle.File:

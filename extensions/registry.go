@@ -11,6 +11,8 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/pflag"
+
+	"github.com/sluicefs/sluice/seccomp"
 )
 
 // Names of the backends that come with the daemon, which no extension can have.
@@ -241,4 +243,15 @@ func isNil(v any) bool {
 	default:
 		return false
 	}
+}
+
+// Rules returns what each of claimed declares.
+func Rules(claimed []Extension) []seccomp.Source {
+	var sources []seccomp.Source
+	for _, e := range claimed {
+		if rules := e.SeccompRules(); len(rules) > 0 {
+			sources = append(sources, seccomp.Source{Owner: e.Name(), Rules: rules})
+		}
+	}
+	return sources
 }

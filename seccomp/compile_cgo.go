@@ -99,7 +99,7 @@ var compareOps = [...]libseccomp.ScmpCompareOp{
 }
 
 func add(f *libseccomp.ScmpFilter, action libseccomp.ScmpAction, c Clause) error {
-	nr, err := number(c.Syscall)
+	nr, err := lookUp(c.Syscall)
 	if err != nil {
 		return err
 	}
@@ -166,13 +166,16 @@ func join(open uint32, programs ...[]unix.SockFilter) []unix.SockFilter {
 	return joined
 }
 
-// number returns the number of a system call.
-func number(name string) (libseccomp.ScmpSyscall, error) {
+// lookUp returns the number of a system call, which may be newer than libseccomp.
+func lookUp(name string) (libseccomp.ScmpSyscall, error) {
 	nr, err := libseccomp.GetSyscallFromName(name)
-	if err != nil || nr < 0 { // libseccomp has negative ones for the calls of other architectures
-		return 0, fmt.Errorf("system call %q: expected one that this architecture and libseccomp know", name)
+	if err == nil && nr >= 0 { // libseccomp has negative ones for the calls of other architectures
+		return nr, nil
 	}
-	return nr, nil
+	if nr, ok := Number(name); ok {
+		return libseccomp.ScmpSyscall(nr), nil
+	}
+	return 0, fmt.Errorf("system call %q: expected one that this architecture knows", name)
 }
 
 // callName returns the name of a system call, "" if it has none.

@@ -37,6 +37,9 @@ type Config struct {
 	MaxBytes int64
 	// MaxInodes limits files of all types, the root included: 0 is one for each 4 KiB of MaxBytes, 1024 at least.
 	MaxInodes int
+	// Mode is the permissions of the root directory, 0755 if 0; UID and GID are its owner.
+	Mode     uint32
+	UID, GID uint32
 	// Now is the clock: nil is time.Now.
 	Now func() time.Time
 }
@@ -81,7 +84,7 @@ type handle struct {
 	flags uint32 // open(2) flags
 }
 
-// New makes a tree with an empty root directory that belongs to user 0 and has mode 0755.
+// New makes a tree with an empty root directory.
 func New(config Config) (*FS, error) {
 	if err := config.Validate(); err != nil {
 		return nil, err
@@ -92,6 +95,9 @@ func New(config Config) (*FS, error) {
 	if config.MaxInodes == 0 {
 		config.MaxInodes = int(max(config.MaxBytes/pageSize, 1024))
 	}
+	if config.Mode == 0 {
+		config.Mode = 0o755
+	}
 	if config.Now == nil {
 		config.Now = time.Now
 	}
@@ -99,7 +105,7 @@ func New(config Config) (*FS, error) {
 		maxBytes: config.MaxBytes, maxInodes: config.MaxInodes, now: config.Now,
 		nodes: make(map[uint64]*node), handles: make(map[uint64]*handle),
 	}
-	root, errno := f.newNode(unix.S_IFDIR|0o755, 0, 0)
+	root, errno := f.newNode(unix.S_IFDIR|config.Mode&0o7777, config.UID, config.GID)
 	if errno != 0 {
 		return nil, errors.New("in-memory tree has no room for its root: raise MaxInodes")
 	}

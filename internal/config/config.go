@@ -113,7 +113,7 @@ func Default() Config {
 
 // Validate reports the first thing that cannot work, in terms of the options. That there is neither SocketPath nor FD is
 // no fault here: systemd may have passed a socket.
-func (c *Config) Validate() error {
+func (c Config) Validate() error {
 	switch {
 	case c.FD != NoFD && c.FD <= stderr:
 		return fmt.Errorf("--fd: %d is not an inherited socket; expected a number above %d, the last of the standard streams", c.FD, stderr)
@@ -140,7 +140,7 @@ func (c *Config) Validate() error {
 }
 
 // validateSource wants exactly one answer to what is served.
-func (c *Config) validateSource() error {
+func (c Config) validateSource() error {
 	var given []string
 	for _, o := range []struct{ name, value string }{{"--shared-dir", c.Share.Dir}, {"--bundle", c.Bundle}, {"--spec", c.Spec}} {
 		if o.value != "" {

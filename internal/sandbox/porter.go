@@ -87,6 +87,19 @@ func (p *porter) end() error {
 	return fmt.Errorf("the thread outside the sandbox did not end within %s", porterPatience)
 }
 
+// Tasks returns a descriptor of /proc/self/task, which is out of reach by path after Enter, to check other properties of all
+// threads by. It is to be had between Enter and Confine, and is the caller's to close.
+func (b *Box) Tasks() (*os.File, error) {
+	if b.porter == nil {
+		return nil, errors.New("list the threads: expected the sandbox to be entered, and not to be confined yet")
+	}
+	fd, err := unix.FcntlInt(b.porter.tasks.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("list the threads: %w", err)
+	}
+	return os.NewFile(uintptr(fd), "tasks"), nil
+}
+
 // openTasks opens the list of this process's threads and makes sure that it is one: psx trusts it blindly.
 func openTasks() (*os.File, error) {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/task", os.Getpid()))
