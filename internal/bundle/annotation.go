@@ -39,7 +39,7 @@ func readAnnotations(spec *specs.Spec) (annotations, error) {
 		ofMount, isMount := strings.CutPrefix(key, annotationMount)
 		destination, isBackend := strings.CutSuffix(ofMount, annotationOfMount)
 		option, isOption := strings.CutPrefix(key, annotationOption)
-		backend := key == annotationBackend || isMount && isBackend && destination != ""
+		backend := key == annotationBackend || isMount && isBackend
 		switch {
 		case backend && value == "":
 			return annotations{}, fmt.Errorf("annotation %q is empty: expected the name of a backend", key)

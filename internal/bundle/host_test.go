@@ -16,7 +16,7 @@ func makeHost(t testing.TB) string {
 	for name, content := range map[string]string{
 		"b/rootfs/dev/":               "",
 		"b/rootfs/proc/":              "",
-		"b/rootfs/sys/":               "",
+		"b/rootfs/sys":                "-> /data",
 		"b/rootfs/tmp/":               "",
 		"b/rootfs/run/":               "",
 		"b/rootfs/data/covered/x":     "to be seen only without a mount on /data",

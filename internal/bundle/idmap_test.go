@@ -71,6 +71,8 @@ func TestCompose(t *testing.T) {
 		{"overlap at both ends", []IDRange{{0, 100, 10}, {10, 200, 10}}, []IDRange{{0, 105, 100}}, []IDRange{{5, 0, 5}, {10, 95, 5}}},
 		{"crossed", []IDRange{{0, 20, 10}, {10, 10, 10}}, []IDRange{{0, 10, 10}, {10, 20, 10}}, []IDRange{{0, 10, 10}, {10, 0, 10}}},
 		{"nothing in common", []IDRange{{0, 100, 10}}, []IDRange{{0, 200, 10}}, nil},
+		{"end to end", []IDRange{{0, 100, 10}}, []IDRange{{0, 110, 10}}, nil},
+		{"host's order is not the source's", []IDRange{{0, 0, 100}}, []IDRange{{0, 50, 10}, {10, 0, 10}}, []IDRange{{0, 10, 10}, {50, 0, 10}}},
 		{"at the end", []IDRange{{0, math.MaxUint32 - 10, 10}}, []IDRange{{5, math.MaxUint32 - 5, 5}}, []IDRange{{5, 5, 5}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
