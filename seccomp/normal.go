@@ -72,92 +72,136 @@ func product(sets [6][]set) ([]box, error) {
 	return boxes, nil
 }
 
-// normalize returns boxes, none within another, one of which matches wherever rule does.
-func normalize(rule Rule) ([]box, error) {
+// request is a box that somebody asks for.
+type request struct {
+	box
+	owners []string
+}
+
+// union is requests for one system call, none of which lies within another.
+type union []request
+
+// add puts b in, where it is not there yet, in place of what lies within it. The owners of what does not stay get to own
+// what it lies within.
+func (u *union) add(b *box, owners ...string) error {
+	there := false
+	for i := range *u {
+		if had := &(*u)[i]; had.contains(b) {
+			had.owners = appendNew(had.owners, owners...)
+			there = true
+		}
+	}
+	if there {
+		return nil
+	}
+	var all []string
+	*u = slices.DeleteFunc(*u, func(had request) bool {
+		if !b.contains(&had.box) {
+			return false
+		}
+		all = appendNew(all, had.owners...)
+		return true
+	})
+	if len(*u) == maxClauses {
+		return errTooMany
+	}
+	*u = append(*u, request{*b, appendNew(all, owners...)})
+	return nil
+}
+
+// appendNew appends those names that are not in the list.
+func appendNew(list []string, names ...string) []string {
+	for _, name := range names {
+		if !slices.Contains(list, name) {
+			list = append(list, name)
+		}
+	}
+	return list
+}
+
+// addAll adds boxes without owners.
+func (u *union) addAll(boxes []box) error {
+	for i := range boxes {
+		if err := u.add(&boxes[i]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// normalize returns what matches wherever rule does, without owners.
+func normalize(rule Rule) (union, error) {
 	return normalizeBelow(rule, maxDepth)
 }
 
-func normalizeBelow(rule Rule, depth int) ([]box, error) {
+func normalizeBelow(rule Rule, depth int) (u union, err error) {
 	if depth == 0 {
 		return nil, fmt.Errorf("rules lie more than %d deep in each other: expected a flat rule", maxDepth)
 	}
-	var all []box
 	switch rule := rule.(type) {
 	case nil:
 		return nil, errors.New("a nil rule: expected MatchAll to allow the call with any arguments")
 	case MatchAll:
-		all = []box{{}}
+		return union{{}}, nil
 	case PerArg:
 		var sets [6][]set
 		for i, arg := range rule {
-			var err error
 			if sets[i], err = argSets(arg); err != nil {
 				return nil, fmt.Errorf("argument %d: %w", i, err)
 			}
 		}
-		return product(sets)
+		boxes, err := product(sets)
+		if err != nil {
+			return nil, err
+		}
+		return u, u.addAll(boxes)
 	case Or:
 		for _, r := range rule {
-			boxes, err := normalizeBelow(r, depth-1)
+			part, err := normalizeBelow(r, depth-1)
 			if err != nil {
 				return nil, err
 			}
-			all = append(all, boxes...)
+			for i := range part {
+				if err := u.add(&part[i].box); err != nil {
+					return nil, err
+				}
+			}
 		}
-		all = simplify(all)
+		return u, nil
 	case And:
-		all = []box{{}}
+		u = union{{}}
 		for _, r := range rule {
-			boxes, err := normalizeBelow(r, depth-1)
+			part, err := normalizeBelow(r, depth-1)
 			if err != nil {
 				return nil, err
 			}
-			if all, err = intersect(all, boxes); err != nil {
+			if u, err = u.intersect(part); err != nil {
 				return nil, err
 			}
 		}
+		return u, nil
 	case Deny:
 		return nil, errors.New("Deny inside of another rule: expected it outermost")
 	default:
 		return nil, fmt.Errorf("rule of type %T: expected one of package seccomp, not a pointer to it", rule)
 	}
-	if len(all) > maxClauses {
-		return nil, errTooMany
-	}
-	return all, nil
 }
 
-// intersect returns boxes that together match what one of a and one of b do.
-func intersect(a, b []box) ([]box, error) {
-	var all []box
-	for i := range a {
-		for j := range b {
-			both, err := a[i].intersect(&b[j])
+// intersect returns what both u and other match, without owners.
+func (u union) intersect(other union) (union, error) {
+	var both union
+	for i := range u {
+		for j := range other {
+			boxes, err := u[i].intersect(&other[j].box)
 			if err != nil {
 				return nil, err
 			}
-			all = append(all, both...)
-		}
-		if len(all) > 2*maxClauses {
-			if all = simplify(all); len(all) > maxClauses {
-				return nil, errTooMany
+			if err := both.addAll(boxes); err != nil {
+				return nil, err
 			}
 		}
 	}
-	return simplify(all), nil
-}
-
-// simplify returns boxes without those that lie within another, in an order that depends on nothing but what they are.
-func simplify(boxes []box) []box {
-	slices.SortFunc(boxes, compareBoxes)
-	boxes = slices.Compact(boxes)
-	var kept []box
-	for i := range boxes {
-		if !slices.ContainsFunc(boxes, func(b box) bool { return b != boxes[i] && b.contains(&boxes[i]) }) {
-			kept = append(kept, boxes[i])
-		}
-	}
-	return kept
+	return both, nil
 }
 
 func compareBoxes(a, b box) int {

@@ -31,12 +31,6 @@ func New(sources ...Source) (*Policy, error) {
 	return newFor(runtime.GOARCH, sources...)
 }
 
-// request is a box that somebody asked for.
-type request struct {
-	box
-	owners []string
-}
-
 // ruling collects requests by system call.
 type ruling map[string][]request
 
@@ -54,7 +48,7 @@ func newFor(arch string, sources ...Source) (*Policy, error) {
 	for _, name := range noSys() {
 		if _, ok := number(arch, name); ok {
 			p.noSys = append(p.noSys, name)
-			b.always.add(name, DenyOwner, []box{{}})
+			b.always.add(name, DenyOwner, union{{}})
 		}
 	}
 	for _, s := range sources {
@@ -109,23 +103,23 @@ func (b *builder) add(s Source) error {
 		if deny, ok := rule.(Deny); ok {
 			rule, to = deny.Rule, &b.deny
 		}
-		boxes, err := normalize(rule)
+		u, err := normalize(rule)
 		if err != nil {
 			return fmt.Errorf("seccomp rules of %s: %s: %w", s.Owner, name, err)
 		}
 		if _, ok := number(b.arch, name); ok {
-			to.add(name, s.Owner, boxes)
+			to.add(name, s.Owner, u)
 		}
 	}
 	return nil
 }
 
-func (r *ruling) add(name, owner string, boxes []box) {
+func (r *ruling) add(name, owner string, u union) {
 	if *r == nil {
 		*r = make(ruling)
 	}
-	for _, b := range boxes {
-		(*r)[name] = append((*r)[name], request{b, []string{owner}})
+	for _, q := range u {
+		(*r)[name] = append((*r)[name], request{q.box, []string{owner}})
 	}
 }
 
@@ -179,66 +173,22 @@ func (b *builder) effective() (allow, ineffective ruling) {
 func (r ruling) clauses() (map[string][]Clause, error) {
 	all := make(map[string][]Clause, len(r))
 	for name, requests := range r {
-		merged, err := merge(requests)
-		if err != nil {
-			var owners []string
-			for _, q := range requests {
-				owners = appendNew(owners, q.owners...)
+		var u union
+		for _, q := range requests {
+			boxes, err := q.split()
+			for i := 0; i < len(boxes) && err == nil; i++ {
+				err = u.add(&boxes[i], q.owners...)
 			}
-			return nil, fmt.Errorf("seccomp rules of %s: %s: %w", strings.Join(owners, ", "), name, err)
+			if err != nil {
+				return nil, fmt.Errorf("seccomp rules of %s with those before it: %s: %w", q.owners[0], name, err)
+			}
 		}
-		for _, q := range merged {
+		slices.SortFunc(u, func(a, b request) int { return compareBoxes(a.box, b.box) })
+		for _, q := range u {
 			all[name] = append(all[name], Clause{Syscall: name, Conds: q.conds(), Owners: q.owners})
 		}
 	}
 	return all, nil
-}
-
-// merge returns requests that match what those given do, each of whose sets one Cond tells. None is within another: an owner
-// of one that is gets to own that other one.
-func merge(requests []request) ([]request, error) {
-	var parts []request
-	for _, q := range requests {
-		boxes, err := q.split()
-		if err != nil {
-			return nil, err
-		}
-		for _, b := range boxes {
-			parts = append(parts, request{b, q.owners})
-		}
-		if len(parts) > 4*maxClauses { // before it takes long to find those that are needed
-			return nil, errTooMany
-		}
-	}
-	var merged []request
-	for _, part := range parts {
-		needless := slices.ContainsFunc(parts, func(other request) bool { return other.box != part.box && other.contains(&part.box) })
-		if !needless && !slices.ContainsFunc(merged, func(q request) bool { return q.box == part.box }) {
-			merged = append(merged, request{box: part.box})
-		}
-	}
-	if len(merged) > maxClauses {
-		return nil, errTooMany
-	}
-	for _, part := range parts {
-		for i := range merged {
-			if merged[i].contains(&part.box) {
-				merged[i].owners = appendNew(merged[i].owners, part.owners...)
-			}
-		}
-	}
-	slices.SortFunc(merged, func(a, b request) int { return compareBoxes(a.box, b.box) })
-	return merged, nil
-}
-
-// appendNew appends those names that are not in the list.
-func appendNew(list []string, names ...string) []string {
-	for _, name := range names {
-		if !slices.Contains(list, name) {
-			list = append(list, name)
-		}
-	}
-	return list
 }
 
 // Allow returns what is allowed, sorted by system call. Deny stands before it.

@@ -58,9 +58,11 @@ func TestRules(t *testing.T) {
 		{"NotEqual to 0", first(NotEqual(0)), []string{"arg0 != 0x0"}},
 		{"GreaterThan", first(GreaterThan(5)), []string{"arg0 >= 0x6"}},
 		{"GreaterThan the largest", first(GreaterThan(math.MaxUint64)), nil},
+		{"GreaterThan 0", first(GreaterThan(0)), []string{"arg0 != 0x0"}},
 		{"GreaterOrEqual", first(GreaterOrEqual(5)), []string{"arg0 >= 0x5"}},
 		{"GreaterOrEqual 0", first(GreaterOrEqual(0)), []string{"any arguments"}},
 		{"LessThan", first(LessThan(5)), []string{"arg0 <= 0x4"}},
+		{"LessThan the largest", first(LessThan(math.MaxUint64)), []string{"arg0 != 0xffffffffffffffff"}},
 		{"LessThan 0", first(LessThan(0)), nil},
 		{"LessThan 1", first(LessThan(1)), []string{"arg0 == 0x0"}},
 		{"LessOrEqual", first(LessOrEqual(5)), []string{"arg0 <= 0x5"}},
@@ -90,6 +92,7 @@ func TestRules(t *testing.T) {
 		{"range of one", both(GreaterThan(3), LessThan(5)), []string{"arg0 == 0x4"}},
 		{"range of none", both(GreaterThan(3), LessThan(4)), nil},
 		{"range and mask", both(LessThan(6), MaskedEqual{1, 1}), []string{"arg0 & 0xfffffffffffffffd == 0x1", "arg0 == 0x5"}},
+		{"range and mask within it", both(LessThan(7), MaskedEqual{^uint64(4), 1}), []string{"arg0 & 0xfffffffffffffffb == 0x1"}},
 		{"range and its end", both(GreaterOrEqual(5), NotEqual(5)), []string{"arg0 >= 0x6"}},
 		{"range and outside", both(GreaterOrEqual(5), NotEqual(4)), []string{"arg0 >= 0x5"}},
 		{"mask and one of it", both(BitsAllowed(3), NotEqual(2)), []string{"arg0 <= 0x1", "arg0 == 0x3"}},
@@ -124,6 +127,10 @@ func TestBadRules(t *testing.T) {
 		lo[i], hi[i] = GreaterThan(0), LessThan(math.MaxUint64)
 		ranges = append(ranges, lo, hi)
 	}
+	var values Or
+	for i := range maxClauses + 1 {
+		values = append(values, PerArg{EqualTo(2 * i)})
+	}
 	for _, tt := range []struct {
 		name  string
 		rules Rules
@@ -138,6 +145,8 @@ func TestBadRules(t *testing.T) {
 		{"value beyond the mask", Rules{"read": PerArg{MaskedEqual{1, 3}}}, "read: argument 0: MaskedEqual{0x1, 0x3} fits nothing"},
 		{"cyclic", Rules{"read": cyclic}, "read: rules lie more than 100 deep"},
 		{"too many clauses", Rules{"read": ranges}, "read: its conditions make more than 4096 clauses"},
+		{"too many values", Rules{"read": values}, "read: its conditions make more than 4096 clauses"},
+		{"too many values in And", Rules{"read": And{values[:70], PerArg{1: NotEqual(0)}, PerArg{1: NotEqual(math.MaxUint64)}}}, "read: its conditions make more than 4096 clauses"},
 		{"unknown", Rules{"frobnicate": MatchAll{}}, `seccomp rules of probe: no system call is named "frobnicate"`},
 		{"typing error", Rules{"opnat": MatchAll{}}, `no system call is named "opnat" (did you mean "openat"?)`},
 		{"constant", Rules{"SYS_OPENAT": MatchAll{}}, `(did you mean "openat"?)`},
@@ -153,6 +162,10 @@ func TestBadRules(t *testing.T) {
 				}
 			}
 		})
+	}
+	_, err := New(Source{"one", Rules{"read": values[:3000]}}, Source{"two", Rules{"read": values[2000:4000]}}, Source{"three", Rules{"read": values[3500:]}})
+	if err == nil || !strings.Contains(err.Error(), "seccomp rules of three with those before it: read: its conditions make more than 4096 clauses") {
+		t.Errorf("more clauses of all sources than there may be: %v", err)
 	}
 	if _, err := New(Source{Rules: Rules{"read": MatchAll{}}}); err == nil {
 		t.Error("rules without an owner pass")

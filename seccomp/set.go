@@ -130,7 +130,7 @@ func (s set) intersect(t set) []set {
 		s, t = t, s
 	}
 	switch {
-	case s.kind == everything || s == t:
+	case s.kind == everything:
 		return []set{t}
 	case t.kind == except:
 		return s.without(t.a)
