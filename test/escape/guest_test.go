@@ -147,7 +147,7 @@ func (g *guest) do(c call) ([]byte, unix.Errno) {
 	defer g.mem.Reset(g.mark)
 	reply, errno := g.send(g.request(c))
 	if bytes.Contains(reply, []byte(secretMark)) {
-		g.t.Errorf("the reply to %v of node %#x holds a secret: %q", c.op, c.node, reply)
+		g.t.Fatalf("the reply to %v of node %#x holds a secret: %q", c.op, c.node, reply)
 	}
 	return reply, errno
 }
