@@ -153,8 +153,8 @@ func (fs *FS) listEntry(dir *ref, node, ino, off uint64, typ uint32, cname []byt
 		return false
 	}
 	dotdot := string(name) == ".."
-	if dotdot && node == rootID {
-		ino = fs.rootIno // what is above the share is not the guest's business
+	if dotdot {
+		ino = fs.parentIno(node)
 	}
 	if !out.Plus {
 		return out.Add(ino, off, typ, name)
@@ -176,4 +176,30 @@ func (fs *FS) listEntry(dir *ref, node, ino, off uint64, typ uint32, cname []byt
 		entry.Attr.Ino, entry.Attr.Mode = ino, typ<<12
 	}
 	return out.AddPlus(&entry, ino, off, typ, name)
+}
+
+// parentIno is the inode number of the directory that the guest has node in, node's own if there is none that it knows: what is above
+// the share is not its business, nor above where a mount has come from, or where the host has moved a directory to.
+func (fs *FS) parentIno(node uint64) uint64 {
+	if node == rootID {
+		return fs.rootIno
+	}
+	ino, parent := fs.locate(node)
+	if parent == rootID {
+		return fs.rootIno
+	}
+	if above, _ := fs.locate(parent); above != 0 {
+		return above
+	}
+	return ino
+}
+
+// locate returns a node's inode number and the nodeid of the directory that it was last seen in, 0 and 0 if there is no such node.
+func (fs *FS) locate(id uint64) (ino, parent uint64) {
+	s, n := fs.nodes.lock(id)
+	defer s.mu.Unlock()
+	if n == nil {
+		return 0, 0
+	}
+	return n.ino, n.parent
 }

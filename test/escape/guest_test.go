@@ -38,12 +38,13 @@ type guest struct {
 	mark       uint64 // memory behind it is the current request's
 	unique     uint64
 	caller     fuseproto.Caller
+	gone       <-chan struct{} // closed when the daemon has ended
 }
 
 // newGuest brings a guest up on a connection to the daemon.
-func newGuest(t testing.TB, fe *vhosttest.FrontEnd) *guest {
+func newGuest(t testing.TB, fe *vhosttest.FrontEnd, gone <-chan struct{}) *guest {
 	t.Helper()
-	g := &guest{t: t, fe: fe}
+	g := &guest{t: t, fe: fe, gone: gone}
 	fe.NeedReply = true
 	t.Cleanup(g.close)
 	_, err := fe.GetFeatures()
@@ -146,7 +147,7 @@ func (g *guest) do(c call) ([]byte, unix.Errno) {
 	defer g.mem.Reset(g.mark)
 	reply, errno := g.send(g.request(c))
 	if bytes.Contains(reply, []byte(secretMark)) {
-		g.t.Errorf("the reply to %v of node %#x holds a secret: %q", c.op, c.node, reply)
+		g.t.Fatalf("the reply to %v of node %#x holds a secret: %q", c.op, c.node, reply)
 	}
 	return reply, errno
 }
@@ -187,21 +188,26 @@ func (g *guest) send(chain vqtest.Chain) ([]byte, unix.Errno) {
 // await waits for the daemon's notification.
 func (g *guest) await() {
 	g.t.Helper()
-	deadline := time.Now().Add(patience)
-	for {
+	for deadline := time.Now().Add(patience); ; {
 		fds := []unix.PollFd{{Fd: int32(g.call.Int()), Events: unix.POLLIN}}
-		n, err := unix.Poll(fds, int(max(time.Until(deadline).Milliseconds(), 0)))
-		if err == unix.EINTR {
-			continue
+		n, err := unix.Poll(fds, 100)
+		if err != nil && err != unix.EINTR {
+			g.t.Fatal(err)
 		}
-		g.check(err)
-		if n == 0 {
-			g.t.Fatal("the request hangs, or the daemon has gone: expected a reply")
+		if n > 0 {
+			var b [8]byte
+			_, err := unix.Read(g.call.Int(), b[:])
+			g.check(err)
+			return
 		}
-		var b [8]byte
-		_, err = unix.Read(g.call.Int(), b[:])
-		g.check(err)
-		return
+		select {
+		case <-g.gone:
+			g.t.Fatal("the daemon has ended instead of replying")
+		default:
+		}
+		if time.Now().After(deadline) {
+			g.t.Fatal("the request hangs: expected a reply")
+		}
 	}
 }
 

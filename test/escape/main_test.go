@@ -5,16 +5,18 @@
 // its own for each of the configurations. However it went, the end is the same: what lies outside is as it was, to the last time
 // stamp; no reply has held a byte of a secret; the daemon still serves and holds no more descriptors than before.
 //
-// The daemon is $SLUICED, or else ./cmd/sluiced built here. The tests need root, for mounts (in a mount namespace of their own),
-// device nodes and daemons of several users.
+// The daemon is $SLUICED, or else ./cmd/sluiced built here. The tests need root, for mounts, device nodes and daemons of several users.
 package escape_test
 
 import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -46,11 +48,15 @@ var configurations = []configuration{
 // What TestMain has made ready for all tests.
 var (
 	program string // the daemon
-	base    string // scratch directories are made in it, a mount of its own
+	base    string // scratch directories are made in it, a file system of its own
 )
 
 func TestMain(m *testing.M) {
-	code, err := runTests(m)
+	run := runConfined
+	if base = os.Getenv(baseVariable); base == "" {
+		run = confine
+	}
+	code, err := run(m)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "escape tests: %v\n", err)
 		code = 1
@@ -58,60 +64,71 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func runTests(m *testing.M) (code int, err error) {
+// baseVariable is set in the environment of the process that runs the tests.
+const baseVariable = "SLUICE_ESCAPE_BASE"
+
+// confine runs this program again in namespaces of its own, where the tests are. A daemon that fails them does not do so to the machine:
+// there, all but the tests' own file system is read-only, and /proc leads to nobody else's.
+func confine(*testing.M) (code int, err error) {
 	if os.Geteuid() != 0 {
-		return 1, errors.New("not root: expected `sudo go test`, or `make test-guest`, which sees to it")
+		return 1, errors.New("not root: expected `make test-guest`, which sees to it, or sudo")
 	}
-	if err := enterNamespace(); err != nil {
+	dir, err := os.MkdirTemp("", "sluice-escape-")
+	if err != nil {
 		return 1, err
 	}
+	defer os.Remove(dir)
 	if program = os.Getenv("SLUICED"); program == "" {
 		var remove func()
 		if program, remove, err = testguest.BuildProgram("github.com/sluicefs/sluice/cmd/sluiced"); err != nil {
 			return 1, err
 		}
 		defer remove()
-		// It is to be run by a user who cannot look into a directory of root's.
-		if err := os.Chmod(filepath.Dir(program), 0o755); err != nil {
-			return 1, err
+	}
+	// The child dies with this thread.
+	runtime.LockOSThread()
+	cmd := exec.Command("/proc/self/exe", slices.DeleteFunc(os.Args[1:], func(arg string) bool {
+		return strings.HasPrefix(arg, "-test.testlogfile=") // it could not be written
+	})...)
+	cmd.Env = append(os.Environ(), baseVariable+"="+dir, "SLUICED="+program)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID, Pdeathsig: unix.SIGKILL}
+	if err := cmd.Run(); err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && exit.ExitCode() > 0 {
+			return exit.ExitCode(), nil
 		}
-	}
-	// The daemon's working directory is not ours.
-	if program, err = filepath.Abs(program); err != nil {
 		return 1, err
 	}
-	if base, err = os.MkdirTemp("", "sluice-escape-"); err != nil {
-		return 1, err
+	return 0, nil
+}
+
+// runConfined runs the tests, in the namespaces that confine has made.
+func runConfined(m *testing.M) (code int, err error) {
+	if err := errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount("proc", "/proc", "proc", 0, "")); err != nil {
+		return 1, fmt.Errorf("mount /proc of the new process namespace: %w", err)
 	}
-	defer os.RemoveAll(base)
+	readOnly := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+	if err := unix.MountSetattr(unix.AT_FDCWD, "/", unix.AT_RECURSIVE, &readOnly); err != nil {
+		return 1, fmt.Errorf("make all file systems read-only: %w", err)
+	}
 	// Shared, so that a daemon in a mount namespace of its own hears of mounts that come and go.
-	if err := errors.Join(os.Chmod(base, 0o755), unix.Mount(base, base, "", unix.MS_BIND, ""), unix.Mount("", base, "", unix.MS_SHARED, "")); err != nil {
-		return 1, fmt.Errorf("make %s a shared mount: %w", base, err)
+	if err := errors.Join(unix.Mount("tmpfs", base, "tmpfs", 0, "mode=0755"), unix.Mount("", base, "", unix.MS_SHARED, "")); err != nil {
+		return 1, fmt.Errorf("mount a file system on %s: %w", base, err)
 	}
-	defer func() { err = errors.Join(err, unix.Unmount(base, unix.MNT_DETACH)) }()
+	// It is to be run by a user who may not look into the directory that it is in.
+	text, err := os.ReadFile(os.Getenv("SLUICED"))
+	if err != nil {
+		return 1, err
+	}
+	program = filepath.Join(base, "sluiced")
+	if err := os.WriteFile(program, text, 0o755); err != nil {
+		return 1, err
+	}
 	if code = m.Run(); code == 0 {
 		err = goleak.Find()
 	}
 	return code, err
-}
-
-// inNamespace is set in the environment of the process that has its own mount namespace.
-const inNamespace = "SLUICE_ESCAPE_NAMESPACE"
-
-// enterNamespace starts the test program anew with a mount namespace of its own: mounts end with the tests, whatever happens.
-// unshare(2) is for one thread, and that one alone survives execve(2).
-func enterNamespace() error {
-	if os.Getenv(inNamespace) != "" {
-		return nil
-	}
-	runtime.LockOSThread()
-	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("make a mount namespace: %w", err)
-	}
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
-		return fmt.Errorf("keep mounts from other namespaces: %w", err)
-	}
-	return syscall.Exec("/proc/self/exe", os.Args, append(os.Environ(), inNamespace+"=1"))
 }
 
 // attack runs a test against a daemon of each configuration.
@@ -122,5 +139,17 @@ func attack(t *testing.T, test func(s *scene)) {
 			t.Parallel()
 			test(newScene(t, cfg))
 		})
+	}
+}
+
+// TestConfined checks that a daemon that fails a test cannot do so to the machine.
+func TestConfined(t *testing.T) {
+	for _, dir := range []string{"/", "/etc", "/proc/1/root", "/proc/self/root/etc", filepath.Dir(base)} {
+		if err := unix.Access(dir, unix.W_OK); err != unix.EROFS {
+			t.Errorf("access to %s: %v, expected a read-only file system", dir, err)
+		}
+	}
+	if os.Getpid() != 1 {
+		t.Errorf("process %d, expected the first of a namespace", os.Getpid())
 	}
 }

@@ -45,6 +45,35 @@ func TestSpecialFiles(t *testing.T) {
 	})
 }
 
+// TestOpenFlags opens a file and a directory with all flags: those that the daemon's descriptors get are not the guest's to choose.
+func TestOpenFlags(t *testing.T) {
+	attack(t, func(s *scene) {
+		dir := s.node("dir")
+		for _, flags := range openFlags {
+			s.put("share/dir/inner", "of the share")
+			node := s.node("dir", "inner")
+			fh, errno := s.open(node, flags)
+			if errno == 0 {
+				for _, f := range s.daemon.openFiles(s.t) {
+					const harmful = unix.O_ASYNC | unix.O_NONBLOCK | unix.O_NOATIME | unix.O_APPEND | unix.O_DIRECTORY | unix.O_CREAT | unix.O_EXCL
+					if f.path == s.path("share/dir/inner") && f.flags&unix.O_PATH == 0 && (f.flags&harmful != 0 || f.flags&unix.O_CLOEXEC == 0) {
+						s.t.Errorf("OPEN with %#x: the daemon has the file open with %#x", flags, f.flags)
+					}
+				}
+				s.release(node, fh)
+			}
+			if got := s.content("share/dir/inner"); got != "of the share" && (got != "" || flags&unix.O_TRUNC == 0) {
+				s.t.Errorf("OPEN with %#x: the file holds %q", flags, got)
+			}
+			_, errno = s.open(dir, flags)
+			s.wants(errno, unix.EISDIR, "OPEN of a directory with %#x", flags)
+			_, errno = s.open(root, flags)
+			s.wants(errno, unix.EISDIR, "OPEN of the root with %#x", flags)
+		}
+		s.put("share/dir/inner", "of the share")
+	})
+}
+
 // TestMadeSpecialFiles makes special files: the guest may have them, and nobody opens them.
 func TestMadeSpecialFiles(t *testing.T) {
 	attack(t, func(s *scene) {
