@@ -63,7 +63,7 @@ var process struct {
 // that nobody may have: no mistake in the one undoes the other. The refused call does not happen; a handler of SIGSYS
 // writes the line and ends the process. From then on SIGSYS is not to be had: os/signal must not be asked for it, nor for
 // all signals, and libcap's psx, which uses it, not be called. A call that is refused while signals are blocked, as Go and
-// libc do when they start a thread, kills without a line. Deny should have rt_sigaction for SIGSYS, and Install adds
+// libc do when they start a thread, kills without a line but the kernel's. Deny should have rt_sigaction for SIGSYS, and Install adds
 // seccomp.
 //
 // Log installs one filter, with the denials before the rest, of which a thread in C is told. Its reply lets the call
@@ -199,7 +199,7 @@ func own(a Action, output int) []Clause {
 		return append(clauses, clause("ioctl", is(1, C.notif_recv)), clause("ioctl", is(1, C.notif_send)))
 	}
 	// The filter that comes second forbids seccomp(2) again.
-	return append(clauses, clause("exit_group"), clause("seccomp", is(0, C.SECCOMP_SET_MODE_FILTER), is(1, C.SECCOMP_FILTER_FLAG_TSYNC)))
+	return append(clauses, clause("exit_group"), clause("seccomp", is(0, C.SECCOMP_SET_MODE_FILTER), is(1, C.SLUICE_CONFINE_FLAGS)))
 }
 
 // instructions is where program is, for as long as the call that it is given to.
