@@ -101,7 +101,7 @@ var compareOps = [...]libseccomp.ScmpCompareOp{
 }
 
 func add(f *libseccomp.ScmpFilter, action libseccomp.ScmpAction, c Clause) error {
-	nr, err := number(c.Syscall)
+	nr, err := callNumber(c.Syscall)
 	if err != nil {
 		return err
 	}
@@ -168,8 +168,8 @@ func join(open uint32, programs ...[]unix.SockFilter) []unix.SockFilter {
 	return joined
 }
 
-// number returns the number of a system call.
-func number(name string) (libseccomp.ScmpSyscall, error) {
+// callNumber returns the number of a system call.
+func callNumber(name string) (libseccomp.ScmpSyscall, error) {
 	nr, err := libseccomp.GetSyscallFromName(name)
 	if err != nil || nr < 0 { // libseccomp has negative ones for the calls of other architectures
 		return 0, fmt.Errorf("system call %q: expected one that this architecture and libseccomp know", name)

@@ -12,6 +12,7 @@ import "C"
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -56,20 +57,21 @@ var process struct {
 	pin       runtime.Pinner // of marks
 }
 
+var errInstalled = errors.New("install system call filter: this process has one already")
+
 // Install confines all threads of the process, and those that they start, for good. It fails closed: an error means that
 // they are not all confined, or none is, and the process should end.
 //
 // Kill and Trap install two filters. Each refuses calls by itself, Allow's those that nobody asked for, and Deny's those
-// that nobody may have: no mistake in the one undoes the other. The refused call does not happen; a handler of SIGSYS
-// writes the line and ends the process. From then on SIGSYS is not to be had: os/signal must not be asked for it, nor for
-// all signals, and libcap's psx, which uses it, not be called. A call that is refused while signals are blocked, as Go and
-// libc do when they start a thread, kills without a line but the kernel's. Deny should have rt_sigaction for SIGSYS, and Install adds
-// seccomp.
+// that nobody may have: no mistake in the one undoes the other. A refused call does not happen. A handler of SIGSYS writes
+// the line and ends the process; Deny should have rt_sigaction for SIGSYS, and Install adds seccomp(2). libcap's psx, which
+// uses SIGSYS, is not to be called any more. A call that is refused while signals are blocked, as they are where Go and
+// libc start a thread, kills without a line but the kernel's.
 //
 // Log installs one filter, with the denials before the rest, of which a thread in C is told. Its reply lets the call
 // happen.
 //
-// What the handlers call themselves is allowed besides: own says what that is.
+// What the handlers call themselves is allowed besides; see own.
 func Install(cfg InstallConfig) error {
 	if err := cfg.Validate(); err != nil {
 		return fmt.Errorf("install system call filter: %w", err)
