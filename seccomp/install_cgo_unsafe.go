@@ -64,12 +64,11 @@ var errInstalled = errors.New("install system call filter: this process has one 
 //
 // Kill and Trap install two filters. Each refuses calls by itself, Allow's those that nobody asked for, and Deny's those
 // that nobody may have: no mistake in the one undoes the other. A refused call does not happen. A handler of SIGSYS writes
-// the line and ends the process; Deny should have rt_sigaction for SIGSYS, and Install adds seccomp(2). libcap's psx, which
-// uses SIGSYS, is not to be called any more. A call that is refused while signals are blocked, as they are where Go and
-// libc start a thread, kills without a line but the kernel's.
+// the line and ends the process; Deny should have rt_sigaction for SIGSYS, and Install adds seccomp(2). A call that is
+// refused while signals are blocked, as they are where Go and libc start a thread, kills without a line but the kernel's.
 //
 // Log installs one filter, with the denials before the rest, of which a thread in C is told. Its reply lets the call
-// happen.
+// happen. Before Linux 5.19 a call that a signal interrupts may be counted twice.
 //
 // What the handlers call themselves is allowed besides; see own.
 func Install(cfg InstallConfig) error {
