@@ -48,9 +48,11 @@ func compileLayer(def, action libseccomp.ScmpAction, clauses []Clause, nosys []s
 	if err := f.SetBadArchAction(libseccomp.ActKillProcess); err != nil {
 		return nil, fmt.Errorf("set action for foreign architectures: %w", err)
 	}
-	// A binary tree over the numbers: the last of 150 calls takes 8 comparisons, not 150.
-	if err := f.SetOptimize(2); err != nil {
-		return nil, fmt.Errorf("order filter as a tree: %w", err)
+	if len(clauses) > 8 { // libseccomp before 2.5.4 spoils trees that are empty
+		// A binary tree over the numbers: the last of 150 calls takes 8 comparisons, not 150.
+		if err := f.SetOptimize(2); err != nil {
+			return nil, fmt.Errorf("order filter as a tree: %w", err)
+		}
 	}
 	for _, name := range nosys {
 		if err := add(f, libseccomp.ActErrno.SetReturnCode(int16(unix.ENOSYS)), Clause{Syscall: name}); err != nil {
@@ -99,7 +101,7 @@ var compareOps = [...]libseccomp.ScmpCompareOp{
 }
 
 func add(f *libseccomp.ScmpFilter, action libseccomp.ScmpAction, c Clause) error {
-	nr, err := lookUp(c.Syscall)
+	nr, err := callNumber(c.Syscall)
 	if err != nil {
 		return err
 	}
@@ -166,23 +168,12 @@ func join(open uint32, programs ...[]unix.SockFilter) []unix.SockFilter {
 	return joined
 }
 
-// lookUp returns the number of a system call, which may be newer than libseccomp.
-func lookUp(name string) (libseccomp.ScmpSyscall, error) {
-	nr, err := libseccomp.GetSyscallFromName(name)
-	if err == nil && nr >= 0 { // libseccomp has negative ones for the calls of other architectures
-		return nr, nil
+// callNumber returns the number of a system call, in libseccomp's type. libseccomp need not know it: the table of this
+// package may be newer.
+func callNumber(name string) (libseccomp.ScmpSyscall, error) {
+	nr, ok := Number(name)
+	if !ok {
+		return 0, fmt.Errorf("system call %q: expected one that this architecture has", name)
 	}
-	if nr, ok := Number(name); ok {
-		return libseccomp.ScmpSyscall(nr), nil
-	}
-	return 0, fmt.Errorf("system call %q: expected one that this architecture knows", name)
-}
-
-// callName returns the name of a system call, "" if it has none.
-func callName(nr int) string {
-	name, err := libseccomp.ScmpSyscall(nr).GetName()
-	if err != nil {
-		return ""
-	}
-	return name
+	return libseccomp.ScmpSyscall(nr), nil
 }

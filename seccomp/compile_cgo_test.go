@@ -140,7 +140,7 @@ func TestCompile(t *testing.T) {
 		joined := join(unix.SECCOMP_RET_ALLOW, denied, allowed)
 		for range 200 {
 			name := someCalls[r.IntN(len(someCalls))]
-			nr, err := lookUp(name)
+			nr, err := callNumber(name)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -172,11 +172,11 @@ func TestCompile(t *testing.T) {
 }
 
 func TestCompileOthers(t *testing.T) {
-	clone3, err := lookUp("clone3")
+	clone3, err := callNumber("clone3")
 	if err != nil {
 		t.Fatal(err)
 	}
-	read, err := lookUp("read")
+	read, err := callNumber("read")
 	if err != nil {
 		t.Fatal(err)
 	}

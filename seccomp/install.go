@@ -1,7 +1,6 @@
 package seccomp
 
 import (
-	"errors"
 	"fmt"
 	"os"
 )
@@ -81,5 +80,3 @@ type Violation struct {
 	Extension string // whose mark the thread had, "" if it had none
 	Count     uint64 // of calls
 }
-
-var errInstalled = errors.New("install system call filter: this process has one already")

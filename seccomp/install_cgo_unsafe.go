@@ -12,6 +12,7 @@ import "C"
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -56,20 +57,20 @@ var process struct {
 	pin       runtime.Pinner // of marks
 }
 
+var errInstalled = errors.New("install system call filter: this process has one already")
+
 // Install confines all threads of the process, and those that they start, for good. It fails closed: an error means that
 // they are not all confined, or none is, and the process should end.
 //
 // Kill and Trap install two filters. Each refuses calls by itself, Allow's those that nobody asked for, and Deny's those
-// that nobody may have: no mistake in the one undoes the other. The refused call does not happen; a handler of SIGSYS
-// writes the line and ends the process. From then on SIGSYS is not to be had: os/signal must not be asked for it, nor for
-// all signals, and libcap's psx, which uses it, not be called. A call that is refused while signals are blocked, as Go and
-// libc do when they start a thread, kills without a line. Deny should have rt_sigaction for SIGSYS, and Install adds
-// seccomp.
+// that nobody may have: no mistake in the one undoes the other. A refused call does not happen. A handler of SIGSYS writes
+// the line and ends the process; Deny should have rt_sigaction for SIGSYS, and Install adds seccomp(2). A call that is
+// refused while signals are blocked, as they are where Go and libc start a thread, kills without a line but the kernel's.
 //
 // Log installs one filter, with the denials before the rest, of which a thread in C is told. Its reply lets the call
-// happen.
+// happen. Before Linux 5.19 a call that a signal interrupts may be counted twice.
 //
-// What the handlers call themselves is allowed besides: own says what that is.
+// What the handlers call themselves is allowed besides; see own.
 func Install(cfg InstallConfig) error {
 	if err := cfg.Validate(); err != nil {
 		return fmt.Errorf("install system call filter: %w", err)
@@ -199,7 +200,7 @@ func own(a Action, output int) []Clause {
 		return append(clauses, clause("ioctl", is(1, C.notif_recv)), clause("ioctl", is(1, C.notif_send)))
 	}
 	// The filter that comes second forbids seccomp(2) again.
-	return append(clauses, clause("exit_group"), clause("seccomp", is(0, C.SECCOMP_SET_MODE_FILTER), is(1, C.SECCOMP_FILTER_FLAG_TSYNC)))
+	return append(clauses, clause("exit_group"), clause("seccomp", is(0, C.SECCOMP_SET_MODE_FILTER), is(1, C.SLUICE_CONFINE_FLAGS)))
 }
 
 // instructions is where program is, for as long as the call that it is given to.
@@ -224,7 +225,7 @@ func callNames() []byte {
 	b := make([]byte, C.SLUICE_CALLS*C.SLUICE_CALL_NAME)
 	for nr := range C.SLUICE_CALLS {
 		at := nr * C.SLUICE_CALL_NAME
-		copy(b[at:at+C.SLUICE_CALL_NAME-1], callName(nr))
+		copy(b[at:at+C.SLUICE_CALL_NAME-1], nameOf(nr))
 	}
 	return b
 }
@@ -245,7 +246,7 @@ func Seen() []Violation {
 	for call := range C.SLUICE_CALLS + 1 {
 		for owner := range maxOwners {
 			if n := uint64(C.sluice_seen(C.uint(call), C.uint(owner))); n > 0 {
-				name := cmp.Or(callName(call), "unknown")
+				name := cmp.Or(nameOf(call), "unknown")
 				all = append(all, Violation{Syscall: name, Extension: process.marks.name(Owner(owner)), Count: n})
 			}
 		}

@@ -2,7 +2,6 @@ package seccomp
 
 import (
 	"cmp"
-	"fmt"
 	"runtime"
 	"slices"
 	"strings"
@@ -22,8 +21,8 @@ func Number(name string) (int, bool) {
 	return number(runtime.GOARCH, name)
 }
 
-// Name returns the name of a system call on this architecture, "system call 999" if it has none.
-func Name(nr int) string {
+// nameOf returns the name of a system call on this architecture, "" if it has none.
+func nameOf(nr int) string {
 	if column := slices.Index(arches, runtime.GOARCH); column >= 0 && nr >= 0 {
 		for _, s := range syscalls {
 			if int(s.numbers[column]) == nr {
@@ -31,7 +30,7 @@ func Name(nr int) string {
 			}
 		}
 	}
-	return fmt.Sprintf("system call %d", nr)
+	return ""
 }
 
 func number(arch, name string) (int, bool) {

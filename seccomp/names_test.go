@@ -13,8 +13,8 @@ func TestNumbers(t *testing.T) {
 		if nr, ok := Number(name); !ok || nr != want {
 			t.Errorf("Number(%q) = %d, %v, expected %d", name, nr, ok, want)
 		}
-		if got := Name(want); got != name {
-			t.Errorf("Name(%d) = %q, expected %q", want, got, name)
+		if got := nameOf(want); got != name {
+			t.Errorf("nameOf(%d) = %q, expected %q", want, got, name)
 		}
 	}
 	for _, name := range []string{"", "READ", "frobnicate", "arch_specific_syscall"} {
@@ -22,9 +22,9 @@ func TestNumbers(t *testing.T) {
 			t.Errorf("Number(%q) = %d, expected none", name, nr)
 		}
 	}
-	for nr, want := range map[int]string{999: "system call 999", -1: "system call -1", 1 << 20: "system call 1048576"} {
-		if got := Name(nr); got != want {
-			t.Errorf("Name(%d) = %q, expected %q", nr, got, want)
+	for nr, want := range map[int]string{999: "", -1: "system call -1", 1 << 20: "system call 1048576"} {
+		if got := nameOf(nr); got != want {
+			t.Errorf("nameOf(%d) = %q, expected %q", nr, got, want)
 		}
 	}
 	if _, ok := number("arm64", "epoll_wait"); ok {

@@ -6,6 +6,9 @@
 #include "violation_cgo.h"
 
 #include <errno.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -199,16 +202,30 @@ static long load(const struct sock_filter *filter, size_t n, unsigned long flags
 	return r < 0 ? -errno : r;
 }
 
+// What both kinds of filter need.
+static long prepare(const struct sluice_handlers *h)
+{
+	handlers = *h;
+#ifdef __GLIBC__
+	// Otherwise malloc counts the processors when it meets its eighth thread or so, and reads a file for that; the thread
+	// has only just begun, its signals are blocked, and the process would be killed without a line.
+	mallopt(M_ARENA_MAX, 1);
+#endif
+	return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 ? -errno : 0;
+}
+
 long sluice_confine(const struct sluice_handlers *h, const struct sock_filter *first, size_t n_first,
                     const struct sock_filter *second, size_t n_second)
 {
-	handlers = *h;
+	long r = prepare(h);
+	if (r)
+		return r;
 	struct sigaction ours = {.sa_sigaction = on_sigsys, .sa_flags = SA_SIGINFO | SA_ONSTACK};
 	sigfillset(&ours.sa_mask);
-	if (sigaction(SIGSYS, &ours, &previous) < 0 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+	if (sigaction(SIGSYS, &ours, &previous) < 0)
 		return -errno;
-	long r = load(first, n_first, SECCOMP_FILTER_FLAG_TSYNC);
-	return r ? r : load(second, n_second, SECCOMP_FILTER_FLAG_TSYNC);
+	r = load(first, n_first, SLUICE_CONFINE_FLAGS);
+	return r ? r : load(second, n_second, SLUICE_CONFINE_FLAGS);
 }
 
 static uint64_t violations;
@@ -277,9 +294,9 @@ static void *listener(void *arg)
 
 long sluice_listen(const struct sluice_handlers *h, const struct sock_filter *filter, size_t n)
 {
-	handlers = *h;
-	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
-		return -errno;
+	long r = prepare(h);
+	if (r)
+		return r;
 	struct listener l = {.filter = filter, .n = n};
 	sigset_t all, before;
 	sigfillset(&all);
@@ -292,7 +309,7 @@ long sluice_listen(const struct sluice_handlers *h, const struct sock_filter *fi
 	pthread_detach(thread);
 	while (!__atomic_load_n(&l.ready, __ATOMIC_ACQUIRE)) {
 		struct timespec a_while = {.tv_nsec = 100 * 1000};
-		nanosleep(&a_while, NULL); // the filter may forbid it: then the listener is there to answer
+		syscall(SYS_nanosleep, &a_while, NULL); // the filter may forbid it: then the listener is there to answer
 	}
 	return l.result;
 }

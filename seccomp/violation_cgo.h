@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <linux/filter.h>
+#include <linux/seccomp.h>
 
 enum sluice_action { SLUICE_KILL = 1, SLUICE_TRAP = 2, SLUICE_LOG = 3 };
 
@@ -23,6 +24,9 @@ struct sluice_handlers {
 	const uint64_t *marks;                   // thread<<32 | owner
 	size_t n_marks;
 };
+
+// The flags of seccomp(2) to confine: all threads or none, and the kernel's log has what SIGSYS could not be handled for.
+enum { SLUICE_CONFINE_FLAGS = SECCOMP_FILTER_FLAG_TSYNC | SECCOMP_FILTER_FLAG_LOG };
 
 // Confine all threads with two filters, the second of which may forbid seccomp(2), and handle SIGSYS.
 // Returns 0, -errno, or the thread that would not be confined. After an error the process may be confined in part.
