@@ -287,12 +287,17 @@ func (s *Share) Syncfs(c *fsbackend.Context, node uint64) Errno {
 	}
 	for _, other := range s.parts[1:] {
 		var one Errno
-		if other.info.Isolated {
+		switch {
+		case other.info.Isolated:
 			one = s.across(c, other, func(c *fsbackend.Context) Errno {
 				return s.syncfs(c, other, fuseproto.FUSE_ROOT_ID)
 			}, func() {})
-		} else {
+		case other.dead.Load():
+			one = unix.EIO
+		default:
+			other.begin()
 			one = s.syncfs(c, other, fuseproto.FUSE_ROOT_ID)
+			other.end()
 		}
 		if errno == fsbackend.OK {
 			errno = one
