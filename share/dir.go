@@ -120,11 +120,24 @@ func (s *Share) listWay(c *fsbackend.Context, p *part, pos *position, in *fusepr
 	}
 	for i := first; i < uint64(len(pos.order)); i++ {
 		child := pos.order[i]
+		s.learn(c, child)
 		if !addName(out, child.ino.Load(), madeUpOffset+1+i, child.typ.Load(), []byte(child.name)) {
 			break
 		}
 	}
 	return fsbackend.OK
+}
+
+// learn finds out what a mount point is to be listed with that nobody has looked up yet, where it is cheap.
+func (s *Share) learn(c *fsbackend.Context, pos *position) {
+	g := pos.graft
+	if g == nil || g.file != nil || g.info.Isolated || g.info.Slow || pos.ino.Load() != g.base|fuseproto.FUSE_ROOT_ID {
+		return
+	}
+	var out fuseproto.EntryOut
+	if s.lookupMount(c, g, &out) == fsbackend.OK {
+		pos.ino.Store(out.Ino)
+	}
 }
 
 // addName adds an entry that the guest has to look up.
