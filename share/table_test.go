@@ -17,7 +17,7 @@ type request struct {
 	c          fsbackend.Context
 	node, fh   uint64
 	node2, fh2 uint64 // LINK's Oldnodeid, RENAME's Newdir, COPY_FILE_RANGE's target
-	flags      uint32 // of OPEN and CREATE
+	flags      uint32 // of OPEN, CREATE and RENAME
 	mask       uint32 // of ACCESS
 	cmd        uint32 // of IOCTL
 	valid      uint32 // of SETATTR
@@ -135,7 +135,7 @@ var ops = map[string]op{
 		return s.Rmdir(&r.c, r.node, r.fsname())
 	}},
 	"Rename": {modifies: true, second: true, lacking: unix.EPERM, call: func(s *Share, r *request) Errno {
-		in := fuseproto.Rename2In{InHeader: r.header(), Newdir: r.node2}
+		in := fuseproto.Rename2In{InHeader: r.header(), Newdir: r.node2, Flags: r.flags}
 		return with(r, in, func(in *fuseproto.Rename2In) Errno { return s.Rename(&r.c, in, r.fsname(), r.fsname()) })
 	}},
 	"Open": {call: func(s *Share, r *request) Errno {
@@ -556,6 +556,20 @@ func TestIDs(t *testing.T) {
 			}
 			if got := owner(log[0].caller.Owner); got != owner(log[0].header.Owner) || got.Uid != OverflowID && got.Gid != OverflowID {
 				t.Errorf("caller %+v is %+v to the backend, expected %d where there is none", stranger, got, OverflowID)
+			}
+		}
+		if name == "Rename" {
+			r := in()
+			r.c.Caller.Uid, r.flags = 10, unix.RENAME_WHITEOUT
+			if errno := o.call(s, r); errno != unix.EOVERFLOW {
+				t.Errorf("RENAME that leaves a whiteout of a stranger: %v, expected EOVERFLOW", errno)
+			}
+		}
+		if name == "Getxattr" || name == "Setxattr" || name == "Removexattr" {
+			r := in()
+			r.c.Caller.Gid, r.name = 50, "system.posix_acl_access"
+			if errno := o.call(s, r); errno != unix.EOPNOTSUPP {
+				t.Errorf("%s of an access list, with ids in it: %v, expected EOPNOTSUPP", name, errno)
 			}
 		}
 		if name == "Setattr" {
