@@ -273,6 +273,33 @@ func TestIsolatedFile(t *testing.T) {
 	})
 }
 
+// TestManyWait has more requests wait for a part that hangs than may.
+func TestManyWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := new(spy)
+		release := hang(b, "Lookup")
+		s := newShare(t, Graft{Path: "/", Backend: newMem(t)}, Graft{Path: "/f", Backend: b, File: "f", Isolated: true})
+		begun := time.Now()
+		var group sync.WaitGroup
+		for range maxWaiting + 2 {
+			group.Go(func() {
+				c := &fsbackendtest.Client{R: fsbackend.Resolve(s)}
+				if _, errno := c.Lookup(fsbackendtest.Root, "f"); errno != unix.EIO {
+					t.Errorf("LOOKUP: %v, expected EIO", errno)
+				}
+			})
+		}
+		group.Wait()
+		if took := time.Since(begun); took != patience {
+			t.Errorf("the requests took %v, expected %v", took, patience)
+		}
+		if st := &s.Parts()[1].Stats; st.Timeouts.Load() != maxWaiting || st.Refused.Load() != 2 {
+			t.Errorf("%d calls were given up, %d refused, expected %d and 2", st.Timeouts.Load(), st.Refused.Load(), maxWaiting)
+		}
+		release()
+	})
+}
+
 // TestEnterLeave counts the hooks around calls that the share makes on its own account.
 func TestEnterLeave(t *testing.T) {
 	for _, isolated := range []bool{false, true} {
@@ -388,6 +415,24 @@ func TestCreateIsMade(t *testing.T) {
 	}
 	if want := []string{".", "..", "f", "d"}; !slices.Equal(names, want) {
 		t.Errorf("READDIRPLUS lists %q, expected %q", names, want)
+	}
+
+	// Two calls are made only where both may sleep.
+	single := new(spy)
+	for _, tt := range []struct {
+		graft Graft
+		dir   uint64
+	}{
+		{Graft{Path: "/g", Backend: maker{single, single, single, single, single, single, single, single, single}}, second | 5},
+		{Graft{Path: "/name", Backend: single, File: "f"}, fsbackendtest.Root},
+	} {
+		r := &request{node: tt.dir}
+		if errno := ops["Create"].call(newShare(t, Graft{Path: "/", Backend: newMem(t)}, tt.graft), r); errno != fsbackend.ErrMayBlock {
+			t.Errorf("CREATE where nothing may sleep: %v, expected ErrMayBlock", errno)
+		}
+		if log := single.taken(); len(log) > 0 {
+			t.Errorf("the backend was asked %+v", log)
+		}
 	}
 
 	// What cannot be opened is not left behind.

@@ -54,7 +54,7 @@ func with[T any](r *request, in T, call func(*T) Errno) Errno {
 // list gives call 4 KiB of room for entries.
 func (r *request) list(plus bool, call func(*fsbackend.DirList) Errno) Errno {
 	buf := make([]byte, 4096)
-	l := &fsbackend.DirList{Plus: plus}
+	l := &fsbackend.DirList{Plus: plus, Translate: func(e *fuseproto.EntryOut) { e.NodeId = 0 }} // another request left it
 	l.Reset([]unix.Iovec{{Base: &buf[0], Len: uint64(len(buf))}}, 0, uint64(len(buf)))
 	errno := call(l)
 	r.dirents = buf[:l.Written()]
@@ -358,6 +358,31 @@ func TestNumbers(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestRootNumbers has the root's numbers pass as they are.
+func TestRootNumbers(t *testing.T) {
+	for name, o := range ops {
+		b := new(spy)
+		s := newShare(t, Graft{Path: "/", Backend: b}, Graft{Path: "/g", Backend: newMem(t)})
+		r := &request{node: 5, fh: 6, node2: 3, fh2: 4}
+		if errno := o.call(s, r); errno != fsbackend.OK {
+			t.Errorf("%s: %v", name, errno)
+			continue
+		}
+		log := b.taken()
+		if len(log) != 1 || log[0].nodes[0] != 5 || o.handle && log[0].fhs[0] != 6 {
+			t.Errorf("%s: the backend was asked %+v", name, log)
+		}
+		if r.entry.NodeId != 0 && r.entry.NodeId != spyNode || r.outFh != 0 && r.outFh != spyFh {
+			t.Errorf("%s: the guest was given node %#x, handle %#x", name, r.entry.NodeId, r.outFh)
+		}
+		if name == "Readdirplus" {
+			if e := fsbackendtest.ParseDirents(r.dirents, true); len(e) != 1 || e[0].Entry.NodeId != spyNode {
+				t.Errorf("the guest was given %+v", e)
+			}
+		}
+	}
 }
 
 // TestErrMayBlock makes every call twice, as after ErrMayBlock.

@@ -384,11 +384,16 @@ func TestWaySwaps(t *testing.T) {
 // counts is an in-memory tree that counts lookups.
 type counts struct {
 	*mem.FS
-	mu   sync.Mutex
-	held map[uint64]int
+	mu    sync.Mutex
+	held  map[uint64]int
+	hook  func() // runs before each LOOKUP
+	reset func() // runs before each Reset
 }
 
 func (b *counts) Lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	if b.hook != nil {
+		b.hook()
+	}
 	errno := b.FS.Lookup(c, parent, name, out)
 	if errno == 0 {
 		b.mu.Lock()
@@ -406,33 +411,128 @@ func (b *counts) Forget(node, n uint64) {
 }
 
 func (b *counts) Reset() {
+	if b.reset != nil {
+		b.reset()
+	}
 	b.mu.Lock()
 	clear(b.held)
 	b.mu.Unlock()
 	b.FS.Reset()
 }
 
+// left checks how many lookups there are of each node that has any.
+func (b *counts) left(t testing.TB, want ...int) {
+	t.Helper()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var got []int
+	for _, n := range b.held {
+		if n != 0 {
+			got = append(got, n)
+		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("lookups held are %v, expected %v", got, want)
+	}
+}
+
+func newCounts(t testing.TB) *counts {
+	return &counts{FS: newMem(t), held: make(map[uint64]int)}
+}
+
+// TestSwapsAreCounted has the host swap two positions, whose lookups are then held for the other one.
+func TestSwapsAreCounted(t *testing.T) {
+	b := newCounts(t)
+	makeDirs(t, b, "a")
+	makeDirs(t, b, "b")
+	g := mount(t, 0, Graft{Path: "/", Backend: b}, Graft{Path: "/a/1", Backend: newMem(t)}, Graft{Path: "/b/2", Backend: newMem(t)})
+	c := &fsbackendtest.Client{R: fsbackend.Resolve(b.FS)}
+	for range 3 {
+		for _, path := range []string{"/a", "/b", "/a"} {
+			g.s.Forget(g.walk(path).NodeId, 1)
+		}
+		b.left(t, 1, 1)
+		for path, name := range map[string]string{"/a": "1", "/b": "2"} {
+			if got := g.list(g.walk(path).NodeId, 4096, false); !slices.Equal(got, []string{name}) {
+				t.Errorf("%s lists %q", path, got)
+			}
+			g.s.Forget(g.walk(path).NodeId, 2)
+		}
+		b.left(t, 1, 1)
+		if errno := c.Rename(root, "a", root, "b", unix.RENAME_EXCHANGE); errno != 0 {
+			t.Fatal(errno)
+		}
+	}
+}
+
+// TestSessionEndsMeanwhile has a session end in the midst of a LOOKUP, and a LOOKUP come in the midst of a Reset: what they
+// found is not recorded, since the backend no longer holds it.
+func TestSessionEndsMeanwhile(t *testing.T) {
+	b := newCounts(t)
+	makeDirs(t, b, "way")
+	g := mount(t, 0, Graft{Path: "/", Backend: b}, Graft{Path: "/way/x", Backend: newMem(t)})
+	way := g.s.top.children["way"]
+	n := 0
+	b.hook = func() {
+		if n++; n == 2 { // the one that is to be held
+			g.s.Reset()
+		}
+	}
+	g.walk("/way")
+	b.hook = nil
+	b.left(t)
+	if number := way.node.Load(); number != 0 {
+		t.Errorf("a session that ended has recorded node %d", number)
+	}
+	b.reset = func() {
+		b.reset = nil
+		g.walk("/way")
+	}
+	g.s.Reset()
+	if number := way.node.Load(); number != 0 {
+		t.Errorf("node %d is recorded, of which Reset took all lookups", number)
+	}
+	g.s.Forget(g.walk("/way").NodeId, 1)
+	b.left(t, 1)
+}
+
+// TestWayThatNeverRests has a directory on the way be another one at each LOOKUP.
+func TestWayThatNeverRests(t *testing.T) {
+	b := &spy{node: 100, mode: unix.S_IFDIR | 0o755}
+	b.hook = func(call string) {
+		if call == "Lookup" {
+			b.node++
+		}
+	}
+	s := newShare(t, Graft{Path: "/", Backend: b}, Graft{Path: "/way/x", Backend: newMem(t)})
+	c := &fsbackendtest.Client{R: fsbackend.Resolve(s)}
+	if _, errno := c.Lookup(root, "way"); errno != unix.ESTALE {
+		t.Errorf("LOOKUP: %v, expected ESTALE, after which a guest tries again", errno)
+	}
+	lookups, forgets := 0, 0
+	for _, a := range b.taken() {
+		switch a.call {
+		case "Lookup":
+			lookups++
+		case "Forget":
+			forgets++
+		}
+	}
+	if lookups == 0 || lookups != forgets {
+		t.Errorf("%d lookups, of which %d were given back", lookups, forgets)
+	}
+}
+
 // TestLookupsAreCounted gives every lookup back and looks what is left: one for each position in use, and no other.
 func TestLookupsAreCounted(t *testing.T) {
-	b := &counts{FS: newMem(t), held: make(map[uint64]int)}
+	b, single := newCounts(t), newCounts(t)
 	makeDirs(t, b, "way")
 	b.FS.Reset()
-	single := &counts{FS: newMem(t), held: make(map[uint64]int)}
 	makeDirs(t, single, "conf")
 	g := mount(t, 0, Graft{Path: "/", Backend: b}, Graft{Path: "/way/x", Backend: newMem(t)}, Graft{Path: "/conf", Backend: single, File: "conf"})
 	left := func(b *counts, want ...int) {
 		t.Helper()
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		var got []int
-		for _, n := range b.held {
-			if n != 0 {
-				got = append(got, n)
-			}
-		}
-		if !slices.Equal(got, want) {
-			t.Errorf("lookups held are %v, expected %v", got, want)
-		}
+		b.left(t, want...)
 	}
 	for range 3 {
 		e := g.walk("/way")
@@ -494,6 +594,9 @@ func TestFile(t *testing.T) {
 	}
 	if e.Ino != st.Ino^second || e.Attr.Flags != 0 {
 		t.Errorf("the file has inode %#x, flags %#x, expected %#x and none", e.Ino, e.Attr.Flags, st.Ino^second)
+	}
+	if p := g.s.parts[1]; p.ino(second) == 0 {
+		t.Error("an inode number becomes 0")
 	}
 	x, errno := g.Statx(e.NodeId)
 	g.want(errno, "STATX", fsbackend.OK)
@@ -593,6 +696,64 @@ func TestOffsets(t *testing.T) {
 	for _, off := range []uint64{1<<63 - 1, 1 << 63, ^uint64(0)} {
 		if rest, errno := g.Readdir(root, fh, off, 4096, false); errno != 0 || len(rest) > 0 {
 			t.Errorf("READDIR from %#x gives %v, %v", off, rest, errno)
+		}
+	}
+}
+
+// slowly lists one entry at a time.
+type slowly struct{ last }
+
+func (b slowly) Readdir(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) Errno {
+	buf := make([]byte, direntMax)
+	l := new(fsbackend.DirList)
+	l.Reset([]unix.Iovec{{Base: &buf[0], Len: 32}}, 0, 32)
+	errno := b.last.Readdir(c, in, l)
+	if n := l.Written(); n > 0 {
+		out.Write(buf[:n]) // not what a backend should do
+	}
+	return errno
+}
+
+func TestListsOneByOne(t *testing.T) {
+	b := slowly{last{newMem(t)}}
+	makeDirs(t, b, "x")
+	makeDirs(t, b, "y")
+	g := mount(t, 0, Graft{Path: "/", Backend: b}, Graft{Path: "/way/m", Backend: newMem(t)})
+	if got := g.List(t, root, 4096); !slices.Equal(got, []string{"x", "y", "way"}) {
+		t.Errorf("the root lists %q", got)
+	}
+}
+
+// circle lists without an end.
+type circle struct{ *mem.FS }
+
+func (b circle) Readdir(_ *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) Errno {
+	out.Add(100, max(in.Offset, 1), unix.DT_DIR, []byte("way"))
+	return fsbackend.OK
+}
+
+func TestListsWithoutEnd(t *testing.T) {
+	g := mount(t, 0, Graft{Path: "/", Backend: circle{newMem(t)}}, Graft{Path: "/way/m", Backend: newMem(t)})
+	fh, errno := g.Opendir(root)
+	g.want(errno, "OPENDIR", fsbackend.OK)
+	if _, errno := g.Readdir(root, fh, 0, 4096, false); errno != unix.EIO {
+		t.Errorf("READDIR: %v, expected EIO", errno)
+	}
+}
+
+// TestForeignListing copies what is no listing.
+func TestForeignListing(t *testing.T) {
+	dirent := make([]byte, 32)
+	for name, damage := range map[string]func([]byte) []byte{
+		"short":       func(b []byte) []byte { return b[:20] },
+		"longer name": func(b []byte) []byte { b[16] = 200; return b },
+		"huge name":   func(b []byte) []byte { b[18], b[19] = 255, 255; return b },
+	} {
+		out := new(fsbackend.DirList)
+		buf := make([]byte, 100)
+		out.Reset([]unix.Iovec{{Base: &buf[0], Len: 100}}, 0, 100)
+		if !copyNames(nil, damage(slices.Clone(dirent)), new(fuseproto.ReadIn), out) || out.Written() > 0 {
+			t.Errorf("%s: %d bytes were listed", name, out.Written())
 		}
 	}
 }
