@@ -20,7 +20,8 @@ func (s *Share) Getattr(c *fsbackend.Context, in *fuseproto.GetattrIn, out *fuse
 		}
 		in.Fh_ &= numberMask
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Getattr(c, in, out)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh_ = fh
@@ -66,7 +67,8 @@ func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuse
 	if in.Valid&fuseproto.FATTR_FH != 0 {
 		in.Fh &= numberMask
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Setattr(c, in, out)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh, in.Owner = fh, owner
@@ -92,7 +94,8 @@ func (s *Share) Statx(c *fsbackend.Context, in *fuseproto.StatxIn, out *fuseprot
 	if hasFh {
 		in.Fh &= numberMask
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Statx(c, in, out)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -138,9 +141,10 @@ func (s *Share) Statfs(c *fsbackend.Context, node uint64, out *fuseproto.StatfsO
 		out.Bsize, out.Frsize, out.NameLen = 4096, 4096, unix.NAME_MAX
 		return fsbackend.OK
 	}
-	v := p.enter(c, nil)
+	var v visit
+	p.enterNode(c, &v)
 	errno = p.Statfs(c, node&numberMask, out)
-	p.leave(c, nil, &v)
+	p.leaveNode(c, &v)
 	return errno
 }
 
@@ -159,7 +163,8 @@ func (s *Share) Access(c *fsbackend.Context, in *fuseproto.AccessIn) Errno {
 	if p.Accesser == nil {
 		return fsbackend.OK
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Access(c, in)
 	p.leave(c, &in.InHeader, &v)
 	return s.known(errno, fsbackend.OK)
@@ -174,8 +179,9 @@ func (s *Share) Readlink(c *fsbackend.Context, node uint64, dst *fsbackend.Sink)
 	if p.Readlinker == nil {
 		return s.lacks(unix.EINVAL)
 	}
-	v := p.enter(c, nil)
+	var v visit
+	p.enterNode(c, &v)
 	errno = p.Readlink(c, node&numberMask, dst)
-	p.leave(c, nil, &v)
+	p.leaveNode(c, &v)
 	return s.known(errno, unix.EINVAL)
 }

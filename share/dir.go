@@ -30,7 +30,8 @@ func (s *Share) Opendir(c *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 		out.Fh = p.base // what the share adds can be listed
 		return fsbackend.OK
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Opendir(c, in, out)
 	p.leave(c, &in.InHeader, &v)
 	return s.handle(p, &out.Fh, s.known(errno, fsbackend.OK))
@@ -44,7 +45,8 @@ func (s *Share) Releasedir(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	p.Releasedir(c, in)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -64,7 +66,8 @@ func (s *Share) Readdir(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsbacke
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Readdir(c, in, out)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -96,7 +99,8 @@ func (s *Share) Readdirplus(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsb
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Readdirplus(c, in, out)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -120,11 +124,24 @@ func (s *Share) listWay(c *fsbackend.Context, p *part, pos *position, in *fusepr
 	}
 	for i := first; i < uint64(len(pos.order)); i++ {
 		child := pos.order[i]
+		s.learn(c, child)
 		if !addName(out, child.ino.Load(), madeUpOffset+1+i, child.typ.Load(), []byte(child.name)) {
 			break
 		}
 	}
 	return fsbackend.OK
+}
+
+// learn finds out what a mount point is to be listed with that nobody has looked up yet, where it is cheap.
+func (s *Share) learn(c *fsbackend.Context, pos *position) {
+	g := pos.graft
+	if g == nil || g.file != nil || g.info.Isolated || g.info.Slow || pos.ino.Load() != g.base|fuseproto.FUSE_ROOT_ID {
+		return
+	}
+	var out fuseproto.EntryOut
+	if s.lookupMount(c, g, &out) == fsbackend.OK {
+		pos.ino.Store(out.Ino)
+	}
 }
 
 // addName adds an entry that the guest has to look up.
@@ -166,13 +183,14 @@ func (s *Share) listNames(c *fsbackend.Context, p *part, pos *position, in *fuse
 		l.Reset(l.iov[:], 0, uint64(size))
 		in.Size = uint32(size)
 		from := in.Offset
-		v := p.enter(c, &in.InHeader)
+		var v visit
+		p.enter(c, &in.InHeader, &v)
 		errno = p.Readdir(c, in, &l.DirList)
 		p.leave(c, &in.InHeader, &v)
 		if l.Written() == 0 {
 			return errno == fsbackend.OK, s.known(errno, unix.EOPNOTSUPP)
 		}
-		if !copyNames(p, pos, l.buf[:l.Written()], in, out) {
+		if !copyNames(pos, l.buf[:l.Written()], in, out) {
 			return false, fsbackend.OK
 		}
 		switch {
@@ -193,11 +211,14 @@ const (
 )
 
 // copyNames copies the fuse_dirents in buf, leaves in in.Offset where the next ones start, and reports false at the first
-// that does not fit.
-func copyNames(p *part, pos *position, buf []byte, in *fuseproto.ReadIn, out *fsbackend.DirList) bool {
-	for len(buf) > 0 {
+// that does not fit. What is no fuse_dirent, because a backend has used the list's Sink itself, ends it.
+func copyNames(pos *position, buf []byte, in *fuseproto.ReadIn, out *fsbackend.DirList) bool {
+	for len(buf) >= direntHeader {
 		ino, off := binary.NativeEndian.Uint64(buf), binary.NativeEndian.Uint64(buf[8:])
 		length, typ := binary.NativeEndian.Uint32(buf[16:]), binary.NativeEndian.Uint32(buf[20:])
+		if length > unix.NAME_MAX || len(buf) < (direntHeader+int(length)+7)&^7 {
+			return true
+		}
 		name := buf[direntHeader : direntHeader+length]
 		buf = buf[(direntHeader+length+7)&^7:]
 		if pos != nil {

@@ -27,7 +27,8 @@ func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.
 		out.Fh = p.base
 		return fsbackend.OK
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Open(c, in, out)
 	p.leave(c, &in.InHeader, &v)
 	return s.handle(p, &out.Fh, s.known(errno, fsbackend.OK))
@@ -41,7 +42,8 @@ func (s *Share) Release(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	p.Release(c, in)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -68,7 +70,8 @@ func (s *Share) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsback
 		}
 		return s.make(c, in, name, out)
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Create(c, in, name, out)
 	p.leave(c, &in.InHeader, &v)
 	if errno == unix.ENOSYS && !s.alone {
@@ -186,7 +189,8 @@ func (s *Share) Tmpfile(c *fsbackend.Context, in *fuseproto.CreateIn, out *fusep
 	if errno := p.mayCreate(c); errno != fsbackend.OK {
 		return errno
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Tmpfile(c, in, out)
 	p.leave(c, &in.InHeader, &v)
 	return s.created(p, out, s.known(errno, unix.EOPNOTSUPP))
@@ -203,7 +207,8 @@ func (s *Share) Read(c *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Read(c, in, dst)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -223,7 +228,8 @@ func (s *Share) Write(c *fsbackend.Context, in *fuseproto.WriteIn, src *fsbacken
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	n, errno := p.Write(c, in, src)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -241,7 +247,8 @@ func (s *Share) Flush(c *fsbackend.Context, in *fuseproto.FlushIn) Errno {
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Flush(c, in)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -268,7 +275,8 @@ func (s *Share) fsync(c *fsbackend.Context, in *fuseproto.FsyncIn, call func(fsb
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = call(p.Fsyncer, c, in)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -287,12 +295,17 @@ func (s *Share) Syncfs(c *fsbackend.Context, node uint64) Errno {
 	}
 	for _, other := range s.parts[1:] {
 		var one Errno
-		if other.info.Isolated {
+		switch {
+		case other.info.Isolated:
 			one = s.across(c, other, func(c *fsbackend.Context) Errno {
 				return s.syncfs(c, other, fuseproto.FUSE_ROOT_ID)
 			}, func() {})
-		} else {
+		case other.dead.Load():
+			one = unix.EIO
+		default:
+			other.begin()
 			one = s.syncfs(c, other, fuseproto.FUSE_ROOT_ID)
+			other.end()
 		}
 		if errno == fsbackend.OK {
 			errno = one
@@ -305,9 +318,10 @@ func (s *Share) syncfs(c *fsbackend.Context, p *part, node uint64) Errno {
 	if p.Syncfser == nil {
 		return s.lacks(fsbackend.OK)
 	}
-	v := p.enter(c, nil)
+	var v visit
+	p.enterNode(c, &v)
 	errno := p.Syncfs(c, node&numberMask)
-	p.leave(c, nil, &v)
+	p.leaveNode(c, &v)
 	return s.known(errno, fsbackend.OK)
 }
 
@@ -324,7 +338,8 @@ func (s *Share) Fallocate(c *fsbackend.Context, in *fuseproto.FallocateIn) Errno
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Fallocate(c, in)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -345,7 +360,8 @@ func (s *Share) Lseek(c *fsbackend.Context, in *fuseproto.LseekIn, out *fuseprot
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Lseek(c, in, out)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh
@@ -392,7 +408,8 @@ func (s *Share) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeI
 	}
 	fhIn, node, fhOut := in.FhIn, in.NodeIdOut, in.FhOut
 	in.FhIn, in.NodeIdOut, in.FhOut = fhIn&numberMask, node&numberMask, fhOut&numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	n, errno := p.CopyFileRange(c, in)
 	p.leave(c, &in.InHeader, &v)
 	in.FhIn, in.NodeIdOut, in.FhOut = fhIn, node, fhOut
@@ -419,7 +436,8 @@ func (s *Share) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, d
 	}
 	fh := in.Fh
 	in.Fh &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	result, errno := p.Ioctl(c, in, arg, dst)
 	p.leave(c, &in.InHeader, &v)
 	in.Fh = fh

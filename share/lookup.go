@@ -23,9 +23,10 @@ func (s *Share) Lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name,
 
 // lookup is the backend's.
 func (p *part) lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
-	v := p.enter(c, nil)
+	var v visit
+	p.enterNode(c, &v)
 	errno := p.Lookup(c, parent&numberMask, name, out)
-	p.leave(c, nil, &v)
+	p.leaveNode(c, &v)
 	return errno
 }
 
@@ -127,7 +128,8 @@ func (s *Share) lookupMount(c *fsbackend.Context, g *part, out *fuseproto.EntryO
 		call.in.NodeId, call.in.Caller = fuseproto.FUSE_ROOT_ID, c.Caller
 		g.begin()
 		defer g.end()
-		v := g.enter(c, &call.in.InHeader)
+		var v visit
+		g.enter(c, &call.in.InHeader, &v)
 		errno := g.Getattr(c, &call.in, &call.out)
 		g.leave(c, &call.in.InHeader, &v)
 		if errno != fsbackend.OK {

@@ -30,7 +30,8 @@ func (s *Share) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbacken
 	if p.Maker == nil {
 		return s.lacks(unix.EPERM)
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Mknod(c, in, name, out)
 	p.leave(c, &in.InHeader, &v)
 	return s.entry(p, out, s.known(errno, unix.EPERM))
@@ -45,7 +46,8 @@ func (s *Share) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbacken
 	if p.Maker == nil {
 		return s.lacks(unix.EPERM)
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Mkdir(c, in, name, out)
 	p.leave(c, &in.InHeader, &v)
 	return s.entry(p, out, s.known(errno, unix.EPERM))
@@ -60,9 +62,10 @@ func (s *Share) Symlink(c *fsbackend.Context, parent uint64, name, target fsback
 	if p.Maker == nil {
 		return s.lacks(unix.EPERM)
 	}
-	v := p.enter(c, nil)
+	var v visit
+	p.enterNode(c, &v)
 	errno = p.Symlink(c, parent&numberMask, name, target, out)
-	p.leave(c, nil, &v)
+	p.leaveNode(c, &v)
 	return s.entry(p, out, s.known(errno, unix.EPERM))
 }
 
@@ -86,7 +89,8 @@ func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.
 	}
 	old := in.Oldnodeid
 	in.Oldnodeid &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Link(c, in, name, out)
 	p.leave(c, &in.InHeader, &v)
 	in.Oldnodeid = old
@@ -115,9 +119,10 @@ func (s *Share) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	v := p.enter(c, nil)
+	var v visit
+	p.enterNode(c, &v)
 	errno = p.Unlink(c, parent&numberMask, name)
-	p.leave(c, nil, &v)
+	p.leaveNode(c, &v)
 	return s.known(errno, unix.EPERM)
 }
 
@@ -127,9 +132,10 @@ func (s *Share) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) 
 	if errno != fsbackend.OK {
 		return errno
 	}
-	v := p.enter(c, nil)
+	var v visit
+	p.enterNode(c, &v)
 	errno = p.Rmdir(c, parent&numberMask, name)
-	p.leave(c, nil, &v)
+	p.leaveNode(c, &v)
 	return s.known(errno, unix.EPERM)
 }
 
@@ -164,7 +170,8 @@ func (s *Share) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, n
 	}
 	newdir := in.Newdir
 	in.Newdir &= numberMask
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Rename(c, in, oldName, newName)
 	p.leave(c, &in.InHeader, &v)
 	in.Newdir = newdir

@@ -65,45 +65,56 @@ func newPart(index int, g *Graft) *part {
 
 // visit is what enter has changed in a request.
 type visit struct {
-	ctx    fuseproto.Caller
-	groups []uint32
 	node   uint64
+	ctx    fuseproto.Caller
 	header fuseproto.Caller
+	groups []uint32
 }
 
 // enter makes the numbers and ids of a request the backend's own. leave puts them back: a call that ends in ErrMayBlock is
-// made again. h is nil where the call has no In struct.
-func (p *part) enter(c *fsbackend.Context, h *fuseproto.InHeader) (v visit) {
-	if h != nil {
-		v.node = h.NodeId
-		h.NodeId &= numberMask
-	}
+// made again.
+func (p *part) enter(c *fsbackend.Context, h *fuseproto.InHeader, v *visit) {
+	v.node = h.NodeId
+	h.NodeId &= numberMask
 	if p.mapped {
-		v.ctx, v.groups = c.Caller, c.SuppGroups
-		p.disguise(&c.Caller)
-		c.SuppGroups = p.groups(c.SuppGroups)
-		if h != nil {
-			v.header = h.Caller
-			p.disguise(&h.Caller)
-		}
+		p.disguise(c, h, v)
 	}
-	return v
 }
 
 func (p *part) leave(c *fsbackend.Context, h *fuseproto.InHeader, v *visit) {
-	if h != nil {
-		h.NodeId = v.node
-	}
+	h.NodeId = v.node
 	if p.mapped {
-		c.Caller, c.SuppGroups = v.ctx, v.groups
-		if h != nil {
-			h.Caller = v.header
-		}
+		p.leaveNode(c, v)
+		h.Caller = v.header
 	}
 }
 
-// disguise translates a caller; one without an id here acts with OverflowID, and mayCreate keeps it from leaving that anywhere.
-func (p *part) disguise(c *fuseproto.Caller) {
+// enterNode is enter for a call without an In struct.
+func (p *part) enterNode(c *fsbackend.Context, v *visit) {
+	if p.mapped {
+		p.disguise(c, nil, v)
+	}
+}
+
+func (p *part) leaveNode(c *fsbackend.Context, v *visit) {
+	if p.mapped {
+		c.Caller, c.SuppGroups = v.ctx, v.groups
+	}
+}
+
+// disguise translates the ids in c and, unless nil, h.
+func (p *part) disguise(c *fsbackend.Context, h *fuseproto.InHeader, v *visit) {
+	v.ctx, v.groups = c.Caller, c.SuppGroups
+	p.translate(&c.Caller)
+	c.SuppGroups = p.groups(c.SuppGroups)
+	if h != nil {
+		v.header = h.Caller
+		p.translate(&h.Caller)
+	}
+}
+
+// translate makes a caller the backend's; one without an id here acts with OverflowID, and mayCreate keeps it from leaving that anywhere.
+func (p *part) translate(c *fuseproto.Caller) {
 	c.Uid, _ = p.uids.host(c.Uid)
 	c.Gid, _ = p.gids.host(c.Gid)
 }

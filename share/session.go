@@ -12,13 +12,14 @@ const readdirplusFlags = fuseproto.FUSE_DO_READDIRPLUS | fuseproto.FUSE_READDIRP
 // WantFlags implements fsbackend.Wanter: what every part wants, for a flag holds for all of them.
 func (s *Share) WantFlags(defaults uint64) uint64 {
 	grafts := s.parts[:len(s.shown)]
-	want := ^uint64(0)
+	want, some := ^uint64(0), uint64(0)
 	plus := false
 	for _, p := range grafts {
 		flags := defaults
 		if p.Wanter != nil {
 			flags = p.WantFlags(defaults)
 		}
+		some |= flags
 		if p.DirPlusReader != nil {
 			plus = plus || flags&readdirplusFlags != 0
 			want &= flags
@@ -39,6 +40,10 @@ func (s *Share) WantFlags(defaults uint64) uint64 {
 			// A guest that checks access lists itself would find the backend's ids in them.
 			want &^= fuseproto.FUSE_POSIX_ACL
 		}
+	}
+	if lost := some &^ defaults &^ want & (fuseproto.FUSE_POSIX_ACL | fuseproto.FUSE_SECURITY_CTX); lost != 0 {
+		s.log.Warn("access lists or security labels are off for the whole share: not every part can do them",
+			"posix_acl", lost&fuseproto.FUSE_POSIX_ACL != 0, "security_ctx", lost&fuseproto.FUSE_SECURITY_CTX != 0)
 	}
 	return want
 }

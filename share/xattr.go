@@ -26,7 +26,8 @@ func (s *Share) Getxattr(c *fsbackend.Context, in *fuseproto.GetxattrIn, name fs
 	case p.holdsIDs(name):
 		return 0, unix.EOPNOTSUPP
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	size, errno := p.Getxattr(c, in, name, dst)
 	p.leave(c, &in.InHeader, &v)
 	return size, s.known(errno, unix.EOPNOTSUPP)
@@ -41,7 +42,8 @@ func (s *Share) Listxattr(c *fsbackend.Context, in *fuseproto.GetxattrIn, dst *f
 	if p.XattrReader == nil {
 		return 0, s.lacks(unix.EOPNOTSUPP)
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	size, errno := p.Listxattr(c, in, dst)
 	p.leave(c, &in.InHeader, &v)
 	return size, s.known(errno, unix.EOPNOTSUPP)
@@ -58,7 +60,8 @@ func (s *Share) Setxattr(c *fsbackend.Context, in *fuseproto.SetxattrIn, name fs
 	case p.holdsIDs(name):
 		return unix.EOPNOTSUPP
 	}
-	v := p.enter(c, &in.InHeader)
+	var v visit
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Setxattr(c, in, name, value)
 	p.leave(c, &in.InHeader, &v)
 	return s.known(errno, unix.EOPNOTSUPP)
@@ -75,8 +78,9 @@ func (s *Share) Removexattr(c *fsbackend.Context, node uint64, name fsbackend.Na
 	case p.holdsIDs(name):
 		return unix.EOPNOTSUPP
 	}
-	v := p.enter(c, nil)
+	var v visit
+	p.enterNode(c, &v)
 	errno = p.Removexattr(c, node&numberMask, name)
-	p.leave(c, nil, &v)
+	p.leaveNode(c, &v)
 	return s.known(errno, unix.EOPNOTSUPP)
 }
