@@ -65,6 +65,10 @@ func newLane(p *pool, part *fsbackend.Part) *lane {
 // hand takes over t.
 func (l *lane) hand(t *task) {
 	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return // FORGETs: requests have ended
+	}
 	if l.part != nil {
 		t.since = time.Now()
 		if l.tasks == 0 {

@@ -71,9 +71,10 @@ type pool struct {
 	shared  *lane
 	full    atomic.Int32 // lanes that keep the device from fetching
 
-	mu    sync.Mutex
-	spare []*task
-	lanes map[*fsbackend.Part]*lane // of isolated parts, made when first needed
+	mu     sync.Mutex
+	spare  []*task
+	lanes  map[*fsbackend.Part]*lane // of isolated parts, made when first needed
+	closed bool                      // no more of them
 
 	// The watch ends what takes too long in these; it runs once there is one of them.
 	asleep  atomic.Bool
@@ -125,6 +126,9 @@ func (p *pool) lane(part *fsbackend.Part) *lane {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	l := p.lanes[part]
+	if l == nil && p.closed {
+		return p.shared
+	}
 	if l == nil {
 		l = newLane(p, part)
 		if len(p.lanes) == 0 {
@@ -210,6 +214,9 @@ func (p *pool) patrol() (tick time.Duration) {
 func (p *pool) close(timeout time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
 	lanes := append(p.isolated(), p.shared)
 	for _, l := range lanes {
 		l.close()
