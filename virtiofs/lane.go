@@ -204,14 +204,6 @@ func (l *lane) busy() bool {
 	return l.tasks > 0
 }
 
-// tick returns how often the watch has to look.
-func (l *lane) tick() time.Duration {
-	if l.part.Timeout == 0 {
-		return stalled / patrols
-	}
-	return max(l.part.Timeout/patrols, minTick)
-}
-
 // sweep takes given-up requests into account: those that wait go, the threads of those that run are left behind until they
 // return.
 func (l *lane) sweep(now time.Time) {
