@@ -65,6 +65,10 @@ func newLane(p *pool, part *fsbackend.Part) *lane {
 // hand takes over t.
 func (l *lane) hand(t *task) {
 	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return // FORGETs: requests have ended
+	}
 	if l.part != nil {
 		t.since = time.Now()
 		if l.tasks == 0 {
@@ -198,14 +202,6 @@ func (l *lane) busy() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.tasks > 0
-}
-
-// tick returns how often the watch has to look.
-func (l *lane) tick() time.Duration {
-	if l.part.Timeout == 0 {
-		return stalled / patrols
-	}
-	return max(l.part.Timeout/patrols, minTick)
 }
 
 // sweep takes given-up requests into account: those that wait go, the threads of those that run are left behind until they

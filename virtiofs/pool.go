@@ -71,9 +71,10 @@ type pool struct {
 	shared  *lane
 	full    atomic.Int32 // lanes that keep the device from fetching
 
-	mu    sync.Mutex
-	spare []*task
-	lanes map[*fsbackend.Part]*lane // of isolated parts, made when first needed
+	mu     sync.Mutex
+	spare  []*task
+	lanes  map[*fsbackend.Part]*lane // of isolated parts, made when first needed
+	closed bool                      // no more of them
 
 	// The watch ends what takes too long in these; it runs once there is one of them.
 	asleep  atomic.Bool
@@ -125,6 +126,9 @@ func (p *pool) lane(part *fsbackend.Part) *lane {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	l := p.lanes[part]
+	if l == nil && p.closed {
+		return p.shared
+	}
 	if l == nil {
 		l = newLane(p, part)
 		if len(p.lanes) == 0 {
@@ -162,45 +166,55 @@ func (p *pool) rouse() {
 // watch gives up what takes too long in isolated lanes. It sleeps while they have nothing to do.
 func (p *pool) watch() {
 	debug.SetPanicOnFault(true) // it completes requests
-	timer := time.NewTimer(0)
+	timer := time.NewTimer(minTick)
 	defer timer.Stop()
 	for {
 		select {
-		case <-timer.C:
-		case <-p.wake:
 		case <-p.closing:
 			return
+		case <-p.wake: // nothing can have taken too long yet
+			timer.Reset(p.tick())
+			continue
+		case <-timer.C:
 		}
-		tick := p.patrol()
-		if tick == 0 {
+		busy := p.patrol()
+		if !busy {
 			p.asleep.Store(true)
-			// A task that came before that has not roused anybody.
-			if tick = p.patrol(); tick == 0 || !p.asleep.CompareAndSwap(true, false) {
-				continue // asleep, or there is a wake already
-			}
+			// What came just before has roused nobody; what came since has sent a wake.
+			busy = p.busy() && p.asleep.CompareAndSwap(true, false)
 		}
-		timer.Reset(tick)
+		if busy {
+			timer.Reset(p.tick())
+		}
 	}
 }
 
-// patrol looks at every lane once and returns after what time it has to be done again; 0 is never.
-func (p *pool) patrol() (tick time.Duration) {
-	lanes := p.isolated()
-	tick = stalled / patrols
-	busy := false
-	for _, l := range lanes {
-		busy = l.busy() || busy
-		tick = min(tick, l.tick())
-	}
-	if !busy {
-		return 0
+// patrol looks at everything once and says whether it has to be looked at again.
+func (p *pool) patrol() (busy bool) {
+	if !p.busy() {
+		return false
 	}
 	now := time.Now()
 	for _, q := range p.device.queues {
 		q.giveUpOverdue(now)
 	}
-	for _, l := range lanes {
+	for _, l := range p.isolated() {
 		l.sweep(now)
+	}
+	return true
+}
+
+func (p *pool) busy() bool {
+	return slices.ContainsFunc(p.isolated(), (*lane).busy)
+}
+
+// tick returns how often the watch has to look.
+func (p *pool) tick() time.Duration {
+	tick := stalled / patrols
+	for _, l := range p.isolated() {
+		if l.part.Timeout > 0 {
+			tick = min(tick, max(l.part.Timeout/patrols, minTick))
+		}
 	}
 	return tick
 }
@@ -210,6 +224,9 @@ func (p *pool) patrol() (tick time.Duration) {
 func (p *pool) close(timeout time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
 	lanes := append(p.isolated(), p.shared)
 	for _, l := range lanes {
 		l.close()

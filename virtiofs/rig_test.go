@@ -42,6 +42,7 @@ type rig struct {
 	fe     *vhosttest.FrontEnd
 	mem    *vqtest.Memory
 	queues []*rigQueue
+	num    uint16 // size of each ring
 	served chan error
 	unique uint64
 }
@@ -72,7 +73,7 @@ func newMem(t testing.TB) *mem.FS {
 
 func newDevice(t testing.TB, backend fsbackend.Backend, cfg Config) (*Device, *fuseserver.Server) {
 	t.Helper()
-	server, err := fuseserver.New(fuseserver.Config{Backend: backend, Xattr: true})
+	server, err := fuseserver.New(fuseserver.Config{Backend: backend, Xattr: true, Log: cfg.Log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +91,13 @@ func newDevice(t testing.TB, backend fsbackend.Backend, cfg Config) (*Device, *f
 // newRig serves backend and brings every queue up.
 func newRig(t testing.TB, backend fsbackend.Backend, cfg Config) *rig {
 	t.Helper()
-	r := &rig{t: t}
+	return newRigOf(t, 256, backend, cfg)
+}
+
+// newRigOf is newRig with rings of num entries.
+func newRigOf(t testing.TB, num uint16, backend fsbackend.Backend, cfg Config) *rig {
+	t.Helper()
+	r := &rig{t: t, num: num}
 	r.device, r.server = newDevice(t, backend, cfg)
 	t.Cleanup(func() {
 		r.disconnect()
@@ -131,7 +138,7 @@ func (r *rig) connect() {
 	}
 	r.queues = nil
 	for range r.device.NumQueues() {
-		d, err := vqtest.New(vqtest.Config{Num: 256, Features: features, Memory: r.mem})
+		d, err := vqtest.New(vqtest.Config{Num: r.num, Features: features, Memory: r.mem})
 		r.check(err)
 		q := &rigQueue{Driver: d, kick: eventfd(r.t), call: eventfd(r.t), err: eventfd(r.t), chains: make(map[uint16]vqtest.Chain)}
 		r.queues = append(r.queues, q)
