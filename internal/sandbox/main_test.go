@@ -277,11 +277,16 @@ func enter[T any](t *testing.T, w who, s scenario) (T, report) {
 	if status != 0 || said != "" {
 		t.Fatalf("exit status %d: %s", status, said)
 	}
-	var found T
+	return decode[T](t, r), r
+}
+
+// decode returns what the probe found.
+func decode[T any](t *testing.T, r report) (found T) {
+	t.Helper()
 	if err := json.Unmarshal(r.Found, &found); err != nil {
 		t.Fatalf("%v in %q", err, r.Found)
 	}
-	return found, r
+	return found
 }
 
 // fails runs the program, which must fail with a message that has want in it.

@@ -7,12 +7,15 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/sys"
 )
 
 // probes run in the sandbox; what they find goes to the test.
@@ -38,12 +41,16 @@ var probes = map[string]func(*inside) (any, error){
 	},
 	"submount": submount,
 	"reopen":   reopen,
+	"check":    check,
 }
 
 // listTree lists all there is.
 func listTree() ([]string, error) {
 	var all []string
 	err := filepath.WalkDir("/", func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrPermission) {
+			return nil
+		}
 		if err != nil {
 			return err
 		}
@@ -213,8 +220,9 @@ func attempts(in *inside) (map[string]string, error) {
 	}())
 	try("new mount namespace", unix.Unshare(unix.CLONE_NEWNS))
 	try("chroot", unix.Chroot(source))
-	try("kill all", unix.Kill(-1, unix.SIGKILL))
-	try("kill a process of the host", unix.Kill(in.hostPID(), 0))
+	// Signal 0 asks whether one could be sent, and sends none: a sandbox that fails here must not take the host with it.
+	try("signal all", unix.Kill(-1, 0))
+	try("signal a process of the host", unix.Kill(in.hostPID(), 0))
 	try("regain privileges", capsetAll(capOf(unix.CAP_SYS_ADMIN)|capOf(unix.CAP_SYS_CHROOT)))
 	return tried, nil
 }
@@ -286,4 +294,47 @@ func reopen(in *inside) (any, error) {
 		return nil, fmt.Errorf("link: %w", err)
 	}
 	return strings.Clone(string(text[:n])), nil
+}
+
+// check makes one thread differ, in what Arg says, and has the threads checked.
+func check(in *inside) (any, error) {
+	if err := in.box.porter.end(); err != nil {
+		return nil, err
+	}
+	in.box.porter = nil
+	states, err := readThreads(in.tasks)
+	if err != nil {
+		return nil, err
+	}
+	var want threadState
+	for _, want = range states {
+	}
+	if err := checkThreads(in.tasks, want); err != nil {
+		return nil, fmt.Errorf("before: %w", err)
+	}
+	changed := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		switch in.Arg {
+		case "capabilities":
+			errno := sys.SetThreadCaps(sys.Caps{Effective: uint64(want.effective &^ 1), Permitted: uint64(want.permitted)})
+			changed <- ignoreZero(errno)
+		case "no_new_privs":
+			changed <- unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+		case "root":
+			changed <- errors.Join(unix.Unshare(unix.CLONE_FS), unix.Chroot(in.paths[0]))
+		}
+		select {}
+	}()
+	if err := <-changed; err != nil {
+		return nil, fmt.Errorf("change a thread: %w", err)
+	}
+	return nil, checkThreads(in.tasks, want)
+}
+
+func ignoreZero(errno unix.Errno) error {
+	if errno == 0 {
+		return nil
+	}
+	return errno
 }
