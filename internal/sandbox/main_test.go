@@ -155,6 +155,11 @@ func launcher(s scenario) (int, error) {
 	if err != nil {
 		return 1, err
 	}
+	if s.Probe == "early" {
+		if err := child.Signal(unix.SIGTERM); err != nil {
+			return 1, err
+		}
+	}
 	if s.Probe == "launcher" {
 		found, err := readThreadsOf("/proc/self/task")
 		if err != nil {

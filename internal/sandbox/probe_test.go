@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -30,12 +31,13 @@ var probes = map[string]func(*inside) (any, error){
 	"signals":  waitForSignals,
 	"exit": func(in *inside) (any, error) {
 		status, err := strconv.Atoi(in.Arg)
-		os.Exit(status)
+		if err == nil {
+			os.Exit(status)
+		}
 		return nil, err
 	},
 	"forbidden": func(*inside) (any, error) { return nil, forbiddenCall() },
-	"ready": func(in *inside) (any, error) {
-		fmt.Println("ready")
+	"early": func(in *inside) (any, error) {
 		<-in.box.Orphaned()
 		return nil, nil
 	},
@@ -306,9 +308,7 @@ func check(in *inside) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	var want threadState
-	for _, want = range states {
-	}
+	want := slices.Collect(maps.Values(states))[0]
 	if err := checkThreads(in.tasks, want); err != nil {
 		return nil, fmt.Errorf("before: %w", err)
 	}

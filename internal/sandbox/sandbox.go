@@ -79,11 +79,6 @@ func New(mode Mode) (*Box, error) {
 	return &Box{mode: mode}, nil
 }
 
-// Mode returns the mode.
-func (b *Box) Mode() Mode {
-	return b.mode
-}
-
 // Orphaned returns a channel that is closed when the launcher has gone, however it ended: the daemon should end in good
 // order. It is nil, and thus never ready, where there is no launcher.
 func (b *Box) Orphaned() <-chan struct{} {
