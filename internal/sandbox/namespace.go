@@ -108,7 +108,27 @@ func (b *Box) enterNamespace(v View) (paths []string, err error) {
 			return nil, err
 		}
 	}
-	return paths, changeRoot(root.Int())
+	if err := changeRoot(root.Int()); err != nil {
+		return nil, err
+	}
+	for _, file := range v.Files {
+		if err := sameFile(file, files[file].Int()); err != nil {
+			return nil, fmt.Errorf("file %s that is needed in the sandbox: %w", file, err)
+		}
+	}
+	return paths, nil
+}
+
+// sameFile says what is wrong if path is not what fd is.
+func sameFile(path string, fd int) error {
+	var want, got unix.Stat_t
+	if err := unix.Fstat(fd, &want); err != nil {
+		return err
+	}
+	if err := unix.Stat(path, &got); err != nil || got.Dev != want.Dev || got.Ino != want.Ino {
+		return errors.New("a symbolic link on the way leads to what is not there: expected that to be asked for as well")
+	}
+	return nil
 }
 
 // checkFiles refuses paths that cannot be had inside.
@@ -259,7 +279,11 @@ func changeRoot(root int) error {
 		return fmt.Errorf("change to the new root: %w", err)
 	}
 	// The old root is mounted on the new one then, and "." leads to it.
-	if err := unix.PivotRoot(".", "."); err != nil {
+	err := unix.PivotRoot(".", ".")
+	if errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("change the root: %w: not from an initial ramdisk; expected another root, or --sandbox chroot or none", err)
+	}
+	if err != nil {
 		return fmt.Errorf("change the root: %w", err)
 	}
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {

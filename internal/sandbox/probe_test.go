@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -44,6 +43,9 @@ var probes = map[string]func(*inside) (any, error){
 	"submount": submount,
 	"reopen":   reopen,
 	"check":    check,
+	"create": func(in *inside) (any, error) {
+		return unix.ErrnoName(ignoreNil(unix.Mknod(in.Arg, unix.S_IFREG|0o600, 0))), nil
+	},
 }
 
 // listTree lists all there is.
@@ -76,11 +78,14 @@ type process struct {
 	Core          uint64
 	Umask         int
 	Session       bool // it has a session of its own
-	Zone          string
+	Namespaces    map[string]string
 }
 
+// namespaces are the kinds of namespaces of a process, as /proc/PID/ns names them.
+var namespaces = []string{"cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"}
+
 func describe(in *inside) (process, error) {
-	p := process{PID: os.Getpid(), UID: os.Geteuid(), GID: os.Getegid(), Args: os.Args[1:], Zone: time.Now().Location().String()}
+	p := process{PID: os.Getpid(), UID: os.Geteuid(), GID: os.Getegid(), Args: os.Args[1:], Namespaces: map[string]string{}}
 	_, p.Marked = os.LookupEnv(marker)
 	p.Umask = unix.Umask(0)
 	var err error
@@ -92,6 +97,18 @@ func describe(in *inside) (process, error) {
 		return p, err
 	}
 	p.Session = sid == os.Getpid()
+	tids, err := in.tasks.Readdirnames(1)
+	if err != nil {
+		return p, err
+	}
+	for _, kind := range namespaces {
+		var name [64]byte
+		n, err := unix.Readlinkat(int(in.tasks.Fd()), tids[0]+"/ns/"+kind, name[:])
+		if err != nil {
+			return p, err
+		}
+		p.Namespaces[kind] = string(name[:n])
+	}
 	interfaces, err := net.Interfaces()
 	if err != nil {
 		return p, err
@@ -336,5 +353,11 @@ func ignoreZero(errno unix.Errno) error {
 	if errno == 0 {
 		return nil
 	}
+	return errno
+}
+
+func ignoreNil(err error) unix.Errno {
+	var errno unix.Errno
+	errors.As(err, &errno)
 	return errno
 }

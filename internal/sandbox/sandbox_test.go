@@ -136,6 +136,37 @@ func TestNetworkFiles(t *testing.T) {
 	}
 }
 
+// TestLinkedFiles asks for a file that a symbolic link in a directory leads to.
+func TestLinkedFiles(t *testing.T) {
+	dir := tree(t, user)
+	if err := os.Symlink("../file", dir+"/sub/link"); err != nil {
+		t.Fatal(err)
+	}
+	found, _ := enter[[]string](t, user, scenario{View: View{Files: []string{dir + "/sub/link"}}, Probe: "tree"})
+	if !slices.Contains(found, dir+"/sub/link") || slices.Contains(found, dir+"/file") {
+		t.Errorf("found %q", found)
+	}
+	fails(t, user, scenario{View: View{Files: []string{dir + "/sub", dir + "/sub/link"}}}, "/sub/link that is needed", "a symbolic link on the way")
+	enter[[]string](t, user, scenario{View: View{Files: []string{dir + "/sub", dir + "/sub/link", dir + "/file"}}, Probe: "tree"})
+}
+
+// TestEverything has the host's root for a source, with /proc, /sys, /dev and all.
+func TestEverything(t *testing.T) {
+	bothUsers(t, func(t *testing.T, w who) {
+		for _, readonly := range []bool{false, true} {
+			dir := tree(t, w)
+			s := scenario{View: View{Sources: []Source{{Path: "/", ReadOnly: readonly}}}, Probe: "create", Arg: "/sources/0" + dir + "/made"}
+			want := ""
+			if readonly {
+				want = "EROFS"
+			}
+			if got, _ := enter[string](t, w, s); got != want {
+				t.Errorf("read-only %t: create a file: %q, want %q", readonly, got, want)
+			}
+		}
+	})
+}
+
 func TestProcess(t *testing.T) {
 	eachKind(t, func(t *testing.T, w who, mode Mode) {
 		dir := tree(t, w)
@@ -149,7 +180,7 @@ func TestProcess(t *testing.T) {
 			s.Pass = []string{dir + "/file", dir + "/sub/file"}
 		}
 		cmd := command(t, w, s)
-		cmd.ExtraFiles = []*os.File{extra} // what a careless parent leaves open
+		cmd.ExtraFiles = slices.Repeat([]*os.File{extra}, 9) // what a careless parent leaves open
 		r, status, said := run(t, cmd)
 		if status != 0 {
 			t.Fatalf("exit status %d: %s", status, said)
@@ -175,6 +206,26 @@ func TestProcess(t *testing.T) {
 		if p.Marked || p.Core != 0 {
 			t.Errorf("%+v", p)
 		}
+		var own []string
+		for _, kind := range namespaces {
+			name, err := os.Readlink("/proc/self/ns/" + kind)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if name != p.Namespaces[kind] {
+				own = append(own, kind)
+			}
+		}
+		var want []string
+		if mode == Namespace {
+			want = []string{"ipc", "mnt", "net", "pid"}
+		}
+		if mode == Namespace && w == user {
+			want = append(want, "user")
+		}
+		if !slices.Equal(own, want) {
+			t.Errorf("it has %q namespaces of its own, want %q", own, want)
+		}
 		if mode != Namespace {
 			return
 		}
@@ -190,7 +241,7 @@ func TestProcess(t *testing.T) {
 			name := filepath.Base(d)
 			return name == "task" || strings.HasPrefix(name, "cpu.")
 		})
-		want := []string{
+		want = []string{
 			"/dev/null", "pipe", "pipe", // the standard streams
 			"pipe", // the lifeline
 			dir + "/file", dir + "/sub/file",
