@@ -39,8 +39,7 @@ func (l Launch) Validate() error {
 		return nil
 	}
 	if os.Geteuid() == 0 {
-		return errors.New("--uid-map and --gid-map are for ordinary users, and this is root: expected neither; " +
-			"--translate-uid and --translate-gid change ids for root")
+		return errors.New("--uid-map and --gid-map are for ordinary users, and this is root: expected neither")
 	}
 	if err := checkIDMaps(l.uidMap(), uint32(os.Geteuid())); err != nil {
 		return fmt.Errorf("map of user ids: %w", err)
@@ -83,7 +82,7 @@ func Start(l Launch) (*Child, error) {
 		return nil, err
 	}
 	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return nil, fmt.Errorf("keep descriptors from the sandbox: %w: expected Linux 5.11 or later", err)
+		return nil, fmt.Errorf("keep descriptors from the sandbox: %w", sinceLinux(err, "5.11"))
 	}
 	life, lifeline, err := os.Pipe()
 	if err != nil {

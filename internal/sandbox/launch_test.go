@@ -347,6 +347,26 @@ func withoutAdmin(t *testing.T, cmd *exec.Cmd) {
 	cmd.Path = setpriv
 }
 
+// TestHiddenProc has part of /proc covered, as containers have it: a user namespace must not mount what uncovers it.
+func TestHiddenProc(t *testing.T) {
+	needRoot(t)
+	if err := unix.Mount("none", "/proc/sys", "tmpfs", unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount("/proc/sys", unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	s := scenario{View: View{Sources: []Source{{Path: tree(t, user)}}}, Probe: "tree"}
+	_, status, said := run(t, command(t, user, s))
+	// Linux may come to allow it for a /proc that shows processes only.
+	if status != 0 && (!strings.Contains(said, "whose /proc is partly hidden") || strings.Contains(said, "\n")) {
+		t.Errorf("exit status %d: %s", status, said)
+	}
+	enter[[]string](t, root, s)
+}
+
 // TestMissingCapability enters without a namespace and without a capability that is wanted, as in a container.
 func TestMissingCapability(t *testing.T) {
 	needRoot(t)
@@ -438,8 +458,12 @@ func TestSubmounts(t *testing.T) {
 			if err := json.Unmarshal(out.Bytes(), &r); err != nil {
 				t.Fatal(err)
 			}
-			if text := decode[string](t, r); text != "in a mount at "+name {
-				t.Errorf("%s: read %q", name, text)
+			found := decode[[]string](t, r)
+			if found[0] != "in a mount at "+name {
+				t.Errorf("%s: read %q", name, found[0])
+			}
+			if name == "before" && found[1] != "EROFS" {
+				t.Errorf("create a file in a mount below a read-only source: %q, want EROFS", found[1])
 			}
 		}
 	})

@@ -93,6 +93,9 @@ func private() int {
 
 // program is the life of a daemon, as the package's documentation has it.
 func program(text string) (int, error) {
+	if text == firstThread {
+		return 0, porterOnFirstThread()
+	}
 	var s scenario
 	if err := json.Unmarshal([]byte(text), &s); err != nil {
 		return 1, err

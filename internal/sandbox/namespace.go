@@ -160,9 +160,17 @@ func cloneTree(dirfd int, name string, attr uint64) (*sys.FD, error) {
 	}
 	if err := unix.MountSetattr(fd, "", at, &unix.MountAttr{Attr_set: attr}); err != nil {
 		_ = unix.Close(fd)
-		return nil, fmt.Errorf("restrict the mounts: %w: expected Linux 5.12 or later", err)
+		return nil, fmt.Errorf("restrict the mounts: %w", sinceLinux(err, "5.12"))
 	}
 	return sys.NewFD(fd), nil
+}
+
+// sinceLinux adds to err what kernel has the system call, if this one has it not.
+func sinceLinux(err error, version string) error {
+	if errors.Is(err, unix.ENOSYS) {
+		return fmt.Errorf("%w: expected Linux %s or later", err, version)
+	}
+	return err
 }
 
 // procSelfFD is all that is ever inside of /proc.

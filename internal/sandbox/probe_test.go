@@ -44,7 +44,7 @@ var probes = map[string]func(*inside) (any, error){
 	"reopen":   reopen,
 	"check":    check,
 	"create": func(in *inside) (any, error) {
-		return unix.ErrnoName(ignoreNil(unix.Mknod(in.Arg, unix.S_IFREG|0o600, 0))), nil
+		return unix.ErrnoName(errnoOf(unix.Mknod(in.Arg, unix.S_IFREG|0o600, 0))), nil
 	},
 }
 
@@ -177,13 +177,8 @@ func readThreadsOf(path string) (map[string]thread, error) {
 func attempts(in *inside) (map[string]string, error) {
 	tried := map[string]string{}
 	try := func(what string, err error) {
-		var errno unix.Errno
-		switch {
-		case err == nil:
-			tried[what] = ""
-		case errors.As(err, &errno):
-			tried[what] = unix.ErrnoName(errno)
-		default:
+		tried[what] = unix.ErrnoName(errnoOf(err))
+		if err != nil && tried[what] == "" {
 			tried[what] = err.Error()
 		}
 	}
@@ -281,7 +276,8 @@ func orphan(in *inside) (any, error) {
 	return nil, nil
 }
 
-// submount says that it is ready, waits for a line on a pipe that was passed and reads the file Arg in the source.
+// submount says that it is ready, waits for a line on a pipe that was passed, reads the file Arg in the source and
+// creates one beside it.
 func submount(in *inside) (any, error) {
 	fmt.Fprintln(os.Stderr, "ready")
 	var line [1]byte
@@ -289,7 +285,8 @@ func submount(in *inside) (any, error) {
 		return nil, err
 	}
 	text, err := os.ReadFile(in.paths[0] + "/" + in.Arg)
-	return string(text), err
+	change := unix.Mknod(in.paths[0]+"/"+in.Arg+"2", unix.S_IFREG|0o600, 0)
+	return []string{string(text), unix.ErrnoName(errnoOf(change))}, err
 }
 
 // reopen opens a file of the source by O_PATH and again through ProcSelfFD, as passthrough does.
@@ -334,8 +331,10 @@ func check(in *inside) (any, error) {
 		runtime.LockOSThread()
 		switch in.Arg {
 		case "capabilities":
-			errno := sys.SetThreadCaps(sys.Caps{Effective: uint64(want.effective &^ 1), Permitted: uint64(want.permitted)})
-			changed <- ignoreZero(errno)
+			if errno := sys.SetThreadCaps(sys.Caps{Effective: uint64(want.effective &^ 1), Permitted: uint64(want.permitted)}); errno != 0 {
+				changed <- errno
+			}
+			changed <- nil
 		case "no_new_privs":
 			changed <- unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 		case "root":
@@ -349,14 +348,8 @@ func check(in *inside) (any, error) {
 	return nil, checkThreads(in.tasks, want)
 }
 
-func ignoreZero(errno unix.Errno) error {
-	if errno == 0 {
-		return nil
-	}
-	return errno
-}
-
-func ignoreNil(err error) unix.Errno {
+// errnoOf is the errno that err is, 0 for none.
+func errnoOf(err error) unix.Errno {
 	var errno unix.Errno
 	errors.As(err, &errno)
 	return errno

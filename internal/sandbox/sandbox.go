@@ -86,8 +86,11 @@ func (b *Box) Orphaned() <-chan struct{} {
 }
 
 // ProcSelfFD returns a descriptor of /proc/self/fd (O_PATH) that stays good when /proc is out of reach. It is the box's
-// own, and is there from Enter to Close.
+// own, and is there from Enter to Close; -1 before.
 func (b *Box) ProcSelfFD() int {
+	if b.procfd == nil {
+		return -1
+	}
 	return b.procfd.Int()
 }
 
