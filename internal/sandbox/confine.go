@@ -76,9 +76,7 @@ func dropAll(caps CapSet, bounding bool) (missing CapSet, want threadState, err 
 			return 0, want, fmt.Errorf("drop %s from the bounding set: %w", capOf(number), err)
 		}
 	}
-	if err := prctlAll(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL); err != nil {
-		return 0, want, fmt.Errorf("clear the ambient capabilities: %w", err)
-	}
+	// An empty inheritable set empties the ambient one.
 	if err := capsetAll(keep); err != nil {
 		return 0, want, err
 	}

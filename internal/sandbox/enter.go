@@ -137,8 +137,7 @@ func (i identity) assume() error {
 	return nil
 }
 
-// resolveFiles lists what View asks for besides the sources, by path: absolute, cleaned, and without what is in a directory
-// that is there as a whole.
+// resolveFiles opens what the view has besides the sources, by path.
 func (v View) resolveFiles() (map[string]*sys.FD, error) {
 	files := map[string]*sys.FD{}
 	for _, path := range v.Files {

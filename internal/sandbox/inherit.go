@@ -33,10 +33,12 @@ func parseHandover(text string) (h handover, err error) {
 	return h, nil
 }
 
-// The child's descriptors: the end of a pipe that only the launcher can write to, and then its Files.
+// The child's descriptors: the end of a pipe that only the launcher can write to, the other end of one that only the child
+// can write to, and then Launch.Files.
 const (
 	lifelineFD  = 3
-	firstFileFD = 4
+	readyFD     = 4
+	firstFileFD = 5
 )
 
 // Inherited returns the box of a process that Start has started, and Launch.Files, as soon as the launcher has prepared
@@ -53,8 +55,7 @@ func Inherited() (*Box, []*os.File, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	var st unix.Stat_t
-	if err := unix.Fstat(lifelineFD, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO || os.Getpid() != 1 {
+	if os.Getpid() != 1 || !isPipe(lifelineFD) || !isPipe(readyFD) {
 		return nil, nil, fmt.Errorf("the environment variable %s is set, but no launcher started this process: expected it to be unset", marker)
 	}
 	files := make([]*os.File, h.files)
@@ -68,6 +69,11 @@ func Inherited() (*Box, []*os.File, error) {
 	// It was started as /proc/self/exe, which would be its name.
 	_ = os.WriteFile("/proc/self/comm", []byte(filepath.Base(os.Args[0])), 0)
 
+	// Go handles signals now. Until it does they are lost to the first process of a process namespace, so the launcher waits.
+	_, err = unix.Write(readyFD, []byte{1})
+	if err := errors.Join(err, unix.Close(readyFD)); err != nil {
+		return nil, nil, fmt.Errorf("answer the launcher: %w", err)
+	}
 	unix.CloseOnExec(lifelineFD)
 	if err := unix.SetNonblock(lifelineFD, true); err != nil {
 		return nil, nil, err
@@ -79,8 +85,14 @@ func Inherited() (*Box, []*os.File, error) {
 	}
 	go func() {
 		defer close(b.orphaned)
+		// PR_SET_PDEATHSIG would tell of the end of the launcher's thread, and threads of a Go program come and go.
 		// There is nothing more to read; the end is the message.
 		_, _ = io.Copy(io.Discard, b.lifeline)
 	}()
 	return b, files, nil
+}
+
+func isPipe(fd int) bool {
+	var st unix.Stat_t
+	return unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFIFO
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"os"
 	"os/exec"
@@ -38,8 +39,7 @@ func (l Launch) Validate() error {
 		return nil
 	}
 	if os.Geteuid() == 0 {
-		return errors.New("--uid-map and --gid-map are for ordinary users, and this is root: expected neither; " +
-			"--translate-uid and --translate-gid change ids for root")
+		return errors.New("--uid-map and --gid-map are for ordinary users, and this is root: expected neither")
 	}
 	if err := checkIDMaps(l.uidMap(), uint32(os.Geteuid())); err != nil {
 		return fmt.Errorf("map of user ids: %w", err)
@@ -82,29 +82,36 @@ func Start(l Launch) (*Child, error) {
 		return nil, err
 	}
 	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		return nil, fmt.Errorf("keep descriptors from the sandbox: %w: expected Linux 5.11 or later", err)
+		return nil, fmt.Errorf("keep descriptors from the sandbox: %w", sinceLinux(err, "5.11"))
 	}
-	read, write, err := os.Pipe()
+	life, lifeline, err := os.Pipe()
 	if err != nil {
 		return nil, fmt.Errorf("make a pipe: %w", err)
 	}
-	defer read.Close()
-	c := &Child{cmd: l.command(read), lifeline: write}
-	if err := c.cmd.Start(); err != nil {
-		_ = write.Close()
+	ready, answer, err := os.Pipe()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("make a pipe: %w", err), life.Close(), lifeline.Close())
+	}
+	defer ready.Close()
+	c := &Child{cmd: l.command(life, answer), lifeline: lifeline}
+	err = c.cmd.Start()
+	// The child has them now, and its end must be seen.
+	_, _ = life.Close(), answer.Close()
+	if err != nil {
+		_ = lifeline.Close()
 		return nil, startError(err)
 	}
-	if err := l.prepare(c); err != nil {
+	if err := l.prepare(c, ready); err != nil {
 		_ = c.cmd.Process.Kill()
 		_ = c.cmd.Wait()
-		_ = write.Close()
+		_ = lifeline.Close()
 		return nil, err
 	}
 	return c, nil
 }
 
 // command is the child, not yet started.
-func (l Launch) command(lifeline *os.File) *exec.Cmd {
+func (l Launch) command(life, answer *os.File) *exec.Cmd {
 	args, env := l.Args, l.Env
 	if args == nil {
 		args = os.Args
@@ -132,7 +139,7 @@ func (l Launch) command(lifeline *os.File) *exec.Cmd {
 	return &exec.Cmd{
 		Path: "/proc/self/exe", Args: args, Env: append(env[:len(env):len(env)], marker+"="+h.String()),
 		Stdout: os.Stdout, Stderr: os.Stderr,
-		ExtraFiles: append([]*os.File{lifeline}, l.Files...), SysProcAttr: attr,
+		ExtraFiles: append([]*os.File{life, answer}, l.Files...), SysProcAttr: attr,
 	}
 }
 
@@ -151,8 +158,8 @@ func startError(err error) error {
 	return fmt.Errorf("start in namespaces: %w%s", err, hint)
 }
 
-// prepare maps the child's ids, gives up this process's privileges and tells the child to go on.
-func (l Launch) prepare(c *Child) error {
+// prepare maps the child's ids, gives up this process's privileges, tells the child to go on and waits until it does.
+func (l Launch) prepare(c *Child, ready *os.File) error {
 	if os.Geteuid() != 0 {
 		if err := l.mapIDs(c.cmd.Process.Pid); err != nil {
 			return err
@@ -171,9 +178,16 @@ func (l Launch) prepare(c *Child) error {
 	if err != nil {
 		return fmt.Errorf("give up the launcher's privileges: %w", err)
 	}
-	if _, err := c.lifeline.Write([]byte{1}); err != nil {
-		_, err = c.Wait(nil)
-		return errors.Join(errors.New("the process in the sandbox ended at once"), err)
+	_, err = c.lifeline.Write([]byte{1})
+	if err == nil {
+		_, err = io.ReadFull(ready, make([]byte, 1))
+	}
+	if err != nil {
+		status, err := c.Wait(nil)
+		if err != nil {
+			return err
+		}
+		return fmt.Errorf("the process in the sandbox ended at once, with status %d", status)
 	}
 	return nil
 }

@@ -93,6 +93,9 @@ func private() int {
 
 // program is the life of a daemon, as the package's documentation has it.
 func program(text string) (int, error) {
+	if text == firstThread {
+		return 0, porterOnFirstThread()
+	}
 	var s scenario
 	if err := json.Unmarshal([]byte(text), &s); err != nil {
 		return 1, err
@@ -154,6 +157,11 @@ func launcher(s scenario) (int, error) {
 	child, err := Start(s.Launch)
 	if err != nil {
 		return 1, err
+	}
+	if s.Probe == "early" {
+		if err := child.Signal(unix.SIGTERM); err != nil {
+			return 1, err
+		}
 	}
 	if s.Probe == "launcher" {
 		found, err := readThreadsOf("/proc/self/task")
@@ -277,11 +285,16 @@ func enter[T any](t *testing.T, w who, s scenario) (T, report) {
 	if status != 0 || said != "" {
 		t.Fatalf("exit status %d: %s", status, said)
 	}
-	var found T
+	return decode[T](t, r), r
+}
+
+// decode returns what the probe found.
+func decode[T any](t *testing.T, r report) (found T) {
+	t.Helper()
 	if err := json.Unmarshal(r.Found, &found); err != nil {
 		t.Fatalf("%v in %q", err, r.Found)
 	}
-	return found, r
+	return found
 }
 
 // fails runs the program, which must fail with a message that has want in it.

@@ -108,7 +108,27 @@ func (b *Box) enterNamespace(v View) (paths []string, err error) {
 			return nil, err
 		}
 	}
-	return paths, changeRoot(root.Int())
+	if err := changeRoot(root.Int()); err != nil {
+		return nil, err
+	}
+	for _, file := range v.Files {
+		if err := sameFile(file, files[file].Int()); err != nil {
+			return nil, fmt.Errorf("file %s that is needed in the sandbox: %w", file, err)
+		}
+	}
+	return paths, nil
+}
+
+// sameFile says what is wrong if path is not what fd is.
+func sameFile(path string, fd int) error {
+	var want, got unix.Stat_t
+	if err := unix.Fstat(fd, &want); err != nil {
+		return err
+	}
+	if err := unix.Stat(path, &got); err != nil || got.Dev != want.Dev || got.Ino != want.Ino {
+		return errors.New("a symbolic link on the way leads to what is not there: expected that to be asked for as well")
+	}
+	return nil
 }
 
 // checkFiles refuses paths that cannot be had inside.
@@ -140,9 +160,17 @@ func cloneTree(dirfd int, name string, attr uint64) (*sys.FD, error) {
 	}
 	if err := unix.MountSetattr(fd, "", at, &unix.MountAttr{Attr_set: attr}); err != nil {
 		_ = unix.Close(fd)
-		return nil, fmt.Errorf("restrict the mounts: %w: expected Linux 5.12 or later", err)
+		return nil, fmt.Errorf("restrict the mounts: %w", sinceLinux(err, "5.12"))
 	}
 	return sys.NewFD(fd), nil
+}
+
+// sinceLinux adds to err what kernel has the system call, if this one has it not.
+func sinceLinux(err error, version string) error {
+	if errors.Is(err, unix.ENOSYS) {
+		return fmt.Errorf("%w: expected Linux %s or later", err, version)
+	}
+	return err
 }
 
 // procSelfFD is all that is ever inside of /proc.
@@ -259,7 +287,11 @@ func changeRoot(root int) error {
 		return fmt.Errorf("change to the new root: %w", err)
 	}
 	// The old root is mounted on the new one then, and "." leads to it.
-	if err := unix.PivotRoot(".", "."); err != nil {
+	err := unix.PivotRoot(".", ".")
+	if errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("change the root: %w: not from an initial ramdisk; expected another root, or --sandbox chroot or none", err)
+	}
+	if err != nil {
 		return fmt.Errorf("change the root: %w", err)
 	}
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {

@@ -4,15 +4,18 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/sys"
 )
 
 // probes run in the sandbox; what they find goes to the test.
@@ -27,23 +30,31 @@ var probes = map[string]func(*inside) (any, error){
 	"signals":  waitForSignals,
 	"exit": func(in *inside) (any, error) {
 		status, err := strconv.Atoi(in.Arg)
-		os.Exit(status)
+		if err == nil {
+			os.Exit(status)
+		}
 		return nil, err
 	},
 	"forbidden": func(*inside) (any, error) { return nil, forbiddenCall() },
-	"ready": func(in *inside) (any, error) {
-		fmt.Println("ready")
+	"early": func(in *inside) (any, error) {
 		<-in.box.Orphaned()
 		return nil, nil
 	},
 	"submount": submount,
 	"reopen":   reopen,
+	"check":    check,
+	"create": func(in *inside) (any, error) {
+		return unix.ErrnoName(errnoOf(unix.Mknod(in.Arg, unix.S_IFREG|0o600, 0))), nil
+	},
 }
 
 // listTree lists all there is.
 func listTree() ([]string, error) {
 	var all []string
 	err := filepath.WalkDir("/", func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrPermission) {
+			return nil
+		}
 		if err != nil {
 			return err
 		}
@@ -67,11 +78,14 @@ type process struct {
 	Core          uint64
 	Umask         int
 	Session       bool // it has a session of its own
-	Zone          string
+	Namespaces    map[string]string
 }
 
+// namespaces are the kinds of namespaces of a process, as /proc/PID/ns names them.
+var namespaces = []string{"cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"}
+
 func describe(in *inside) (process, error) {
-	p := process{PID: os.Getpid(), UID: os.Geteuid(), GID: os.Getegid(), Args: os.Args[1:], Zone: time.Now().Location().String()}
+	p := process{PID: os.Getpid(), UID: os.Geteuid(), GID: os.Getegid(), Args: os.Args[1:], Namespaces: map[string]string{}}
 	_, p.Marked = os.LookupEnv(marker)
 	p.Umask = unix.Umask(0)
 	var err error
@@ -83,6 +97,18 @@ func describe(in *inside) (process, error) {
 		return p, err
 	}
 	p.Session = sid == os.Getpid()
+	tids, err := in.tasks.Readdirnames(1)
+	if err != nil {
+		return p, err
+	}
+	for _, kind := range namespaces {
+		var name [64]byte
+		n, err := unix.Readlinkat(int(in.tasks.Fd()), tids[0]+"/ns/"+kind, name[:])
+		if err != nil {
+			return p, err
+		}
+		p.Namespaces[kind] = string(name[:n])
+	}
 	interfaces, err := net.Interfaces()
 	if err != nil {
 		return p, err
@@ -151,13 +177,8 @@ func readThreadsOf(path string) (map[string]thread, error) {
 func attempts(in *inside) (map[string]string, error) {
 	tried := map[string]string{}
 	try := func(what string, err error) {
-		var errno unix.Errno
-		switch {
-		case err == nil:
-			tried[what] = ""
-		case errors.As(err, &errno):
-			tried[what] = unix.ErrnoName(errno)
-		default:
+		tried[what] = unix.ErrnoName(errnoOf(err))
+		if err != nil && tried[what] == "" {
 			tried[what] = err.Error()
 		}
 	}
@@ -213,8 +234,9 @@ func attempts(in *inside) (map[string]string, error) {
 	}())
 	try("new mount namespace", unix.Unshare(unix.CLONE_NEWNS))
 	try("chroot", unix.Chroot(source))
-	try("kill all", unix.Kill(-1, unix.SIGKILL))
-	try("kill a process of the host", unix.Kill(in.hostPID(), 0))
+	// Signal 0 asks whether one could be sent, and sends none: a sandbox that fails here must not take the host with it.
+	try("signal all", unix.Kill(-1, 0))
+	try("signal a process of the host", unix.Kill(in.hostPID(), 0))
 	try("regain privileges", capsetAll(capOf(unix.CAP_SYS_ADMIN)|capOf(unix.CAP_SYS_CHROOT)))
 	return tried, nil
 }
@@ -254,7 +276,8 @@ func orphan(in *inside) (any, error) {
 	return nil, nil
 }
 
-// submount says that it is ready, waits for a line on a pipe that was passed and reads the file Arg in the source.
+// submount says that it is ready, waits for a line on a pipe that was passed, reads the file Arg in the source and
+// creates one beside it.
 func submount(in *inside) (any, error) {
 	fmt.Fprintln(os.Stderr, "ready")
 	var line [1]byte
@@ -262,7 +285,8 @@ func submount(in *inside) (any, error) {
 		return nil, err
 	}
 	text, err := os.ReadFile(in.paths[0] + "/" + in.Arg)
-	return string(text), err
+	change := unix.Mknod(in.paths[0]+"/"+in.Arg+"2", unix.S_IFREG|0o600, 0)
+	return []string{string(text), unix.ErrnoName(errnoOf(change))}, err
 }
 
 // reopen opens a file of the source by O_PATH and again through ProcSelfFD, as passthrough does.
@@ -286,4 +310,47 @@ func reopen(in *inside) (any, error) {
 		return nil, fmt.Errorf("link: %w", err)
 	}
 	return strings.Clone(string(text[:n])), nil
+}
+
+// check makes one thread differ, in what Arg says, and has the threads checked.
+func check(in *inside) (any, error) {
+	if err := in.box.porter.end(); err != nil {
+		return nil, err
+	}
+	in.box.porter = nil
+	states, err := readThreads(in.tasks)
+	if err != nil {
+		return nil, err
+	}
+	want := slices.Collect(maps.Values(states))[0]
+	if err := checkThreads(in.tasks, want); err != nil {
+		return nil, fmt.Errorf("before: %w", err)
+	}
+	changed := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		switch in.Arg {
+		case "capabilities":
+			if errno := sys.SetThreadCaps(sys.Caps{Effective: uint64(want.effective &^ 1), Permitted: uint64(want.permitted)}); errno != 0 {
+				changed <- errno
+			}
+			changed <- nil
+		case "no_new_privs":
+			changed <- unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+		case "root":
+			changed <- errors.Join(unix.Unshare(unix.CLONE_FS), unix.Chroot(in.paths[0]))
+		}
+		select {}
+	}()
+	if err := <-changed; err != nil {
+		return nil, fmt.Errorf("change a thread: %w", err)
+	}
+	return nil, checkThreads(in.tasks, want)
+}
+
+// errnoOf is the errno that err is, 0 for none.
+func errnoOf(err error) unix.Errno {
+	var errno unix.Errno
+	errors.As(err, &errno)
+	return errno
 }

@@ -79,11 +79,6 @@ func New(mode Mode) (*Box, error) {
 	return &Box{mode: mode}, nil
 }
 
-// Mode returns the mode.
-func (b *Box) Mode() Mode {
-	return b.mode
-}
-
 // Orphaned returns a channel that is closed when the launcher has gone, however it ended: the daemon should end in good
 // order. It is nil, and thus never ready, where there is no launcher.
 func (b *Box) Orphaned() <-chan struct{} {
@@ -91,8 +86,11 @@ func (b *Box) Orphaned() <-chan struct{} {
 }
 
 // ProcSelfFD returns a descriptor of /proc/self/fd (O_PATH) that stays good when /proc is out of reach. It is the box's
-// own, and is there from Enter to Close.
+// own, and is there from Enter to Close; -1 before.
 func (b *Box) ProcSelfFD() int {
+	if b.procfd == nil {
+		return -1
+	}
 	return b.procfd.Int()
 }
 
