@@ -38,7 +38,7 @@ type tree struct {
 
 // node is a file of any type.
 type node struct {
-	fs.LoopbackNode
+	*fs.LoopbackNode
 	tree *tree
 }
 
@@ -51,13 +51,15 @@ func New(dir string, aead cipher.AEAD) (fs.InodeEmbedder, error) {
 	if err := syscall.Stat(dir, &st); err != nil {
 		return nil, fmt.Errorf("seal %s: %w", dir, err)
 	}
-	t := &tree{aead: aead}
 	data := &fs.LoopbackRoot{Path: dir, Dev: st.Dev}
-	data.NewNode = func(data *fs.LoopbackRoot, _ *fs.Inode, _ string, _ *syscall.Stat_t) fs.InodeEmbedder {
-		return &node{fs.LoopbackNode{RootData: data}, t}
-	}
-	data.RootNode = data.NewNode(data, nil, "", nil)
-	return data.RootNode, nil
+	root := &node{&fs.LoopbackNode{RootData: data}, &tree{aead: aead}}
+	data.RootNode = root
+	return root, nil
+}
+
+// WrapChild implements fs.NodeWrapChilder.
+func (n *node) WrapChild(_ context.Context, ops fs.InodeEmbedder) fs.InodeEmbedder {
+	return &node{ops.(*fs.LoopbackNode), n.tree}
 }
 
 // AESGCM makes an AEAD that New takes of a key of 32 bytes.
