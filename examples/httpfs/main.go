@@ -54,11 +54,12 @@ func (e *extension) TryHandleMount(_ *specs.Spec, mount *specs.Mount, _ string, 
 	return backend, options, nil
 }
 
-// SeccompRules are what net/http needs: TCP and, for names, UDP. bind is how Go finds out whether the host has IPv6.
+// SeccompRules are what net/http needs: TCP and, for names, UDP. bind is how Go finds out whether the host has IPv6, uname
+// tells it the domain where resolv.conf has none, and it reads such files with fcntl.
 func (*extension) SeccompRules() seccomp.Rules {
 	inet := seccomp.Or{seccomp.PerArg{seccomp.Int32(unix.AF_INET)}, seccomp.PerArg{seccomp.Int32(unix.AF_INET6)}}
 	rules := seccomp.Rules{"socket": inet}
-	for _, name := range []string{"connect", "bind", "getsockopt", "setsockopt", "getsockname", "getpeername"} {
+	for _, name := range []string{"connect", "bind", "getsockopt", "setsockopt", "getsockname", "getpeername", "uname", "fcntl"} {
 		rules[name] = seccomp.MatchAll{}
 	}
 	return rules

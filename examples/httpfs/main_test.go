@@ -8,9 +8,11 @@ import (
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fsbackend/fsbackendtest"
+	"github.com/sluicefs/sluice/seccomp"
 )
 
 // TestLife takes the extension through its steps with a server on the loopback interface.
@@ -64,5 +66,19 @@ func TestLife(t *testing.T) {
 	server.Close()
 	if b, _, err := e.TryHandleMount(spec, nil, "", false); b != nil || err == nil {
 		t.Errorf("a server that is gone: %v, %v, expected an error", b, err)
+	}
+}
+
+// TestSeccompRules sees that sockets are of the Internet only.
+func TestSeccompRules(t *testing.T) {
+	socket, ok := new(extension).SeccompRules()["socket"].(seccomp.Or)
+	if !ok {
+		t.Fatal("socket has no rule of alternatives")
+	}
+	for _, rule := range socket {
+		family := rule.(seccomp.PerArg)[0]
+		if family != seccomp.Int32(unix.AF_INET) && family != seccomp.Int32(unix.AF_INET6) {
+			t.Errorf("sockets of family %v are allowed", family)
+		}
 	}
 }
