@@ -98,40 +98,37 @@ func (d *dir) list(anew bool) ([]fs.DirEntry, fsbackend.Errno) {
 	return served, fsbackend.OK
 }
 
-// addEntry adds entry number off to out and says whether there may be room for more.
+// addEntry adds entry number off to out, if it fits.
 func (f *FS) addEntry(n *node, entries []fs.DirEntry, off uint64, out *fsbackend.DirList) bool {
 	name, p, typ := ".", n.path, uint32(unix.S_IFDIR)
-	var entry fuseproto.EntryOut
+	var e fs.DirEntry
 	switch off {
 	case 0:
 	case 1:
 		name, p = "..", path.Dir(n.path)
 	default:
-		e := entries[off-dots]
+		e = entries[off-dots]
 		name = e.Name()
 		p = path.Join(n.path, name)
 		// Without ReadLinkFS, a LOOKUP may follow what is a link to READDIR.
 		if typ, _ = typeOf(e.Type()); typ == unix.S_IFLNK && !f.links {
 			typ = 0
 		}
-		if out.Plus && out.Fits(len(name)) {
-			f.lookupEntry(p, e, &entry)
-		}
 	}
-	next := off + 1
+	if !out.Fits(len(name)) {
+		return false
+	}
 	if !out.Plus {
-		return out.Add(inode(p), next, typ>>12, []byte(name))
+		return out.Add(inode(p), off+1, typ>>12, []byte(name))
+	}
+	var entry fuseproto.EntryOut
+	if e != nil {
+		f.lookupEntry(p, e, &entry)
 	}
 	if entry.NodeId == 0 {
 		entry.Ino, entry.Mode = inode(p), typ
 	}
-	if out.AddPlus(&entry, inode(p), next, entry.Mode&unix.S_IFMT>>12, []byte(name)) {
-		return true
-	}
-	if entry.NodeId != 0 {
-		f.Forget(entry.NodeId, 1)
-	}
-	return false
+	return out.AddPlus(&entry, inode(p), off+1, entry.Mode&unix.S_IFMT>>12, []byte(name))
 }
 
 // lookupEntry is LOOKUP of an entry of a listing. Where that fails, the guest asks again by name, if it wants to know.

@@ -200,6 +200,7 @@ func TestSuite(t *testing.T) {
 				New:        func(t *testing.T) fsbackend.Backend { return newFS(t, Config{FS: test.fs(t)}) },
 				Check:      check,
 				NoSymlinks: test.noSymlinks,
+				Strict:     true,
 			})
 		})
 	}

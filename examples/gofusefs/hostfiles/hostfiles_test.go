@@ -1,0 +1,56 @@
+package hostfiles
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fsbackend/fsbackendtest"
+	"github.com/sluicefs/sluice/fsbackend/gofuse"
+	"github.com/sluicefs/sluice/fuseproto"
+)
+
+// TestLive reads a file that changes, and whose name is gone by then.
+func TestLive(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "live")
+	if err := os.WriteFile(path, []byte("before"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	host, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	b, err := gofuse.NewFromRoot(New([]*os.File{host}), nil, gofuse.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	c := &fsbackendtest.Client{R: fsbackend.Resolve(b)}
+	if names := c.List(t, fsbackendtest.Root, 4096); len(names) != 1 || names[0] != "live" {
+		t.Errorf("the root lists %q, expected live", names)
+	}
+	e, errno := c.Lookup(fsbackendtest.Root, "live")
+	if errno != 0 || e.Mode != unix.S_IFREG|0o444 {
+		t.Fatalf("LOOKUP: %v, mode %#o, expected a file of mode 0444", errno, e.Mode)
+	}
+	in := &fuseproto.OpenIn{InHeader: fuseproto.InHeader{NodeId: e.NodeId}}
+	var open fuseproto.OpenOut
+	if errno := b.Open(&fsbackend.Context{MayBlock: true}, in, &open); errno != 0 || open.OpenFlags&fuseproto.FOPEN_DIRECT_IO == 0 {
+		t.Fatalf("OPEN: %v, flags %#x, expected direct I/O, for the size is not known", errno, open.OpenFlags)
+	}
+	for _, expected := range []string{"before", "after!"} {
+		if _, err := host.WriteAt([]byte(expected), 0); err != nil {
+			t.Fatal(err)
+		}
+		if data, errno := c.Read(e.NodeId, open.Fh, 0, 100); errno != 0 || string(data) != expected {
+			t.Errorf("READ gave %q, %v, expected %q", data, errno, expected)
+		}
+	}
+}
