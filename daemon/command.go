@@ -49,7 +49,7 @@ func newCommand(cfg *config.Config, groups []extensions.FlagGroup, serve func(*p
 	addFlags(cmd, cfg)
 	cmd.SetUsageTemplate(usageTemplate(cmd.Flags(), groups))
 	for _, g := range groups {
-		cmd.Flags().AddFlagSet(g.Flags)
+		cmd.Flags().AddFlagSet(g.Flags) // which passes over those that there are already: see checkNames
 	}
 
 	shells := []string{"bash", "zsh", "fish"}
@@ -87,6 +87,20 @@ func newCommand(cfg *config.Config, groups []extensions.FlagGroup, serve func(*p
 		},
 	})
 	return cmd
+}
+
+// checkNames refuses an option of an extension that sluiced has itself.
+func checkNames(groups []extensions.FlagGroup) (err error) {
+	cfg := config.Default()
+	own := newCommand(&cfg, nil, nil).Flags()
+	for _, g := range groups {
+		g.Flags.VisitAll(func(f *pflag.Flag) {
+			if own.Lookup(f.Name) != nil {
+				err = fmt.Errorf("extension %s has an option --%s, which is sluiced's own: expected another name", g.Extension, f.Name)
+			}
+		})
+	}
+	return err
 }
 
 // usageTemplate is what --help shows below the description: the options, those of each extension by themselves.

@@ -59,6 +59,9 @@ func (p *program) run(ctx context.Context, args []string) int {
 	}
 	cfg := config.Default()
 	groups, err := p.registry.FlagSets()
+	if err == nil {
+		err = checkNames(groups)
+	}
 	if err != nil {
 		return p.exit(err)
 	}
@@ -187,7 +190,7 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 		}
 	}
 	spec := w.what.bundle.Spec
-	if err := p.registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir}); err != nil {
+	if err := p.registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir, Log: log}); err != nil {
 		return err
 	}
 	needs, err := p.registry.Needs(spec)

@@ -16,6 +16,7 @@
 package extensions
 
 import (
+	"log/slog"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -99,4 +100,6 @@ type PrepareContext struct {
 	Spec *specs.Spec
 	// BundleDir is the directory of --bundle or the one that the file of --spec is in, "" without.
 	BundleDir string
+	// Log is the daemon's, for the extension to keep. What a guest can cause is to be logged at a bounded rate.
+	Log *slog.Logger
 }

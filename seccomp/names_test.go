@@ -22,9 +22,9 @@ func TestNumbers(t *testing.T) {
 			t.Errorf("Number(%q) = %d, expected none", name, nr)
 		}
 	}
-	for nr, want := range map[int]string{999: "", -1: "system call -1", 1 << 20: "system call 1048576"} {
-		if got := nameOf(nr); got != want {
-			t.Errorf("nameOf(%d) = %q, expected %q", nr, got, want)
+	for _, nr := range []int{999, -1, 1 << 20} {
+		if got := nameOf(nr); got != "" {
+			t.Errorf("nameOf(%d) = %q, expected none", nr, got)
 		}
 	}
 	if _, ok := number("arm64", "epoll_wait"); ok {

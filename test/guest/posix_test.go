@@ -186,12 +186,14 @@ func TestHostView(t *testing.T) {
 // TestSubmount has a file system of the host's inside the share: to the guest it is a mount of its own.
 func TestSubmount(t *testing.T) {
 	eachKind(t, func(t *testing.T, kind testguest.Kind) {
-		m := newMachine(t)
+		m := newScratch(t)
 		m.check(os.Mkdir(m.path("sub"), 0o755))
 		m.check(os.Mkdir(m.path("dir"), 0o755))
+		// Before the daemon starts: into a mount namespace of its own only what is below a shared mount comes later.
 		m.check(unix.Mount("tmpfs", m.path("sub"), "tmpfs", 0, "size=1m"))
 		t.Cleanup(func() { _ = unix.Unmount(m.path("sub"), unix.MNT_DETACH) })
 		m.check(os.WriteFile(m.path("sub/file"), []byte("below"), 0o644))
+		m.check(m.start(testguest.DaemonConfig{Program: program, Share: m.share}))
 		m.boot(testguest.Config{Kind: kind})
 		out := m.sh("cd /mnt; cat sub/file; echo; stat -c %%d . dir sub sub/file; stat -f -c %%b sub")
 		lines := strings.Fields(out)
