@@ -84,6 +84,14 @@ func (r *Request) over() bool {
 	return r.part != nil && r.MayBlock && r.session != r.server.session.Load()
 }
 
+// slow says whether r's call may sleep whatever it does. FORGETs of slow parts do not: they are kept.
+func (s *Server) slow(r *Request) bool {
+	if s.divided == nil {
+		return s.backend.Slow
+	}
+	return r.part != nil && r.part.Slow
+}
+
 func enter(p *fsbackend.Part) {
 	if p != nil && p.Enter != nil {
 		p.Enter()

@@ -86,6 +86,23 @@ func TestCallsRunInTheirPart(t *testing.T) {
 	}
 }
 
+// Beside a part that is slow, the others are not.
+func TestEachPartIsSlowOrNot(t *testing.T) {
+	b := newHalves()
+	b.slow = true // says the whole; its parts know better
+	g := halved(t, b, Config{})
+	for node, want := range map[uint64]bool{1: true, 3: false} {
+		g.begin(message(fuseproto.FUSE_GETATTR, node, make([]byte, 16)), 200)
+		if _, done := g.s.Handle(g.r); done != want {
+			t.Errorf("GETATTR of node %d is done without sleeping: %v", node, done)
+		}
+	}
+	g.begin(message(fuseproto.FUSE_FORGET, 3, uint64(5)), 0)
+	if _, done := g.s.Handle(g.r); !done {
+		t.Error("FORGET is not kept at once")
+	}
+}
+
 // Any request of an isolated part can be answered while its call runs, which cannot touch guest memory after that, and
 // what comes of it is taken back.
 func TestAbortIsolated(t *testing.T) {

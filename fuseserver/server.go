@@ -158,8 +158,7 @@ func (s *Server) dispatch(r *Request) Errno {
 		}
 		return errno
 	}
-	slow := s.backend.Slow || r.part != nil && r.part.Slow
-	if !r.MayBlock && (op.flags&mayBlock != 0 || slow && op.flags&inline == 0) {
+	if !r.MayBlock && (op.flags&mayBlock != 0 || op.flags&inline == 0 && s.slow(r)) {
 		return fsbackend.ErrMayBlock
 	}
 	r.ctx.MayBlock = r.MayBlock
