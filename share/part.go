@@ -113,7 +113,8 @@ func (p *part) disguise(c *fsbackend.Context, h *fuseproto.InHeader, v *visit) {
 	}
 }
 
-// translate makes a caller the backend's; one without an id here acts with OverflowID, and mayCreate keeps it from leaving that anywhere.
+// translate makes a caller the backend's; one without an id here acts with OverflowID, and mayCreate keeps it from leaving
+// that anywhere.
 func (p *part) translate(c *fuseproto.Caller) {
 	c.Uid, _ = p.uids.host(c.Uid)
 	c.Gid, _ = p.gids.host(c.Gid)

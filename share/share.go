@@ -174,7 +174,7 @@ func (s *Share) PartOf(node uint64) *fsbackend.Part {
 	return s.shown[0]
 }
 
-// Parts returns what the share is put together from, the root's part first.
+// Parts returns what the share is put together from, the root's part first; the slice is not to be changed.
 func (s *Share) Parts() []*fsbackend.Part {
 	return s.shown
 }
