@@ -35,8 +35,9 @@ type scenario struct {
 	Pass       []string // files to open and pass on
 	View       View
 	Caps       CapSet
-	Threads    int    // to be there before the sandbox is entered
-	Unconfined bool   // the probe runs after Enter
+	Threads    int  // to be there before the sandbox is entered
+	Unconfined bool // the probe runs after Enter
+	Umask      int
 	Probe      string // of probes
 	Arg        string
 }
@@ -117,6 +118,7 @@ func program(text string) (int, error) {
 		return 1, err
 	}
 	holdThreads(s.Threads)
+	unix.Umask(s.Umask)
 	if in.paths, err = box.Enter(s.View); err != nil {
 		return 1, err
 	}
@@ -139,6 +141,9 @@ func program(text string) (int, error) {
 	}
 	if err := box.Close(); err != nil {
 		return 1, err
+	}
+	if s.Mode == Namespace {
+		<-box.Orphaned() // Close has ended what waits for the launcher
 	}
 	return 0, json.NewEncoder(os.Stdout).Encode(r)
 }

@@ -21,6 +21,7 @@ import (
 // probes run in the sandbox; what they find goes to the test.
 var probes = map[string]func(*inside) (any, error){
 	"tree":     func(*inside) (any, error) { return listTree() },
+	"modes":    modes,
 	"process":  func(in *inside) (any, error) { return describe(in) },
 	"threads":  func(in *inside) (any, error) { return threadsOf(in.tasks) },
 	"attempts": func(in *inside) (any, error) { return attempts(in) },
@@ -65,6 +66,22 @@ func listTree() ([]string, error) {
 		return nil
 	})
 	return all, err
+}
+
+// modes returns the permissions of all directories.
+func modes(*inside) (any, error) {
+	found := map[string]string{}
+	all, err := listTree()
+	for _, path := range all {
+		var st os.FileInfo
+		if st, err = os.Lstat(path); err != nil {
+			return nil, err
+		}
+		if st.IsDir() {
+			found[path] = st.Mode().Perm().String()
+		}
+	}
+	return found, err
 }
 
 // process is what a process knows of itself.

@@ -80,7 +80,7 @@ func New(mode Mode) (*Box, error) {
 }
 
 // Orphaned returns a channel that is closed when the launcher has gone, however it ended: the daemon should end in good
-// order. It is nil, and thus never ready, where there is no launcher.
+// order. Close closes it as well. It is nil, and thus never ready, where there is no launcher.
 func (b *Box) Orphaned() <-chan struct{} {
 	return b.orphaned
 }

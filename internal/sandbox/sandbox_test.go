@@ -110,6 +110,21 @@ func TestVisible(t *testing.T) {
 	}
 }
 
+// TestUmask enters with a umask that would keep the guest's users, as which the daemon works, out of every directory.
+func TestUmask(t *testing.T) {
+	dir := tree(t, user)
+	view := View{Sources: []Source{{Path: dir + "/sub"}}, Files: []string{dir + "/file"}}
+	found, _ := enter[map[string]string](t, user, scenario{Umask: 0o777, View: view, Probe: "modes"})
+	if len(found) < 4 {
+		t.Errorf("directories %v", found)
+	}
+	for path, mode := range found {
+		if mode != "-rwxr-xr-x" {
+			t.Errorf("%s has the mode %s", path, mode)
+		}
+	}
+}
+
 // TestNetworkFiles asks for what name resolution needs.
 func TestNetworkFiles(t *testing.T) {
 	dir := tree(t, user)
