@@ -219,7 +219,7 @@ func TestFaultyBackend(t *testing.T) {
 	m := serves(t, of(specs.Mount{Destination: "/f", Type: "faulty"}, specs.Mount{Destination: "/w", Type: "careless"}))
 	m.sh("cat /mnt/f/fine; echo works >/mnt/w/file")
 	for _, name := range []string{"boom", "storm"} {
-		if _, err := m.trySh("cat /mnt/f/" + name); err == nil || !strings.Contains(err.Error(), "I/O error") {
+		if _, err := m.trySh("cat /mnt/f/" + name); err == nil || !strings.Contains(err.Error(), "Input/output error") {
 			t.Errorf("%s: %v, want EIO", name, err)
 		}
 	}
@@ -227,7 +227,7 @@ func TestFaultyBackend(t *testing.T) {
 	out := m.sh(`for i in $(seq 40); do cat /mnt/f/hang 2>>/tmp/errors & done
 		for i in $(seq 100); do cat /mnt/w/file >/dev/null; echo $i >/mnt/w/other; cat /mnt/w/other; done | tail -n 1
 		echo host >/mnt/host; cat /mnt/host
-		wait; grep -c "I/O error" /tmp/errors; cat /mnt/f/fine`)
+		wait; grep -c "Input/output error" /tmp/errors; cat /mnt/f/fine`)
 	if out != "100\nhost\n40\nfine" {
 		t.Errorf("the guest says %q", out)
 	}
@@ -299,8 +299,8 @@ func TestProbe(t *testing.T) {
 		t.Parallel()
 		m := newScratch(t)
 		err := m.serveSpec(probe(m), "--probe-declare", "deny-read")
-		if err == nil || !strings.Contains(err.Error(), "probe") || !strings.Contains(err.Error(), "preadv2") || !strings.Contains(err.Error(), "passthrough") {
-			t.Errorf("%v, want an error that names preadv2, probe and passthrough", err)
+		if err == nil || !strings.Contains(err.Error(), "probe") || !strings.Contains(err.Error(), "preadv2") || !strings.Contains(err.Error(), "base") {
+			t.Errorf("%v, want an error that names preadv2, probe and base", err)
 		}
 	})
 }
