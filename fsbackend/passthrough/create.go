@@ -229,7 +229,7 @@ func (fs *FS) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbacken
 			_ = unix.Close(fd)
 		}
 		switch {
-		case errno == unix.EAGAIN:
+		case moving(errno):
 			continue
 		case errno != unix.EEXIST || in.Flags&unix.O_EXCL != 0:
 			return limit(errno)

@@ -268,11 +268,19 @@ func (fs *FS) openByHandle(loc *location, flags int) (int, errno) {
 func openPath(dirfd int, name *byte) (int, errno) {
 	for try := 0; ; try++ {
 		fd, errno := sys.Openat2(dirfd, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0, resolveFlags)
-		if errno == unix.EAGAIN && try < 8 {
-			continue // the tree was being changed
+		if !moving(errno) {
+			return fd, limit(errno)
 		}
-		return fd, limit(errno)
+		if try == 8 {
+			return -1, unix.ENOENT
+		}
 	}
+}
+
+// moving says that openat2 met a tree that was being changed: EXDEV is for a file that was moved elsewhere after it was
+// found (Linux fs/namei.c, complete_walk).
+func moving(e errno) bool {
+	return e == unix.EAGAIN || e == unix.EXDEV
 }
 
 // limit turns the process's own limit into one that is not the guest's process's.

@@ -112,7 +112,7 @@ func TestBundle(t *testing.T) {
 				t.Errorf("%s: %s, %v, want EROFS", change, out, err)
 			}
 		}
-		for _, change := range []string{"rm -r /mnt/srv/data", "mv /mnt/srv /mnt/other", "rm /mnt/etc/hostname"} {
+		for _, change := range []string{"rmdir /mnt/srv/data", "mv /mnt/srv/data /mnt/srv/moved", "mv /mnt/srv /mnt/other", "rm /mnt/etc/hostname"} {
 			if _, err := m.trySh(change); err == nil {
 				t.Errorf("%s: done, want that a mount keeps its place", change)
 			}

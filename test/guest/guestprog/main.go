@@ -2,6 +2,7 @@
 //
 //	guestprog posix DIR         one line for each case: "ok NAME" or "FAIL NAME: why"
 //	guestprog readonly DIR      the same, for a share that must refuse every change
+//	guestprog noxattr FILE      ask for extended attributes that there cannot be
 //	guestprog open FILE N       open, read and check the self-checking FILE N times
 //	guestprog mount TAG DIR N   mount and unmount N times
 //	guestprog sum DIR           the tree's sum and number of entries
@@ -10,6 +11,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -37,6 +39,7 @@ func run(args []string) error {
 	}{
 		"posix":    {1, func(a []string) error { return runCases(posixCases, a[0], true) }},
 		"readonly": {1, func(a []string) error { return runCases(readonlyCases, a[0], false) }},
+		"noxattr":  {1, func(a []string) error { return noXattr(a[0]) }},
 		"open":     {2, func(a []string) error { return withCount(a[1], func(n int64) error { return openMany(a[0], n) }) }},
 		"mount": {3, func(a []string) error {
 			return withCount(a[2], func(n int64) error { return mountMany(a[0], a[1], n) })
@@ -77,6 +80,21 @@ func printSum(dir string) error {
 }
 
 // openMany counts how the opens of a file end that the host replaces all the while.
+// noXattr asks for extended attributes of a file that cannot have any, more than once.
+func noXattr(file string) error {
+	for range 3 {
+		for _, name := range []string{"user.a", "security.capability"} {
+			if _, err := unix.Getxattr(file, name, nil); !errors.Is(err, unix.ENOTSUP) {
+				return fmt.Errorf("getxattr %s: %v, want ENOTSUP", name, err)
+			}
+		}
+		if _, err := unix.Listxattr(file, nil); err != nil && !errors.Is(err, unix.ENOTSUP) {
+			return fmt.Errorf("listxattr: %w, want ENOTSUP or nothing", err)
+		}
+	}
+	return nil
+}
+
 func openMany(file string, n int64) error {
 	counts := map[string]int{}
 	for range n {
