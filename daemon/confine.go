@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -194,6 +195,9 @@ func (w *worker) confine(caps sandbox.CapSet, t *tree, marks *seccomp.Marks) err
 	policy, err := t.policy(base, w.cfg, caps&^missing)
 	if err != nil {
 		return err
+	}
+	for _, c := range policy.Ineffective() {
+		w.log.Warn("an extension asks for a system call that nobody may make", "extension", strings.Join(c.Owners, ","), "call", c.Syscall)
 	}
 	return seccomp.Install(seccomp.InstallConfig{
 		Filters: seccomp.Filters{Deny: policy.Deny(), Allow: policy.Allow(), NoSys: policy.NoSys()},

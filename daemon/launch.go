@@ -6,6 +6,9 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/internal/listen"
@@ -56,7 +59,7 @@ func (p *program) launch(cfg config.Config, what *source, log *slog.Logger, sign
 	defer ready.Close()
 
 	child, err := sandbox.Start(sandbox.Launch{
-		Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args,
+		Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args, Keep: toRemoveSocket(cfg),
 		Files: []*os.File{handedSocket: socket, handedReady: toldReady},
 	})
 	if err != nil {
@@ -76,6 +79,15 @@ func (p *program) launch(cfg config.Config, what *source, log *slog.Logger, sign
 		return err
 	}
 	return statusError{status}
+}
+
+// toRemoveSocket are the capabilities that it takes to remove the socket in the end from a directory of somebody else's.
+func toRemoveSocket(cfg config.Config) sandbox.CapSet {
+	var st unix.Stat_t
+	if cfg.SocketPath == "" || unix.Stat(filepath.Dir(cfg.SocketPath), &st) != nil || int(st.Uid) == os.Geteuid() {
+		return 0
+	}
+	return 1 << unix.CAP_DAC_OVERRIDE
 }
 
 func (p *program) notifyReady(log *slog.Logger) {

@@ -180,14 +180,8 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 	if err := setLimits(&cfg, log); err != nil {
 		return err
 	}
-	if os.Geteuid() == 0 {
-		if cfg.Sandbox == config.SandboxNone {
-			log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
-		}
-		// A group of whoever started the daemon must not help the guest's users.
-		if err := unix.Setgroups(nil); err != nil {
-			log.Warn("cannot give up the supplementary groups", "error", err)
-		}
+	if os.Geteuid() == 0 && cfg.Sandbox == config.SandboxNone {
+		log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
 	}
 	spec := w.what.bundle.Spec
 	if err := p.registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir, Log: log}); err != nil {

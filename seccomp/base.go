@@ -149,10 +149,10 @@ var baseQueues = Rules{
 	"ppoll":         MatchAll{}, // virtiofs: call pipes
 }
 
-// baseOwnSocket is how listen removes the socket and the pid file, if they are still its own.
+// baseOwnSocket is how listen removes the socket and the pid file, if they are still its own: by their open directory.
 var baseOwnSocket = Rules{
-	"newfstatat": PerArg{0: Int32(unix.AT_FDCWD)},                                      // unix.Lstat
-	"unlinkat":   PerArg{0: Int32(unix.AT_FDCWD), 2: bitsAllowed32(unix.AT_REMOVEDIR)}, // os.Remove tries both, should the file be gone
+	"newfstatat": PerArg{0: NonNegativeFD{}, 3: Int32(unix.AT_SYMLINK_NOFOLLOW)}, // unix.Fstatat
+	"unlinkat":   PerArg{0: NonNegativeFD{}, 2: Int32(0)},                        // unix.Unlinkat
 }
 
 // baseSyslog is how log/syslog connects anew: Go's net with Unix sockets.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -12,36 +13,57 @@ import (
 	"github.com/sluicefs/sluice/internal/sys"
 )
 
-// An ownFile is a path together with the inode that was ours there.
+// An ownFile is a name together with the inode that was ours there. Its directory is open, for at the end the path may be
+// out of reach.
 type ownFile struct {
-	path     string
+	dir      *sys.FD
+	name     string
+	path     string // to speak of
 	dev, ino uint64
 }
 
-// identify notes what is at path now.
+// identify notes what is at path now. The caller removes or closes it.
 func identify(path string) (*ownFile, error) {
-	var st unix.Stat_t
-	if err := unix.Lstat(path, &st); err != nil {
-		return nil, &os.PathError{Op: "lstat", Path: path, Err: err}
+	fd, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: filepath.Dir(path), Err: err}
 	}
-	return &ownFile{path: path, dev: uint64(st.Dev), ino: st.Ino}, nil
+	f := &ownFile{dir: sys.NewFD(fd), name: filepath.Base(path), path: path}
+	if f.dev, f.ino, err = f.look(); err != nil {
+		_ = f.dir.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
-// remove unlinks the path if the same inode is still there.
+// look returns what inode is there now.
+func (f *ownFile) look() (dev, ino uint64, err error) {
+	var st unix.Stat_t
+	if err := unix.Fstatat(f.dir.Int(), f.name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return 0, 0, &os.PathError{Op: "stat", Path: f.path, Err: err}
+	}
+	return uint64(st.Dev), st.Ino, nil
+}
+
+// remove unlinks the name if the same inode is still there, and closes the directory.
 func (f *ownFile) remove() error {
-	now, err := identify(f.path)
+	defer f.dir.Close()
+	dev, ino, err := f.look()
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	if err != nil || *now != *f {
+	if err != nil || dev != f.dev || ino != f.ino {
 		return err
 	}
-	return os.Remove(f.path)
+	if err := unix.Unlinkat(f.dir.Int(), f.name, 0); err != nil {
+		return &os.PathError{Op: "remove", Path: f.path, Err: err}
+	}
+	return nil
 }
 
 // A pidFile is the lock of a socket path; virtiofsd takes the same one.
 type pidFile struct {
-	file ownFile
+	file *ownFile
 	fd   *sys.FD
 }
 
@@ -92,13 +114,20 @@ func lockOpened(raw int, path string) (*pidFile, error) {
 		return nil, fmt.Errorf("%s exists and is not a regular file: remove it, or choose another path", path)
 	}
 	// The previous holder may have removed the file after it was opened here.
-	file := ownFile{path: path, dev: uint64(st.Dev), ino: st.Ino}
-	now, err := identify(path)
-	if errors.Is(err, os.ErrNotExist) || err == nil && *now != file {
+	file, err := identify(path)
+	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("inspect the pid file: %w", err)
+	}
+	defer func() {
+		if !locked {
+			_ = file.dir.Close()
+		}
+	}()
+	if file.dev != uint64(st.Dev) || file.ino != st.Ino {
+		return nil, nil
 	}
 
 	text := strconv.Itoa(os.Getpid()) + "\n"

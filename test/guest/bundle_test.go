@@ -117,7 +117,7 @@ func TestBundle(t *testing.T) {
 				t.Errorf("%s: done, want that a mount keeps its place", change)
 			}
 		}
-		if got := m.process(&spec, "cat /srv/data/file /etc/hostname; stat -c %%a /run/secrets"); got != "data\nbundle\n700" {
+		if got := m.process(&spec, "cat /srv/data/file /etc/hostname; stat -c %a /run/secrets"); got != "data\nbundle\n700" {
 			t.Errorf("after that the process says %q", got)
 		}
 	})
