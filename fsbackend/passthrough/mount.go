@@ -89,7 +89,7 @@ func (fs *FS) probe(m *mount, dirfd int) {
 	if m.state.Load() != handlesUnknown || !m.state.CompareAndSwap(handlesUnknown, handlesProbing) {
 		return
 	}
-	if fs.cfg.NoFileHandles {
+	if fs.cfg.NoFileHandles || fs.mayNotOpenHandles.Load() {
 		m.state.Store(handlesFail)
 		return
 	}
@@ -98,9 +98,12 @@ func (fs *FS) probe(m *mount, dirfd int) {
 	if errno := sys.NameToHandle(dirfd, &h); errno == 0 {
 		if fd, errno := sys.OpenDot(dirfd, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC); errno == 0 {
 			m.fd = sys.NewFD(fd)
-			if probe, errno := sys.OpenByHandle(fd, &h, unix.O_PATH|unix.O_CLOEXEC); errno == 0 {
+			switch probe, errno := sys.OpenByHandle(fd, &h, unix.O_PATH|unix.O_CLOEXEC); errno {
+			case 0:
 				_ = unix.Close(probe)
 				state = handlesWork
+			case unix.EPERM:
+				fs.mayNotOpenHandles.Store(true) // on no mount
 			}
 		}
 	}

@@ -102,11 +102,13 @@ type FS struct {
 	remote  bool // the root's file system is elsewhere: any call may sleep for long, and close reports errors
 	rootIno uint64
 
-	nodes    table
-	fds      fdCache
-	handles  handleTable
-	mounts   mounts
-	features atomic.Uint64 // FUSE_* INIT flags in force
+	nodes   table
+	fds     fdCache
+	handles handleTable
+	mounts  mounts
+	// mayNotOpenHandles says that the process lacks CAP_DAC_READ_SEARCH: no mount need be tried.
+	mayNotOpenHandles atomic.Bool
+	features          atomic.Uint64 // FUSE_* INIT flags in force
 
 	starved  sync.Mutex // held by the one call that may wait for a descriptor slot
 	tooMany  sync.Once  // log of MaxInodes

@@ -37,12 +37,16 @@ type configuration struct {
 // nobody is a user without any privilege.
 const nobody = 65534
 
-// configurations are all that every attack is tried on: a sandbox, a seccomp filter gets a row, and no test needs to know.
+// configurations are all that every attack is tried on: a sandbox gets a row, and no test needs to know. The seccomp filter is
+// in force in each but the first.
 var configurations = []configuration{
-	{name: "none", options: []string{"--sandbox", "none"}},
+	{name: "none", options: []string{"--sandbox", "none", "--seccomp", "none"}},
 	// With the fewest descriptors nodes lose theirs and are found again, by file handle or, without privilege, by name.
 	{name: "none few descriptors", options: []string{"--sandbox", "none", "--max-fds", "8"}},
 	{name: "none unprivileged", options: []string{"--sandbox", "none", "--max-fds", "8"}, uid: nobody},
+	{name: "chroot", options: []string{"--sandbox", "chroot"}},
+	{name: "namespace", options: []string{"--sandbox", "namespace"}},
+	{name: "namespace unprivileged", options: []string{"--sandbox", "namespace", "--max-fds", "8"}, uid: nobody},
 }
 
 // What TestMain has made ready for all tests.
@@ -80,7 +84,7 @@ func confine(*testing.M) (code int, err error) {
 	defer os.Remove(dir)
 	if program = os.Getenv("SLUICED"); program == "" {
 		var remove func()
-		if program, remove, err = testguest.BuildProgram("github.com/sluicefs/sluice/cmd/sluiced"); err != nil {
+		if program, remove, err = testguest.BuildDaemon("github.com/sluicefs/sluice/cmd/sluiced"); err != nil {
 			return 1, err
 		}
 		defer remove()
@@ -111,6 +115,10 @@ func runConfined(m *testing.M) (code int, err error) {
 	readOnly := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
 	if err := unix.MountSetattr(unix.AT_FDCWD, "/", unix.AT_RECURSIVE, &readOnly); err != nil {
 		return 1, fmt.Errorf("make all file systems read-only: %w", err)
+	}
+	// An ordinary user's daemon writes its id maps there.
+	if err := unix.MountSetattr(unix.AT_FDCWD, "/proc", 0, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}); err != nil {
+		return 1, fmt.Errorf("make /proc writable: %w", err)
 	}
 	// Shared, so that a daemon in a mount namespace of its own hears of mounts that come and go.
 	if err := errors.Join(unix.Mount("tmpfs", base, "tmpfs", 0, "mode=0755"), unix.Mount("", base, "", unix.MS_SHARED, "")); err != nil {
