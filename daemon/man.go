@@ -69,8 +69,13 @@ var roff = strings.NewReplacer(`\`, `\e`, `-`, `\-`, "\n.", "\n\\&.").Replace
 
 const manSynopsis = `.SH SYNOPSIS
 .B sluiced
+{
 .B \-\-shared\-dir
 .I DIR
+|
+.B \-\-bundle
+.I DIR
+}
 {
 .B \-\-socket\-path
 .I PATH
@@ -78,7 +83,6 @@ const manSynopsis = `.SH SYNOPSIS
 .B \-\-fd
 .I FD
 }
-.B \-\-sandbox none
 .RI [ OPTION ]...
 .br
 .B sluiced completion
@@ -118,7 +122,26 @@ by the members of that group. Once it is bound the umask of the process is 0: fi
 the guest asked for.
 `
 
-const manRest = `.SH READINESS
+const manRest = `.SH SANDBOX
+By default
+.B sluiced
+starts itself again in mount, process, IPC and network namespaces of its own, in which there is nothing but what is shared; an ordinary
+user gets a user namespace besides, with the own id or what
+.B \-\-uid\-map
+and
+.B \-\-gid\-map
+say, for which
+.BR newuidmap (1)
+is needed. The process that was started waits for the other, passes signals on and ends with its status.
+.B \-\-sandbox chroot
+takes root and one process;
+.B \-\-sandbox none
+leaves the host in reach. In each of them only the capabilities that the other options need are kept, and
+.BR seccomp (2)
+refuses other system calls than those that
+.B \-\-seccomp dump
+prints.
+.SH READINESS
 When the socket can be connected to, the log says
 .RI \(lq "Waiting for vhost\-user socket connection..." \(rq
 and the service manager is told READY=1. Then follow
@@ -158,7 +181,7 @@ NOTIFY_SOCKET
 Where to send READY=1.
 .SH EXAMPLES
 .nf
-sluiced \-\-shared\-dir /srv/share \-\-socket\-path /run/share.sock \-\-sandbox none
+sluiced \-\-shared\-dir /srv/share \-\-socket\-path /run/share.sock
 .fi
 .PP
 In the guest:

@@ -147,11 +147,13 @@ func TestDirectIO(t *testing.T) {
 // flagsOf returns the flags with which the daemon has a file open for reading and writing.
 func (m *machine) flagsOf(file string) (flags uint) {
 	m.t.Helper()
-	proc := fmt.Sprintf("/proc/%d/", m.daemon.PID())
+	proc := fmt.Sprintf("/proc/%d/", m.daemon.Server())
+	want, err := os.Stat(file)
+	m.check(err)
 	fds, err := os.ReadDir(proc + "fd")
 	m.check(err)
 	for _, fd := range fds {
-		if target, err := os.Readlink(proc + "fd/" + fd.Name()); err != nil || target != file {
+		if info, err := os.Stat(proc + "fd/" + fd.Name()); err != nil || !os.SameFile(info, want) {
 			continue
 		}
 		info, err := os.ReadFile(proc + "fdinfo/" + fd.Name())
