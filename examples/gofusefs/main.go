@@ -8,7 +8,9 @@ package main
 
 import (
 	"os"
+	"time"
 
+	"github.com/hanwen/go-fuse/v2/fs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/pflag"
 
@@ -50,7 +52,8 @@ func (e *extension) TryHandleMount(spec *specs.Spec, mount *specs.Mount, _ strin
 	if at := spec.Annotations["io.sluice.x.gofusefs.at"]; mount == nil && at != "" || mount != nil && mount.Destination != at {
 		return nil, options, nil
 	}
-	backend, err := gofuse.NewFromRoot(hostfiles.New(e.files), nil, gofuse.Config{})
+	soon := time.Nanosecond // sizes and times are not to be remembered, whatever --cache says
+	backend, err := gofuse.NewFromRoot(hostfiles.New(e.files), &fs.Options{AttrTimeout: &soon}, gofuse.Config{})
 	if err != nil {
 		return nil, options, err
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -41,13 +42,32 @@ var (
 	_ fs.NodeReader    = (*file)(nil)
 )
 
-// Getattr implements fs.NodeGetattrer.
-func (*file) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
-	out.Mode = 0o444
+// Getattr implements fs.NodeGetattrer. Direct I/O would do without a size, but sendfile(2), with which busybox's cat reads,
+// ends at the size, and goes past the guest's page cache only if the file has changed since.
+func (f *file) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
+	size, err := f.size()
+	if err != nil {
+		return fs.ToErrno(err)
+	}
+	now := time.Now()
+	out.Mode, out.Size = 0o444, uint64(size)
+	out.SetTimes(nil, &now, &now)
 	return 0
 }
 
-// Open implements fs.NodeOpener. Nobody knows the size of such a file before it is read: direct I/O has the guest not ask.
+// size is how much there is to read at the moment. Files of /proc say 0.
+func (f *file) size() (int64, error) {
+	info, err := f.host.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if info.Size() > 0 {
+		return info.Size(), nil
+	}
+	return io.Copy(io.Discard, io.NewSectionReader(f.host, 0, 1<<20))
+}
+
+// Open implements fs.NodeOpener. Direct I/O: what is read may be longer than the size was a moment ago.
 func (*file) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	return nil, fuse.FOPEN_DIRECT_IO, 0
 }

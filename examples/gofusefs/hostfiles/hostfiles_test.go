@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -37,8 +38,8 @@ func TestLive(t *testing.T) {
 		t.Errorf("the root lists %q, expected live", names)
 	}
 	e, errno := c.Lookup(fsbackendtest.Root, "live")
-	if errno != 0 || e.Mode != unix.S_IFREG|0o444 {
-		t.Fatalf("LOOKUP: %v, mode %#o, expected a file of mode 0444", errno, e.Mode)
+	if errno != 0 || e.Mode != unix.S_IFREG|0o444 || e.Size != 6 || time.Since(time.Unix(int64(e.Mtime), 0)) > time.Minute {
+		t.Fatalf("LOOKUP: %v, %+v, expected a file of mode 0444 with 6 bytes, just changed", errno, e)
 	}
 	in := &fuseproto.OpenIn{InHeader: fuseproto.InHeader{NodeId: e.NodeId}}
 	var open fuseproto.OpenOut
@@ -52,5 +53,21 @@ func TestLive(t *testing.T) {
 		if data, errno := c.Read(e.NodeId, open.Fh, 0, 100); errno != 0 || string(data) != expected {
 			t.Errorf("READ gave %q, %v, expected %q", data, errno, expected)
 		}
+	}
+}
+
+// TestProc has a file of /proc, whose size is not known before it is read.
+func TestProc(t *testing.T) {
+	host, err := os.Open("/proc/version")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	want, err := os.ReadFile("/proc/version")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := (&file{host: host}).size(); err != nil || got != int64(len(want)) {
+		t.Errorf("it has %d bytes, %v, expected %d", got, err, len(want))
 	}
 }
