@@ -36,15 +36,9 @@ func (e *extension) SetFlags(flags *pflag.FlagSet) {
 }
 
 // Prepare opens the files while the host's /proc is still in sight; they stay open in the sandbox.
-func (e *extension) Prepare(extensions.PrepareContext) error {
-	for _, name := range e.names {
-		f, err := os.Open(name)
-		if err != nil {
-			return err
-		}
-		e.files = append(e.files, f)
-	}
-	return nil
+func (e *extension) Prepare(extensions.PrepareContext) (err error) {
+	e.files, err = hostfiles.Open(e.names)
+	return err
 }
 
 func (e *extension) TryHandleMount(spec *specs.Spec, mount *specs.Mount, _ string, _ bool) (fsbackend.Backend, extensions.Options, error) {

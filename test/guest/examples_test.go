@@ -3,17 +3,20 @@ package guest_test
 import (
 	"bytes"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -125,8 +128,12 @@ func TestExampleHttpfs(t *testing.T) {
 			t.Errorf("%s has the sum %.64s in the guest, want %s", name, got, sum(data))
 		}
 	}
-	// Connections that are gone are made anew, under the filter: resolver, socket and connect.
+	// Connections that are gone are made anew, under the filter: resolver, socket and connect. What the resolver has read is good
+	// for 5 s to it; then it looks at its files again.
 	for i := range 3 {
+		if i > 0 {
+			time.Sleep(5100 * time.Millisecond)
+		}
 		server.CloseClientConnections()
 		at := (i*7919*4096 + 123) % (len(big) - 20000)
 		got := m.sh("echo 3 >/proc/sys/vm/drop_caches; tail -c +%d '/mnt/dir/big file' | head -c 20000 | sha256sum", at+1)
@@ -157,16 +164,21 @@ func TestExampleHttpfs(t *testing.T) {
 	m.check(m.daemon.Wait(m.ctx))
 }
 
+// writeKey makes a key that only the daemon's user may read.
+func (m *machine) writeKey() string {
+	m.t.Helper()
+	key := filepath.Join(m.scratch, "key")
+	m.writeRandom(key, 32)
+	m.check(os.Chmod(key, 0o600))
+	m.check(os.Chown(key, int(around.uid), int(around.uid)))
+	return key
+}
+
 // TestExampleCryptfs writes and reads in the guest, with a key that only root has, and looks at what is on the host.
 func TestExampleCryptfs(t *testing.T) {
 	t.Parallel()
 	m := newScratch(t)
-	key := filepath.Join(m.scratch, "key")
-	m.writeRandom(key, 32)
-	m.check(os.Chmod(key, 0o600))
-	if around.uid != 0 {
-		m.check(os.Chown(key, int(around.uid), int(around.uid)))
-	}
+	key := m.writeKey()
 	m.check(os.Chmod(m.share, 0o1777))
 	m.check(m.startExample("cryptfs", "--cryptfs-key", key, "--xattr"))
 	m.boot(testguest.Config{Kind: testguest.UML})
@@ -221,8 +233,7 @@ func TestExampleCryptfs(t *testing.T) {
 func TestExampleCryptfsPosixtest(t *testing.T) {
 	t.Parallel()
 	m := newScratch(t)
-	key := filepath.Join(m.scratch, "key")
-	m.writeRandom(key, 32)
+	key := m.writeKey()
 	m.check(m.startExample("cryptfs", "--cryptfs-key", key, "--xattr"))
 	m.boot(testguest.Config{Kind: testguest.UML})
 	// go-fuse says that a deleted file has one link, and this file system has no fallocate.
@@ -276,4 +287,58 @@ func TestExampleGofusefs(t *testing.T) {
 			t.Errorf("the guest reads %q", got)
 		}
 	})
+}
+
+// TestExampleErrors makes the mistakes of a newcomer: each is told in one line, the exit status is 1, and nothing is left behind.
+func TestExampleErrors(t *testing.T) {
+	t.Parallel()
+	m := newScratch(t)
+	key := filepath.Join(m.scratch, "key")
+	m.writeRandom(key, 32)
+	m.check(os.Chmod(key, 0o644))
+	server := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(server.Close)
+	left := func() string {
+		files, err := os.ReadDir(m.scratch)
+		m.check(err)
+		return fmt.Sprint(files)
+	}
+	before := left()
+	for _, test := range []struct {
+		example string
+		options []string
+		says    []string
+	}{
+		{"httpfs", []string{"--httpfs-url", "localhost:8000"}, []string{"extension httpfs", "localhost:8000", "expected a URL"}},
+		{"httpfs", []string{"--httpfs-url", "http://localhost:1"}, []string{"extension httpfs", "http://localhost:1/index.txt", "connection refused"}},
+		{"httpfs", []string{"--httpfs-url", server.URL}, []string{"extension httpfs", server.URL + "/index.txt", "404"}},
+		{"httpfs", []string{"--backend", "httpfs"}, []string{"extension httpfs does not serve /, for which it is named"}},
+		{"cryptfs", []string{"--cryptfs-key", m.path("absent")}, []string{"extension cryptfs", m.path("absent"), "no such file"}},
+		{"cryptfs", []string{"--cryptfs-key", key}, []string{"extension cryptfs", "chmod 600 " + key}},
+		{"cryptfs", []string{"--backend", "cryptfs"}, []string{"extension cryptfs does not serve /, for which it is named"}},
+		{"gofusefs", []string{"--gofusefs-file", m.share}, []string{"extension gofusefs", m.share + " is not a regular file"}},
+		{"hellofs", []string{"--backend", "hello"}, []string{`none named "hello"`, "passthrough, mem, hellofs"}},
+	} {
+		program, err := exampleOf(test.example)
+		m.check(err)
+		out, err := exec.CommandContext(m.ctx, program, append([]string{"--socket-path", filepath.Join(m.scratch, "fs.sock"), "--shared-dir", m.share}, test.options...)...).CombinedOutput()
+		exit, _ := errors.AsType[*exec.ExitError](err)
+		said := ""
+		for line := range strings.Lines(string(out)) {
+			if strings.HasPrefix(line, "sluiced: ") {
+				said += line
+			}
+		}
+		if exit == nil || exit.ExitCode() != 1 || strings.Count(said, "\n") != 1 {
+			t.Errorf("%s %v: %v, want one line and exit status 1\n%s", test.example, test.options, err, out)
+		}
+		for _, want := range test.says {
+			if !strings.Contains(said, want) {
+				t.Errorf("%s %v: %q does not say %q", test.example, test.options, said, want)
+			}
+		}
+		if after := left(); after != before {
+			t.Errorf("%s %v leaves %s, before there was %s", test.example, test.options, after, before)
+		}
+	}
 }

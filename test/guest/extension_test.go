@@ -233,7 +233,7 @@ func TestFaultyBackend(t *testing.T) {
 	out := m.sh(`for i in $(seq 40); do cat /mnt/f/hang 2>>/tmp/errors & done
 		for i in $(seq 100); do cat /mnt/w/file >/dev/null; echo $i >/mnt/w/other; cat /mnt/w/other; done | tail -n 1
 		echo host >/mnt/host; cat /mnt/host
-		wait; grep -c "`+eio+`" /tmp/errors; cat /mnt/f/fine`)
+		wait; grep -c "` + eio + `" /tmp/errors; cat /mnt/f/fine`)
 	if out != "100\nhost\n40\nfine" {
 		t.Errorf("the guest says %q", out)
 	}

@@ -3,6 +3,7 @@ package hostfiles
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -12,6 +13,37 @@ import (
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
 )
+
+// Open opens the files of these names, which must be regular ones, and each of another last part.
+func Open(names []string) (files []*os.File, err error) {
+	defer func() {
+		if err != nil {
+			for _, f := range files {
+				_ = f.Close()
+			}
+		}
+	}()
+	taken := map[string]string{}
+	for _, name := range names {
+		base := filepath.Base(name)
+		if other, ok := taken[base]; ok {
+			return files, fmt.Errorf("%s and %s are both to be %s: expected names of different last parts", other, name, base)
+		}
+		taken[base] = name
+		// O_NONBLOCK: a pipe must not hold us up.
+		f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+		if err != nil {
+			return files, err
+		}
+		files = append(files, f)
+		if info, err := f.Stat(); err != nil {
+			return files, err
+		} else if !info.Mode().IsRegular() {
+			return files, fmt.Errorf("%s is not a regular file: expected one to serve", name)
+		}
+	}
+	return files, nil
+}
 
 // New returns the directory of files, each by the last part of its name. They stay open.
 func New(files []*os.File) fs.InodeEmbedder { return &root{files: files} }

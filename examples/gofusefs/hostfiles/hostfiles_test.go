@@ -3,6 +3,7 @@ package hostfiles
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -69,5 +70,47 @@ func TestProc(t *testing.T) {
 	}
 	if got, err := (&file{host: host}).size(); err != nil || got != int64(len(want)) {
 		t.Errorf("it has %d bytes, %v, expected %d", got, err, len(want))
+	}
+}
+
+// TestOpen refuses what cannot be served by its name.
+func TestOpen(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"a", "b/a"} {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Mkfifo(filepath.Join(dir, "fifo"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for says, names := range map[string][]string{
+		"":                      {"a", "/proc/uptime"},
+		"no such file":          {"a", "absent"},
+		"not a regular file":    {"b"},
+		"fifo is not a regular": {"fifo"},
+		"are both to be a":      {"a", "b/a"},
+	} {
+		for i, name := range names {
+			if !filepath.IsAbs(name) {
+				names[i] = filepath.Join(dir, name)
+			}
+		}
+		files, err := Open(names)
+		if (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
+			t.Errorf("%q: %v, expected an error that says %q", names, err, says)
+		}
+		if err == nil && len(files) != len(names) {
+			t.Errorf("%q: %d files", names, len(files))
+		}
+		for _, f := range files {
+			if closed := f.Close() != nil; closed != (err != nil) {
+				t.Errorf("%q: %s is closed: %v", names, f.Name(), closed)
+			}
+		}
 	}
 }
