@@ -154,7 +154,7 @@ var actions = map[config.Seccomp]seccomp.Action{
 }
 
 // policy is what a process that serves t with these capabilities may call.
-func (t *tree) policy(base seccomp.BaseOptions, cfg config.Config, caps sandbox.CapSet) (*seccomp.Policy, error) {
+func (t *tree) policy(registry extensions.Registry, base seccomp.BaseOptions, cfg config.Config, caps sandbox.CapSet) (*seccomp.Policy, error) {
 	sources := []seccomp.Source{seccomp.Base(base)}
 	if t.host {
 		sources = append(sources, seccomp.Passthrough(seccomp.PassthroughOptions{
@@ -162,7 +162,11 @@ func (t *tree) policy(base seccomp.BaseOptions, cfg config.Config, caps sandbox.
 			FileHandles: caps.Has(capFileHandles), SwitchIDs: caps.Has(capSwitchIDs),
 		}))
 	}
-	return seccomp.New(append(sources, extensions.Rules(t.claimed)...)...)
+	declared, err := registry.Rules(t.claimed)
+	if err != nil {
+		return nil, err
+	}
+	return seccomp.New(append(sources, declared...)...)
 }
 
 // What passthrough does with capabilities, if it has them.
@@ -172,7 +176,7 @@ const (
 )
 
 // confine gives up, for all threads and for good, what serving t does not take.
-func (w *worker) confine(caps sandbox.CapSet, t *tree, marks *seccomp.Marks) error {
+func (w *worker) confine(registry extensions.Registry, caps sandbox.CapSet, t *tree, marks *seccomp.Marks) error {
 	tasks, err := w.box.Tasks()
 	if err != nil {
 		return err
@@ -191,7 +195,7 @@ func (w *worker) confine(caps sandbox.CapSet, t *tree, marks *seccomp.Marks) err
 	base := seccomp.BaseOptions{
 		PID: os.Getpid(), Syslog: w.cfg.Syslog, OwnSocket: w.handed == nil && w.cfg.SocketPath != "",
 	}
-	policy, err := t.policy(base, w.cfg, caps&^missing)
+	policy, err := t.policy(registry, base, w.cfg, caps&^missing)
 	if err != nil {
 		return err
 	}
@@ -229,7 +233,7 @@ func (p *program) dumpFilter(cfg config.Config, what *source) error {
 		return err
 	}
 	base := seccomp.BaseOptions{Syslog: cfg.Syslog, OwnSocket: cfg.SocketPath != "" && cfg.Sandbox != config.SandboxNamespace}
-	policy, err := t.policy(base, cfg, caps)
+	policy, err := t.policy(p.registry, base, cfg, caps)
 	if err == nil {
 		err = policy.Dump(p.out)
 	}

@@ -35,7 +35,7 @@ func (c claimer) TryHandleMount(*specs.Spec, *specs.Mount, string, bool) (fsback
 func (claimer) SeccompRules() seccomp.Rules { return seccomp.Rules{"socket": seccomp.MatchAll{}} }
 
 // openFor opens dir as it would be served with these extensions.
-func openFor(t *testing.T, dir string, exts ...extensions.Extension) *tree {
+func openFor(t *testing.T, dir string, exts ...extensions.Extension) (*tree, extensions.Registry) {
 	t.Helper()
 	registry, err := extensions.NewRegistry(exts...)
 	if err != nil {
@@ -56,7 +56,7 @@ func openFor(t *testing.T, dir string, exts ...extensions.Extension) *tree {
 			t.Error(err)
 		}
 	})
-	return tr
+	return tr, registry
 }
 
 // TestPlainDirectory: a directory that no extension claims is served by passthrough itself, with nothing around it and no
@@ -64,7 +64,7 @@ func openFor(t *testing.T, dir string, exts ...extensions.Extension) *tree {
 func TestPlainDirectory(t *testing.T) {
 	dir := t.TempDir()
 	for name, exts := range map[string][]extensions.Extension{"without extensions": nil, "declined": {claimer{}}} {
-		tr := openFor(t, dir, exts...)
+		tr, _ := openFor(t, dir, exts...)
 		if _, ok := tr.backend.(*passthrough.FS); !ok || len(tr.claimed) != 0 || !tr.host || !tr.writes {
 			t.Errorf("%s: served by a %T, claimed by %v", name, tr.backend, tr.claimed)
 		}
@@ -73,7 +73,7 @@ func TestPlainDirectory(t *testing.T) {
 
 // TestClaimedDirectory: an extension's backend is wrapped, so that it is isolated, and only the rules of who claims count.
 func TestClaimedDirectory(t *testing.T) {
-	tr := openFor(t, t.TempDir(), claimer{claims: true})
+	tr, registry := openFor(t, t.TempDir(), claimer{claims: true})
 	s, ok := tr.backend.(*share.Share)
 	if !ok || len(tr.claimed) != 1 || tr.host {
 		t.Fatalf("served by a %T, claimed by %v, passthrough too: %v", tr.backend, tr.claimed, tr.host)
@@ -82,8 +82,8 @@ func TestClaimedDirectory(t *testing.T) {
 	if part.Name != "claimer" || !part.Isolated || !part.Slow || part.Timeout != extensions.DefaultTimeout {
 		t.Errorf("its part is %q, isolated %v, slow %v, timeout %v", part.Name, part.Isolated, part.Slow, part.Timeout)
 	}
-	if sources := extensions.Rules(tr.claimed); len(sources) != 1 || sources[0].Owner != "claimer" {
-		t.Errorf("its rules are %v", sources)
+	if sources, err := registry.Rules(tr.claimed); err != nil || len(sources) != 1 || sources[0].Owner != "claimer" {
+		t.Errorf("its rules are %v, %v", sources, err)
 	}
 }
 

@@ -246,13 +246,21 @@ func isNil(v any) bool {
 	}
 }
 
-// Rules returns what each of claimed declares.
-func Rules(claimed []Extension) []seccomp.Source {
+// Rules returns what each of claimed, extensions of the registry, declares.
+func (r Registry) Rules(claimed []Extension) ([]seccomp.Source, error) {
 	var sources []seccomp.Source
-	for _, e := range claimed {
-		if rules := e.SeccompRules(); len(rules) > 0 {
-			sources = append(sources, seccomp.Source{Owner: e.Name(), Rules: rules})
+	for _, ext := range claimed {
+		e, ok := r.lookup(ext.Name())
+		if !ok {
+			return nil, fmt.Errorf("rules of extension %s: it is not registered", ext.Name())
+		}
+		var rules seccomp.Rules
+		if err := e.call("SeccompRules", func() { rules = ext.SeccompRules() }); err != nil {
+			return nil, err
+		}
+		if len(rules) > 0 {
+			sources = append(sources, seccomp.Source{Owner: e.name, Rules: rules})
 		}
 	}
-	return sources
+	return sources, nil
 }
