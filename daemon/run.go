@@ -189,6 +189,9 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 			log.Warn("cannot give up the supplementary groups", "error", err)
 		}
 	}
+	for _, note := range w.what.plan.Notes {
+		log.Warn(note)
+	}
 	spec := w.what.bundle.Spec
 	if err := p.registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir, Log: log}); err != nil {
 		return err
