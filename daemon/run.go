@@ -193,15 +193,15 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 		log.Warn(note)
 	}
 	spec := w.what.bundle.Spec
-	if err := p.registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir, Log: log}); err != nil {
-		return err
-	}
 	needs, err := p.registry.Needs(spec)
 	if err != nil {
 		return err
 	}
 	caps, err := keptCapabilities(cfg, w.what, needs)
 	if err != nil {
+		return err
+	}
+	if err := p.registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir, Log: log}); err != nil {
 		return err
 	}
 	ln, err := w.listener(cfg)

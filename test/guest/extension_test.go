@@ -4,7 +4,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -254,7 +256,37 @@ func TestMissingXattr(t *testing.T) {
 	m.sh("guestprog noxattr /mnt/a/.who")
 }
 
-// TestProbe makes system calls that a filter forbids, unless their extension has declared them (A10, A15, A16, A17, A20).
+// TestDumpFilter prints the filter that a daemon would be under, twice (A15).
+func TestDumpFilter(t *testing.T) {
+	t.Parallel()
+	m := newScratch(t)
+	text, err := json.Marshal(m.spec(specs.Mount{Destination: "/p", Type: "probe"}))
+	m.check(err)
+	path := filepath.Join(m.scratch, "config.json")
+	m.check(os.WriteFile(path, text, 0o644))
+	dump := func(options ...string) string {
+		out, err := exec.CommandContext(m.ctx, extd, append([]string{"--spec", path, "--seccomp", "dump"}, options...)...).Output()
+		m.check(err)
+		return string(out)
+	}
+	declared := dump("--probe-declare", "inet,mmap")
+	if again := dump("--probe-declare", "inet,mmap"); again != declared {
+		t.Errorf("the filter is\n%s\nand then\n%s", declared, again)
+	}
+	for _, want := range []string{
+		`(?m)^deny +mmap +arg2 & 0x4 == 0x4 +sluice$`, `(?m)^allow +mmap +any arguments +base,probe$`,
+		`(?m)^allow +socket +arg0 & 0xffffffff == 0x2 +probe$`, `(?m)^allow +openat2 .* passthrough$`, `(?m)^nosys +clone3 `,
+	} {
+		if !regexp.MustCompile(want).MatchString(declared) {
+			t.Errorf("the filter has no line %s:\n%s", want, declared)
+		}
+	}
+	if plain := dump(); strings.Contains(plain, "probe") || strings.Contains(plain, "socket ") {
+		t.Errorf("the filter without declarations has some:\n%s", plain)
+	}
+}
+
+// TestProbe makes system calls that a filter forbids, unless their extension has declared them (A10, A16, A17, A18, A20).
 func TestProbe(t *testing.T) {
 	t.Parallel()
 	probe := of(specs.Mount{Destination: "/p", Type: "probe"})
