@@ -183,16 +183,19 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 	if os.Geteuid() == 0 && cfg.Sandbox == config.SandboxNone {
 		log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
 	}
-	spec := w.what.bundle.Spec
-	if err := p.registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir, Log: log}); err != nil {
-		return err
+	for _, note := range w.what.plan.Notes {
+		log.Warn(note)
 	}
+	spec := w.what.bundle.Spec
 	needs, err := p.registry.Needs(spec)
 	if err != nil {
 		return err
 	}
 	caps, err := keptCapabilities(cfg, w.what, needs)
 	if err != nil {
+		return err
+	}
+	if err := p.registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir, Log: log}); err != nil {
 		return err
 	}
 	ln, err := w.listener(cfg)

@@ -55,6 +55,10 @@ func TestBuild(t *testing.T) {
 		if err != nil || !strings.Contains(string(out), "--shared-dir") {
 			t.Errorf("%s --help: %v, expected sluiced's\n%s", name, err, out)
 		}
+		_, own, has := strings.Cut(string(out), "\nOptions of the extension "+name+":\n")
+		if has != (name != "hellofs") || has && !strings.HasPrefix(strings.TrimSpace(own), "--"+name+"-") {
+			t.Errorf("%s --help has its own options after the others: %v, expected that of all but hellofs\n%s", name, has, out)
+		}
 	}
 }
 
@@ -74,3 +78,62 @@ func TestDocumentation(t *testing.T) {
 		}
 	}
 }
+
+// TestOtherModule builds a program with two extensions in a module of its own, and has it list them.
+func TestOtherModule(t *testing.T) {
+	dir := t.TempDir()
+	root, err := filepath.Abs("..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	mod, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum, err := os.ReadFile("go.sum")
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := strings.NewReplacer("module github.com/sluicefs/sluice/examples", "module example.org/two", "=> ../", "=> "+root).Replace(string(mod))
+	for name, content := range map[string]string{"go.mod": own, "go.sum": string(sum), "main.go": twoExtensions} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.Command("go", "build", "-o", "two", ".")
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	out, err := exec.Command(filepath.Join(dir, "two"), "--list-extensions").CombinedOutput()
+	if want := "zeta\nalpha\nmem\npassthrough\n"; err != nil || string(out) != want {
+		t.Errorf("--list-extensions: %v, %q, expected %q", err, out, want)
+	}
+}
+
+const twoExtensions = `package main
+
+import (
+	"os"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/sluicefs/sluice/daemon"
+	"github.com/sluicefs/sluice/extensions"
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/seccomp"
+)
+
+func main() { os.Exit(daemon.Main(none("zeta"), none("alpha"))) }
+
+type none string
+
+func (n none) Name() string { return string(n) }
+
+func (none) TryHandleMount(*specs.Spec, *specs.Mount, string, bool) (fsbackend.Backend, extensions.Options, error) {
+	return nil, extensions.Options{}, nil
+}
+
+func (none) SeccompRules() seccomp.Rules { return nil }
+`

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -293,8 +294,7 @@ func TestExampleGofusefs(t *testing.T) {
 func TestExampleErrors(t *testing.T) {
 	t.Parallel()
 	m := newScratch(t)
-	key := filepath.Join(m.scratch, "key")
-	m.writeRandom(key, 32)
+	key := m.writeKey()
 	m.check(os.Chmod(key, 0o644))
 	server := httptest.NewServer(http.NotFoundHandler())
 	t.Cleanup(server.Close)
@@ -321,7 +321,9 @@ func TestExampleErrors(t *testing.T) {
 	} {
 		program, err := exampleOf(test.example)
 		m.check(err)
-		out, err := exec.CommandContext(m.ctx, program, append([]string{"--socket-path", filepath.Join(m.scratch, "fs.sock"), "--shared-dir", m.share}, test.options...)...).CombinedOutput()
+		cmd := exec.CommandContext(m.ctx, program, append([]string{"--socket-path", filepath.Join(m.scratch, "fs.sock"), "--shared-dir", m.share}, test.options...)...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: around.uid, Gid: around.uid}}
+		out, err := cmd.CombinedOutput()
 		exit, _ := errors.AsType[*exec.ExitError](err)
 		said := ""
 		for line := range strings.Lines(string(out)) {

@@ -4,7 +4,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -105,7 +107,9 @@ func TestOffers(t *testing.T) {
 		specs.Mount{Destination: "/dev/pts", Type: "devpts", Source: "devpts"},
 		specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup"},
 		specs.Mount{Destination: "/scratch", Type: "tmpfs", Options: []string{"size=1m", "ro"}},
+		specs.Mount{Destination: "/dev/shared", Type: "bind", Source: "share"},
 	), "--recorder-on"))
+	m.seen("/dev/shared", "is left out: /dev is the guest's own")
 	m.seen("recorder: offered root readonly=false source=true", "recorder: offered /scratch readonly=true source=false")
 	if log := m.daemon.Log(); strings.Count(log, "recorder: offered") != 2 {
 		t.Errorf("more is offered than the root and /scratch")
@@ -243,6 +247,10 @@ func TestFaultyBackend(t *testing.T) {
 			t.Errorf("with %d hanging calls the guest says %q, want %q", hangs, out, want)
 		}
 	}
+	// All its threads hang: what else is asked of it fails at once.
+	if _, err := m.trySh("cat /mnt/f/fine"); err == nil || !strings.Contains(err.Error(), eio) {
+		t.Errorf("a request after that: %v, want EIO", err)
+	}
 	m.seen("extension=faulty", "panic=boom", "takes too long")
 	m.check(m.guest.PowerOff(m.ctx))
 }
@@ -254,7 +262,37 @@ func TestMissingXattr(t *testing.T) {
 	m.sh("guestprog noxattr /mnt/a/.who")
 }
 
-// TestProbe makes system calls that a filter forbids, unless their extension has declared them (A10, A15, A16, A17, A20).
+// TestDumpFilter prints the filter that a daemon would be under, twice (A15).
+func TestDumpFilter(t *testing.T) {
+	t.Parallel()
+	m := newScratch(t)
+	text, err := json.Marshal(m.spec(specs.Mount{Destination: "/p", Type: "probe"}))
+	m.check(err)
+	path := filepath.Join(m.scratch, "config.json")
+	m.check(os.WriteFile(path, text, 0o644))
+	dump := func(options ...string) string {
+		out, err := exec.CommandContext(m.ctx, extd, append([]string{"--spec", path, "--seccomp", "dump"}, options...)...).Output()
+		m.check(err)
+		return string(out)
+	}
+	declared := dump("--probe-declare", "inet,mmap")
+	if again := dump("--probe-declare", "inet,mmap"); again != declared {
+		t.Errorf("the filter is\n%s\nand then\n%s", declared, again)
+	}
+	for _, want := range []string{
+		`(?m)^deny +mmap +arg2 & 0x4 == 0x4 +sluice$`, `(?m)^allow +mmap +any arguments +base,probe$`,
+		`(?m)^allow +socket +arg0 & 0xffffffff == 0x2 +probe$`, `(?m)^allow +openat2 .* passthrough$`, `(?m)^nosys +clone3 `,
+	} {
+		if !regexp.MustCompile(want).MatchString(declared) {
+			t.Errorf("the filter has no line %s:\n%s", want, declared)
+		}
+	}
+	if plain := dump(); strings.Contains(plain, "probe") || strings.Contains(plain, "socket ") {
+		t.Errorf("the filter without declarations has some:\n%s", plain)
+	}
+}
+
+// TestProbe makes system calls that a filter forbids, unless their extension has declared them (A10, A16, A17, A18, A20).
 func TestProbe(t *testing.T) {
 	t.Parallel()
 	probe := of(specs.Mount{Destination: "/p", Type: "probe"})

@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/sluicefs/sluice/internal/testguest"
@@ -30,15 +32,7 @@ func run(kind testguest.Kind, daemon, share string, args []string) error {
 	// Ctrl-C belongs to the guest's shell once it runs; the terminal is raw then.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGHUP, os.Interrupt)
 	defer stop()
-	what := "what " + filepath.Base(daemon) + " serves"
-	switch {
-	case share != "":
-		var err error
-		if share, err = filepath.Abs(share); err != nil {
-			return err
-		}
-		what = share
-	case len(args) == 0:
+	if share == "" && len(args) == 0 {
 		return errors.New("nothing to serve; say `make guest SHARE=DIR`, or options of the server as in `make guest ARGS=\"--bundle DIR\"`")
 	}
 	kit, err := testguest.FindKit()
@@ -50,6 +44,20 @@ func run(kind testguest.Kind, daemon, share string, args []string) error {
 		return err
 	}
 	defer os.RemoveAll(scratch)
+	what := "what " + filepath.Base(daemon) + " serves"
+	switch {
+	case share != "":
+		if share, err = filepath.Abs(share); err != nil {
+			return err
+		}
+		what = share
+	case !slices.ContainsFunc(args, namesShare):
+		// The server wants a directory even if an extension of its serves something else.
+		share = filepath.Join(scratch, "empty")
+		if err := os.Mkdir(share, 0o755); err != nil {
+			return err
+		}
+	}
 	initrd := filepath.Join(scratch, "initrd")
 	if err := testguest.WriteInitramfs(initrd, kit, nil); err != nil {
 		return err
@@ -68,4 +76,10 @@ func run(kind testguest.Kind, daemon, share string, args []string) error {
 	}
 	fmt.Println("guest: it has ended; nothing is left running")
 	return nil
+}
+
+// namesShare says that an argument of the server is, or begins, the option that says what is served.
+func namesShare(arg string) bool {
+	name, _, _ := strings.Cut(arg, "=")
+	return slices.Contains([]string{"--shared-dir", "--bundle", "--spec"}, name)
 }
