@@ -160,6 +160,7 @@ func (t *tree) policy(base seccomp.BaseOptions, cfg config.Config, caps sandbox.
 		sources = append(sources, seccomp.Passthrough(seccomp.PassthroughOptions{
 			Writable: t.writes, Xattr: cfg.Share.Xattr,
 			FileHandles: caps.Has(capFileHandles), SwitchIDs: caps.Has(capSwitchIDs),
+			Locks: cfg.Share.PosixLock || cfg.Share.Flock,
 		}))
 	}
 	return seccomp.New(append(sources, extensions.Rules(t.claimed)...)...)

@@ -3,7 +3,6 @@ package fuseserver
 import (
 	"syscall"
 
-	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
@@ -42,9 +41,4 @@ func opIoctl(s *Server, r *Request) Errno {
 	result, errno := s.backend.Ioctl(&r.ctx, in, r.tail[:in.InSize], r.dataSink(uint64(in.OutSize)))
 	out[fuseproto.IoctlOut](r).Result = result
 	return s.filled(r, errno)
-}
-
-// opInterrupt ignores INTERRUPT, which Linux does not send over virtio-fs (fs/fuse/virtio_fs.c, virtio_fs_send_interrupt).
-func opInterrupt(*Server, *Request) Errno {
-	return fsbackend.OK
 }

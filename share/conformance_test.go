@@ -207,6 +207,18 @@ func (b below) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeIn
 	return b.Share.CopyFileRange(c, &own)
 }
 
+func (b below) Getlk(c *fsbackend.Context, in *fuseproto.LkIn, out *fuseproto.LkOut) Errno {
+	own := *in
+	own.NodeId, own.Fh = b.up(in.NodeId), b.up(in.Fh)
+	return b.Share.Getlk(c, &own, out)
+}
+
+func (b below) Setlk(c *fsbackend.Context, in *fuseproto.LkIn) Errno {
+	own := *in
+	own.NodeId, own.Fh = b.up(in.NodeId), b.up(in.Fh)
+	return b.Share.Setlk(c, &own)
+}
+
 func (b below) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, dst *fsbackend.Sink) (int32, Errno) {
 	own := *in
 	own.NodeId, own.Fh = b.up(in.NodeId), b.up(in.Fh)
