@@ -85,7 +85,8 @@ func TestInitFlags(t *testing.T) {
 		{"backend wants all", Config{Backend: wants(func(uint64) uint64 { return 1<<64 - 1 })}, allFlags, servable &^ lockFlags},
 		{
 			"backend wants all, and locks are configured",
-			Config{Backend: wants(func(uint64) uint64 { return 1<<64 - 1 }), PosixLock: true, Flock: true}, allFlags, servable,
+			Config{Backend: wants(func(uint64) uint64 { return 1<<64 - 1 }), PosixLock: true, Flock: true},
+			allFlags, servable,
 		},
 		{"locks of fcntl", Config{PosixLock: true}, allFlags, base | fuseproto.FUSE_POSIX_LOCKS},
 		{"locks of flock", Config{Flock: true}, allFlags, base | fuseproto.FUSE_FLOCK_LOCKS},
