@@ -22,6 +22,7 @@ type waitRoom struct {
 	hurry atomic.Uint64 // counts retryAll
 
 	mu      sync.Mutex
+	first   time.Duration // firstDelay
 	most    time.Duration // lastDelay
 	resting []*task
 	next    time.Time // when run looks again
@@ -32,14 +33,14 @@ type waitRoom struct {
 }
 
 func newWaitRoom() *waitRoom {
-	return &waitRoom{most: lastDelay, wake: make(chan struct{}, 1)}
+	return &waitRoom{first: firstDelay, most: lastDelay, wake: make(chan struct{}, 1)}
 }
 
 // add takes over t until it is to be tried again.
 func (w *waitRoom) add(t *task) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	t.delay = min(max(2*t.delay, firstDelay), w.most)
+	t.delay = min(max(2*t.delay, w.first), w.most)
 	if w.closed {
 		return // its queue has been stopped
 	}

@@ -33,11 +33,26 @@ func (b *lockable) set(owner uint64) {
 	b.owner = owner
 }
 
-// onlyWhenTold has delays grow without end, so that soon nothing is tried again that retryAll does not ask for.
-func (w *waitRoom) onlyWhenTold() {
+// onlyWhenTold has n requests rest for so long that nothing is tried again unless retryAll asks for it.
+func (w *waitRoom) onlyWhenTold(n int) {
+	const long = 24 * time.Hour
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.most = 24 * time.Hour
+	w.first, w.most = long, long
+	for {
+		settled := 0
+		for _, t := range w.resting {
+			if t.delay == long {
+				settled++
+			}
+		}
+		if settled == n {
+			return
+		}
+		w.mu.Unlock()
+		time.Sleep(time.Millisecond) // no test comes here often: the others rest no longer than lastDelay
+		w.mu.Lock()
+	}
 }
 
 func (b *lockable) Getlk(*fsbackend.Context, *fuseproto.LkIn, *fuseproto.LkOut) fsbackend.Errno {
@@ -96,10 +111,10 @@ func (r *rig) waits(b *lockable, node, first uint64, n int) map[uint64]uint64 {
 func TestManyWaitForALock(t *testing.T) {
 	b := newLockable(t, time.Minute)
 	r := newRigOf(t, 1024, b, Config{})
-	r.device.pool.room.onlyWhenTold()
 	node, fh := r.mount()
 	r.must(request, setlk(fuseproto.FUSE_SETLKW, node, 1, unix.F_WRLCK))
 	owners := r.waits(b, node, 2, 100)
+	r.device.pool.room.onlyWhenTold(100)
 	for range 20 {
 		r.must(request, read(node, fh, 0, 4096))
 		r.must(request, fsync(node, fh)) // runs in the pool
@@ -157,10 +172,10 @@ func TestStoppedQueueWaitsForNoLock(t *testing.T) {
 func TestSessionEndsWaits(t *testing.T) {
 	b := newLockable(t, time.Minute)
 	r := newRig(t, b, Config{})
-	r.device.pool.room.onlyWhenTold()
 	node, _ := r.mount()
 	b.set(1000)
 	r.waits(b, node, 1, 5)
+	r.device.pool.room.onlyWhenTold(5)
 	r.server.Reset()
 	for range 5 {
 		if p := r.next(request); p.errno != fuseserver.ErrNoSession {
@@ -185,10 +200,10 @@ func TestWaitersLeaveRoomInTheRing(t *testing.T) {
 func TestInterruptEndsWait(t *testing.T) {
 	b := newLockable(t, time.Minute)
 	r := newRig(t, b, Config{})
-	r.device.pool.room.onlyWhenTold()
 	node, _ := r.mount()
 	b.set(1000)
 	owners := r.waits(b, node, 1, 3)
+	r.device.pool.room.onlyWhenTold(3)
 	for unique := range owners {
 		head := r.offer(hiprio, call{op: fuseproto.FUSE_INTERRUPT, args: body(unique), noReply: true})
 		r.kick(hiprio)
