@@ -160,6 +160,7 @@ func (t *tree) policy(registry extensions.Registry, base seccomp.BaseOptions, cf
 		sources = append(sources, seccomp.Passthrough(seccomp.PassthroughOptions{
 			Writable: t.writes, Xattr: cfg.Share.Xattr,
 			FileHandles: caps.Has(capFileHandles), SwitchIDs: caps.Has(capSwitchIDs),
+			Locks: cfg.Share.PosixLock || cfg.Share.Flock,
 		}))
 	}
 	declared, err := registry.Rules(t.claimed)

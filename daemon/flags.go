@@ -46,6 +46,8 @@ var options = []option{
 	{name: "xattr", usage: "serve extended attributes", field: func(c *config.Config) any { return &c.Share.Xattr }},
 	{name: "allow-mmap", usage: "allow shared mappings of files that are open for direct I/O, as all are with --cache never and metadata", field: func(c *config.Config) any { return &c.Share.AllowMmap }},
 	{name: "allow-direct-io", usage: "pass O_DIRECT on to the host instead of dropping it", field: func(c *config.Config) any { return &c.Share.AllowDirectIO }},
+	{name: "posix-lock", usage: "share fcntl(2) locks with the host and with other guests, instead of leaving them to each guest", field: func(c *config.Config) any { return &c.Share.PosixLock }},
+	{name: "flock", usage: "share flock(2) locks with the host and with other guests, instead of leaving them to each guest", field: func(c *config.Config) any { return &c.Share.Flock }},
 	{name: "no-readdirplus", usage: "list directories without the attributes of their entries", field: func(c *config.Config) any { return &c.Share.NoReaddirplus }},
 
 	{name: "sandbox", usage: "sandbox `MODE`: namespace, chroot (root only) or none", field: func(c *config.Config) any { return &c.Sandbox }},

@@ -39,6 +39,8 @@ func newServer(cfg config.Config, t *tree, log *slog.Logger) (server, error) {
 		NoReaddirplus: share.NoReaddirplus,
 		AllowMmap:     share.AllowMmap,
 		AllowDirectIO: share.AllowDirectIO,
+		PosixLock:     share.PosixLock,
+		Flock:         share.Flock,
 		Cache:         cachePolicies[share.Cache],
 	})
 	if err != nil {

@@ -257,3 +257,19 @@ type Ioctler interface {
 	// Ioctl is given the argument's bytes and writes the result's to dst. An unknown in.Cmd is ENOTTY.
 	Ioctl(c *Context, in *fuseproto.IoctlIn, arg []byte, dst *Sink) (result int32, errno Errno)
 }
+
+// Locker keeps locks that the guest shares with others: other guests, other shares of the same files, and programs of the
+// host. It is asked only in sessions that have FUSE_POSIX_LOCKS or FUSE_FLOCK_LOCKS in force, and only for the kind agreed on.
+//
+// A POSIX lock belongs to in.Owner and the node. All that an owner holds on a node goes with any FLUSH of that node by the
+// same owner (FlushIn.LockOwner), which must not answer ENOSYS then; what was set by way of a handle goes with that handle's
+// RELEASE at the latest. A lock with FUSE_LK_FLOCK in in.LkFlags is flock(2)'s: it is on all of the file, belongs to the
+// handle in.Fh, and goes with its RELEASE.
+type Locker interface {
+	// Getlk finds a lock in the way of in.Lk, a POSIX lock, and describes it in out.Lk, with Typ F_UNLCK if there is none. Pid
+	// is 0 unless it is of a process of this guest.
+	Getlk(c *Context, in *fuseproto.LkIn, out *fuseproto.LkOut) Errno
+	// Setlk sets or, with Typ F_UNLCK, takes away a lock. It never waits for another one: EAGAIN says that one is in the way.
+	// SETLKW is made of it above: the call is made again and again.
+	Setlk(c *Context, in *fuseproto.LkIn) Errno
+}

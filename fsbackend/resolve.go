@@ -31,6 +31,7 @@ type Resolved struct {
 	CopyFileRanger
 	Statxer
 	Ioctler
+	Locker
 	Slow bool // every call may sleep
 }
 
@@ -64,6 +65,7 @@ func Resolve(b Backend) *Resolved {
 	r.CopyFileRanger, _ = b.(CopyFileRanger)
 	r.Statxer, _ = b.(Statxer)
 	r.Ioctler, _ = b.(Ioctler)
+	r.Locker, _ = b.(Locker)
 	if s, ok := b.(Slow); ok {
 		r.Slow = s.Slow()
 	}

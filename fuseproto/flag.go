@@ -86,6 +86,7 @@ const (
 	FUSE_WRITE_LOCKOWNER        uint32 = 1 << 1
 	FUSE_WRITE_KILL_SUIDGID     uint32 = 1 << 2
 	FUSE_READ_LOCKOWNER         uint32 = 1 << 1
+	FUSE_LK_FLOCK               uint32 = 1 << 0
 	FUSE_OPEN_KILL_SUIDGID      uint32 = 1 << 0
 	FUSE_FSYNC_FDATASYNC        uint32 = 1 << 0
 	FUSE_ATTR_SUBMOUNT          uint32 = 1 << 0

@@ -33,6 +33,8 @@ type (
 	LseekIn         = fuse.LseekIn
 	CopyFileRangeIn = fuse.CopyFileRangeIn
 	StatxIn         = fuse.StatxIn
+	LkIn            = fuse.LkIn // of GETLK, SETLK and SETLKW
+	InterruptIn     = fuse.InterruptIn
 )
 
 // RenameIn is fuse_rename_in (FUSE_RENAME).
@@ -79,8 +81,12 @@ type (
 	IoctlOut    = fuse.IoctlOut
 	LseekOut    = fuse.LseekOut
 	StatxOut    = fuse.StatxOut
+	LkOut       = fuse.LkOut
 	Statx       = fuse.Statx
 )
+
+// FileLock is fuse_file_lock: from byte Start to End, both included.
+type FileLock = fuse.FileLock
 
 // CopyFileRangeOut is fuse_copy_file_range_out (FUSE_COPY_FILE_RANGE_64).
 type CopyFileRangeOut struct {

@@ -24,7 +24,7 @@ func FuzzDecode(f *testing.F) {
 		b := newStub()
 		b.quiet = true
 		b.want = func(f uint64) uint64 { return f | fuseproto.FUSE_SECURITY_CTX }
-		g := newGuest(t, Config{Backend: b, Xattr: mode&1 == 0, ReadOnly: mode&2 != 0, AllowDirectIO: mode&4 != 0})
+		g := newGuest(t, Config{Backend: b, Xattr: mode&1 == 0, ReadOnly: mode&2 != 0, AllowDirectIO: mode&4 != 0, PosixLock: mode&32 == 0, Flock: mode&64 == 0})
 		if mode&8 == 0 {
 			g.mount(allFlags)
 		}

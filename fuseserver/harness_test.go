@@ -139,9 +139,10 @@ func initMessage(major, minor uint32, flags uint64) []byte {
 	return message(fuseproto.FUSE_INIT, 0, major, minor, uint32(1<<20), uint32(flags), uint32(flags>>32), make([]byte, 44))
 }
 
-// mounted returns a guest that has done INIT.
+// mounted returns a guest that has done INIT and shares its locks.
 func mounted(t testing.TB, cfg Config) *guest {
 	t.Helper()
+	cfg.PosixLock, cfg.Flock = true, true
 	g := newGuest(t, cfg)
 	g.mount(allFlags)
 	return g

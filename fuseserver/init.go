@@ -32,11 +32,12 @@ const defaultFlags = fuseproto.FUSE_ASYNC_READ |
 
 const readdirplusFlags = fuseproto.FUSE_DO_READDIRPLUS | fuseproto.FUSE_READDIRPLUS_AUTO
 
-// servable are the flags whose obligations this package and a willing backend can meet. The others never are: locks and
-// NFS export have no ops here; PASSTHROUGH, OVER_IO_URING and HAS_RESEND need /dev/fuse; MAP_ALIGNMENT and HAS_INODE_DAX a
+// servable are the flags whose obligations this package and a willing backend can meet. The others never are: NFS
+// export has no ops here; PASSTHROUGH, OVER_IO_URING and HAS_RESEND need /dev/fuse; MAP_ALIGNMENT and HAS_INODE_DAX a
 // DAX window; REQUEST_TIMEOUT makes a guest give its file system up. ALLOW_IDMAP is left to backends: guests are reported
 // to refuse it without POSIX_ACL.
 const servable = defaultFlags | readdirplusFlags |
+	lockFlags |
 	fuseproto.FUSE_DONT_MASK |
 	fuseproto.FUSE_WRITEBACK_CACHE |
 	fuseproto.FUSE_NO_OPEN_SUPPORT |
@@ -73,10 +74,26 @@ func (s *Server) wantFlags() uint64 {
 	if s.cfg.AllowMmap {
 		flags |= fuseproto.FUSE_DIRECT_IO_ALLOW_MMAP
 	}
+	locks := s.wantLocks()
+	flags |= locks
 	if s.backend.Wanter != nil {
 		flags = s.backend.WantFlags(flags)
 	}
-	return flags & servable
+	return flags & servable &^ (lockFlags &^ locks)
+}
+
+// wantLocks returns those of lockFlags that are both asked for and possible.
+func (s *Server) wantLocks() (flags uint64) {
+	if s.backend.Locker == nil {
+		return 0
+	}
+	if s.cfg.PosixLock {
+		flags |= fuseproto.FUSE_POSIX_LOCKS
+	}
+	if s.cfg.Flock {
+		flags |= fuseproto.FUSE_FLOCK_LOCKS
+	}
+	return flags
 }
 
 // opInit begins a session, ending one that the guest has left without DESTROY.
@@ -136,6 +153,8 @@ func opDestroy(s *Server, _ *Request) Errno {
 func (s *Server) end() {
 	if s.session.Swap(nil) != nil {
 		defer s.caught(nil, fuseproto.FUSE_DESTROY)
+		s.locks.forgetEarly()
+		defer s.unlocked()
 		s.backend.Reset()
 	}
 }

@@ -30,6 +30,7 @@ const (
 	source   // data or a list follows the struct and stays in guest memory
 	partless // is for no part of the backend, or for several
 	owed     // see Request.Owed
+	waits    // its calls may end in Request.Waiting
 )
 
 // maxDataOut is the largest op.out beside data.
@@ -89,6 +90,10 @@ var ops = [...]op{
 	fuseproto.FUSE_COPY_FILE_RANGE:    {handle: opCopyFileRange, in: 56, out: 8, flags: modifies | mayBlock},
 	fuseproto.FUSE_COPY_FILE_RANGE_64: {handle: opCopyFileRange64, in: 56, out: 8, flags: modifies | mayBlock},
 
+	fuseproto.FUSE_GETLK:  {handle: opGetlk, in: 48, out: 24},
+	fuseproto.FUSE_SETLK:  {handle: opSetlk, in: 48},
+	fuseproto.FUSE_SETLKW: {handle: opSetlkw, in: 48, flags: waits},
+
 	fuseproto.FUSE_OPENDIR:     {handle: opOpendir, undo: undoOpendir, in: 8, out: openOut},
 	fuseproto.FUSE_READDIR:     {handle: opReaddir, in: 40, flags: data},
 	fuseproto.FUSE_READDIRPLUS: {handle: opReaddirplus, undo: undoReaddirplus, in: 40, flags: data},
@@ -102,14 +107,11 @@ var ops = [...]op{
 
 	fuseproto.FUSE_SYNCFS:    {handle: opSyncfs, in: 8, flags: mayBlock},
 	fuseproto.FUSE_IOCTL:     {handle: opIoctl, in: 32, out: 16, flags: whole | data},
-	fuseproto.FUSE_INTERRUPT: {handle: opInterrupt, flags: anytime | inline | noReply | partless},
+	fuseproto.FUSE_INTERRUPT: {handle: opInterrupt, in: 8, flags: anytime | inline | noReply | partless},
 }
 
 // notImplemented are fuse.h's other opcodes, which answer ENOSYS, and why.
 var notImplemented = map[fuseproto.Opcode]string{
-	fuseproto.FUSE_GETLK:         "FUSE_POSIX_LOCKS is never agreed on: locks are the guest's own",
-	fuseproto.FUSE_SETLK:         "FUSE_POSIX_LOCKS and FUSE_FLOCK_LOCKS are never agreed on",
-	fuseproto.FUSE_SETLKW:        "FUSE_POSIX_LOCKS and FUSE_FLOCK_LOCKS are never agreed on",
 	fuseproto.FUSE_BMAP:          "only for file systems on a block device of the guest",
 	fuseproto.FUSE_POLL:          "its wake-up is a notification, which Linux has no virtio-fs queue for",
 	fuseproto.FUSE_NOTIFY_REPLY:  "answers a notification, and none is sent",

@@ -137,12 +137,15 @@ func opFlush(s *Server, r *Request) Errno {
 	if s.backend.Flusher == nil {
 		return syscall.ENOSYS
 	}
-	return s.backend.Flush(&r.ctx, in[fuseproto.FlushIn](r))
+	errno := s.backend.Flush(&r.ctx, in[fuseproto.FlushIn](r))
+	s.unlocked()
+	return errno
 }
 
 func opRelease(s *Server, r *Request) Errno {
 	if s.backend.Opener != nil {
 		s.backend.Release(&r.ctx, in[fuseproto.ReleaseIn](r))
+		s.unlocked()
 	}
 	return fsbackend.OK
 }

@@ -37,8 +37,3 @@ func opIoctl(s *Server, r *Request) Errno {
 	out[fuseproto.IoctlOut](r).Result = result
 	return s.filled(r, errno)
 }
-
-// opInterrupt ignores INTERRUPT, which Linux does not send over virtio-fs (fs/fuse/virtio_fs.c, virtio_fs_send_interrupt).
-func opInterrupt(*Server, *Request) Errno {
-	return fsbackend.OK
-}

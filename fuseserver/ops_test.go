@@ -79,6 +79,18 @@ func examples() []example {
 		{name: "LISTXATTR size", msg: message(fuseproto.FUSE_LISTXATTR, 3, uint32(0), uint32(0)), call: "Listxattr 3 0", body: cat(uint32(7), uint32(0))},
 		{name: "REMOVEXATTR", msg: message(fuseproto.FUSE_REMOVEXATTR, 3, "user.a\x00"), call: "Removexattr 3 user.a"},
 		{name: "FLUSH", msg: message(fuseproto.FUSE_FLUSH, 3, uint64(9), uint64(0), uint64(77)), call: "Flush 3 9 77"},
+		{
+			name: "GETLK", msg: message(fuseproto.FUSE_GETLK, 3, uint64(9), uint64(77), uint64(1), uint64(math.MaxInt64), uint32(unix.F_RDLCK), uint32(11), uint64(0)),
+			call: "Getlk 3 9 77 1 9223372036854775807 0 0", body: cat(uint64(5), uint64(6), uint32(unix.F_WRLCK), uint32(42)),
+		},
+		{
+			name: "SETLK", msg: message(fuseproto.FUSE_SETLK, 3, uint64(9), uint64(77), uint64(1), uint64(2), uint32(unix.F_WRLCK), uint32(11), uint64(0)),
+			call: "Setlk 3 9 77 1 2 1 0",
+		},
+		{
+			name: "SETLKW", msg: message(fuseproto.FUSE_SETLKW, 3, uint64(9), uint64(77), uint64(0), uint64(math.MaxInt64), uint32(unix.F_UNLCK), uint32(0), uint32(1), uint32(0)),
+			call: "Setlk 3 9 77 0 9223372036854775807 2 1",
+		},
 		{name: "OPENDIR", msg: message(fuseproto.FUSE_OPENDIR, 3, uint32(unix.O_DIRECTORY), uint32(0)), call: fmt.Sprint("Opendir 3 ", unix.O_DIRECTORY), body: openBytes()},
 		{
 			name: "READDIR", msg: message(fuseproto.FUSE_READDIR, 3, uint64(9), uint64(math.MaxUint64-1), uint32(100), uint32(0), uint64(0), uint64(0)),
@@ -100,7 +112,7 @@ func examples() []example {
 			name: "TMPFILE", msg: message(fuseproto.FUSE_TMPFILE, 3, uint32(unix.O_RDWR), uint32(0o644), uint32(0o22), uint32(1), "/\x00"), least: 56,
 			call: "Tmpfile 3 2 420 18 1", body: cat(entryBytes(), openBytes()),
 		},
-		{name: "INTERRUPT", msg: message(fuseproto.FUSE_INTERRUPT, 0, uint64(1)), least: 40},
+		{name: "INTERRUPT", msg: message(fuseproto.FUSE_INTERRUPT, 0, uint64(1))},
 		{name: "IOCTL", msg: message(fuseproto.FUSE_IOCTL, 3, uint64(9), uint32(0), uint32(0x80086601), uint64(0), uint32(3), uint32(6), "arg"), call: "Ioctl 3 9 2148034049 arg 6", body: cat(uint32(3), make([]byte, 12), "result")},
 		{name: "BATCH_FORGET", msg: message(fuseproto.FUSE_BATCH_FORGET, 0, uint32(3), uint32(0), uint64(5), uint64(6), uint64(1), uint64(9), uint64(8), uint64(1)), call: "Forget 5 6; Forget 8 1"},
 		{name: "FALLOCATE", msg: message(fuseproto.FUSE_FALLOCATE, 3, uint64(9), uint64(5), uint64(6), uint32(1), uint32(0)), call: "Fallocate 3 9 5 6 1"},
@@ -378,7 +390,7 @@ func TestEveryOpcodeIsServedOrExcused(t *testing.T) {
 // What a backend leaves out is ENOSYS, except where the guest could not do without.
 func TestBareBackend(t *testing.T) {
 	b := newStub()
-	g := newGuest(t, Config{Backend: bare{b}, Xattr: true})
+	g := newGuest(t, Config{Backend: bare{b}, Xattr: true, PosixLock: true, Flock: true})
 	g.mount(allFlags)
 	for _, e := range examples() {
 		_, errno := g.do(e.msg)
@@ -434,7 +446,10 @@ func TestOpSizes(t *testing.T) {
 		fuseproto.FUSE_ACCESS:             {fuseproto.AccessIn{}, none{}},
 		fuseproto.FUSE_CREATE:             {fuseproto.CreateIn{}, fuseproto.CreateOut{}},
 		fuseproto.FUSE_TMPFILE:            {fuseproto.CreateIn{}, fuseproto.CreateOut{}},
-		fuseproto.FUSE_INTERRUPT:          {none{}, none{}},
+		fuseproto.FUSE_GETLK:              {fuseproto.LkIn{}, fuseproto.LkOut{}},
+		fuseproto.FUSE_SETLK:              {fuseproto.LkIn{}, none{}},
+		fuseproto.FUSE_SETLKW:             {fuseproto.LkIn{}, none{}},
+		fuseproto.FUSE_INTERRUPT:          {fuseproto.InterruptIn{}, none{}},
 		fuseproto.FUSE_DESTROY:            {none{}, none{}},
 		fuseproto.FUSE_IOCTL:              {fuseproto.IoctlIn{}, fuseproto.IoctlOut{}},
 		fuseproto.FUSE_BATCH_FORGET:       {fuseproto.BatchForgetIn{}, none{}},

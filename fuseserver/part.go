@@ -79,9 +79,9 @@ func (r *Request) Owed() bool {
 }
 
 // over says that r's session is, whose nodes and handles its call would be for. A call may have waited for long for others
-// of its part that hang.
+// of its part that hang, or for a lock.
 func (r *Request) over() bool {
-	return r.part != nil && r.MayBlock && r.session != r.server.session.Load()
+	return (r.part != nil || r.op.flags&waits != 0) && r.MayBlock && r.session != r.server.session.Load()
 }
 
 // slow says whether r's call may sleep whatever it does. FORGETs of slow parts do not: they are kept.

@@ -36,6 +36,7 @@ func newHalves() *halves {
 func halved(t *testing.T, b *halves, cfg Config) *guest {
 	t.Helper()
 	cfg.Backend = b
+	cfg.PosixLock, cfg.Flock = true, true
 	g := newGuest(t, cfg)
 	g.b = b.stub
 	g.mount(allFlags)

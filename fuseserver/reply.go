@@ -76,6 +76,9 @@ func (r *Request) Abort(errno Errno) (written uint32) {
 		return 0
 	}
 	r.server.stats.Aborted.Add(1)
+	if r.op.flags&waits != 0 {
+		r.server.locks.remove(r)
+	}
 	if r.op.flags&noReply != 0 || r.writable < headerSize {
 		return 0
 	}

@@ -44,6 +44,7 @@ type Request struct {
 	session  *session
 	state    atomic.Uint32 // pending, answered or aborted: whoever changes it writes the reply
 	errno    Errno         // what Begin found, answered without a call
+	waiting  bool          // what Waiting says
 	faulted  bool          // guest memory was gone while it was copied
 	readable []unix.Iovec  // the request as the guest has it
 	writable uint64        // bytes of room for the reply
@@ -72,6 +73,8 @@ type Request struct {
 	nowhere fsbackend.Sink    // no room at all
 	started bool              // dst or src is set up: a call made again goes on from there
 	moved   uint32            // bytes of READ or WRITE moved by calls that ended in ErrMayBlock
+
+	interrupted bool // by an INTERRUPT while it waits for a lock; lockTable.mu is held
 
 	// In structs put together from more than one wire format.
 	rename   fuseproto.Rename2In
@@ -105,6 +108,12 @@ func (r *Request) TouchesGuestMemory() bool {
 	return r.op.flags&(data|source) != 0 && !r.isolated()
 }
 
+// Waiting says that Handle, called with MayBlock set, was not done because the request waits for a lock that is another's:
+// call Handle again after a while, and when OnUnlock says so, until it is done or Abort has answered.
+func (r *Request) Waiting() bool {
+	return r.waiting
+}
+
 // Aborted says that Abort, and not Handle, has answered.
 func (r *Request) Aborted() bool {
 	return r.state.Load() == aborted
@@ -117,7 +126,7 @@ func (s *Server) Begin(r *Request, readable, writable []unix.Iovec, readableLen,
 	r.MayBlock, r.Cancel = false, nil
 	r.session = s.session.Load()
 	r.state.Store(pending)
-	r.op, r.part, r.errno, r.faulted, r.started, r.moved = &unknown, nil, fsbackend.OK, false, false, 0
+	r.op, r.part, r.errno, r.faulted, r.waiting, r.started, r.moved = &unknown, nil, fsbackend.OK, false, false, false, 0
 	r.readable = readable
 	r.writable = min(writableLen, math.MaxUint32)
 	r.names, r.tail = [2]fsbackend.Name{}, nil

@@ -46,6 +46,8 @@ type Config struct {
 	Xattr         bool        // serve extended attributes; off, they are ENOSYS and the guest stops asking
 	NoReaddirplus bool        // do not offer FUSE_DO_READDIRPLUS
 	AllowMmap     bool        // accept FUSE_DIRECT_IO_ALLOW_MMAP: shared mmap of files that are not cached
+	PosixLock     bool        // accept FUSE_POSIX_LOCKS, if the backend is a fsbackend.Locker: locks of fcntl(2) are not the guest's alone
+	Flock         bool        // accept FUSE_FLOCK_LOCKS likewise: those of flock(2)
 	AllowDirectIO bool        // let O_DIRECT through to the backend
 	Cache         CachePolicy // CacheAuto is the zero value
 	MaxPages      uint16      // 4 KiB pages in one READ or WRITE; 0: DefaultMaxPages
@@ -89,6 +91,9 @@ type Server struct {
 	parts   sync.Map                   // *fsbackend.Part → *partState
 	later   func(part *fsbackend.Part) // see OnForgets
 
+	locks lockTable
+	retry func() // see OnUnlock
+
 	session atomic.Pointer[session] // nil without one
 
 	// mu orders the beginnings and ends of sessions.
@@ -114,6 +119,7 @@ func New(cfg Config) (*Server, error) {
 	s.want = s.wantFlags()
 	s.divided, _ = cfg.Backend.(fsbackend.Divided)
 	s.later = s.RunForgets
+	s.retry = func() {}
 	return s, nil
 }
 
@@ -122,17 +128,21 @@ func (s *Server) Stats() *Stats { return &s.stats }
 
 // Handle answers r, which Begin has prepared. With done, the request is over: written is the reply's length in bytes, which
 // is used.len and its out_header.len, or 0 if there is none. Without, the call may sleep: call Handle again with
-// r.MayBlock set, from a thread that may. If Abort has answered r meanwhile, it returns 0 and true.
+// r.MayBlock set, from a thread that may; where it was set, the request is Waiting. If Abort has answered r meanwhile, it returns 0 and true.
 func (s *Server) Handle(r *Request) (written uint32, done bool) {
 	if r.state.Load() != pending && !(r.MayBlock && r.Owed()) {
 		return 0, true
 	}
 	errno := r.errno
+	r.waiting = false
 	if errno == fsbackend.OK {
 		errno = s.dispatch(r)
 	}
-	if errno == fsbackend.ErrMayBlock && !r.MayBlock {
+	if errno == fsbackend.ErrMayBlock && (!r.MayBlock || r.waiting) {
 		return 0, false
+	}
+	if r.op.flags&waits != 0 {
+		s.locks.remove(r)
 	}
 	return s.answer(r, errno), true
 }

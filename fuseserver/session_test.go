@@ -61,7 +61,7 @@ func TestInit(t *testing.T) {
 
 func TestInitFlags(t *testing.T) {
 	const base = defaultFlags | readdirplusFlags
-	never := uint64(fuseproto.FUSE_POSIX_LOCKS | fuseproto.FUSE_FLOCK_LOCKS | fuseproto.FUSE_EXPORT_SUPPORT | fuseproto.FUSE_PASSTHROUGH |
+	never := uint64(fuseproto.FUSE_EXPORT_SUPPORT | fuseproto.FUSE_PASSTHROUGH |
 		fuseproto.FUSE_OVER_IO_URING | fuseproto.FUSE_HAS_RESEND | fuseproto.FUSE_MAP_ALIGNMENT | fuseproto.FUSE_HAS_INODE_DAX | fuseproto.FUSE_REQUEST_TIMEOUT)
 	wants := func(f func(uint64) uint64) *stub {
 		b := newStub()
@@ -82,7 +82,14 @@ func TestInitFlags(t *testing.T) {
 		{"cache always", Config{Cache: CacheAlways}, allFlags, base | fuseproto.FUSE_CACHE_SYMLINKS},
 		{"cache metadata", Config{Cache: CacheMetadata}, allFlags, base},
 		{"without INIT_EXT", Config{}, allFlags &^ fuseproto.FUSE_INIT_EXT, base &^ fuseproto.FUSE_INIT_EXT & (1<<32 - 1)},
-		{"backend wants all", Config{Backend: wants(func(uint64) uint64 { return 1<<64 - 1 })}, allFlags, servable},
+		{"backend wants all", Config{Backend: wants(func(uint64) uint64 { return 1<<64 - 1 })}, allFlags, servable &^ lockFlags},
+		{
+			"backend wants all, and locks are configured",
+			Config{Backend: wants(func(uint64) uint64 { return 1<<64 - 1 }), PosixLock: true, Flock: true},
+			allFlags, servable,
+		},
+		{"locks of fcntl", Config{PosixLock: true}, allFlags, base | fuseproto.FUSE_POSIX_LOCKS},
+		{"locks of flock", Config{Flock: true}, allFlags, base | fuseproto.FUSE_FLOCK_LOCKS},
 		{"backend wants nothing", Config{Backend: wants(func(uint64) uint64 { return 0 })}, allFlags, 0},
 		{
 			"backend wants ACLs and no killpriv",

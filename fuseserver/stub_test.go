@@ -16,6 +16,7 @@ type stub struct {
 	hook  func(op string, c *fsbackend.Context) // runs in every call
 	want  func(uint64) uint64                   // WantFlags
 	slow  bool
+	setlk func() Errno // what Setlk answers
 
 	mu    sync.Mutex
 	calls []string
@@ -308,6 +309,19 @@ func (b *stub) Statx(c *fsbackend.Context, in *fuseproto.StatxIn, out *fuseproto
 func (b *stub) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, dst *fsbackend.Sink) (int32, Errno) {
 	dst.Write([]byte("result"))
 	return 3, b.note(c, "Ioctl", in.NodeId, in.Fh, in.Cmd, string(arg), in.OutSize)
+}
+
+func (b *stub) Getlk(c *fsbackend.Context, in *fuseproto.LkIn, out *fuseproto.LkOut) Errno {
+	out.Lk = fuseproto.FileLock{Start: 5, End: 6, Typ: syscall.F_WRLCK, Pid: 42}
+	return b.note(c, "Getlk", in.NodeId, in.Fh, in.Owner, in.Lk.Start, in.Lk.End, in.Lk.Typ, in.LkFlags)
+}
+
+func (b *stub) Setlk(c *fsbackend.Context, in *fuseproto.LkIn) Errno {
+	errno := b.note(c, "Setlk", in.NodeId, in.Fh, in.Owner, in.Lk.Start, in.Lk.End, in.Lk.Typ, in.LkFlags)
+	if b.setlk != nil && in.Lk.Typ == syscall.F_WRLCK {
+		return b.setlk()
+	}
+	return errno
 }
 
 // bare is a backend that can do nothing beyond Backend.

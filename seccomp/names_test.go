@@ -45,7 +45,7 @@ func TestTableIsSorted(t *testing.T) {
 func TestOwnRulesAreForSomeMachine(t *testing.T) {
 	for _, arch := range arches {
 		p, err := newFor(arch, Base(BaseOptions{PID: 1, OwnSocket: true, Syslog: true}),
-			Passthrough(PassthroughOptions{Writable: true, Xattr: true, FileHandles: true, SwitchIDs: true}))
+			Passthrough(PassthroughOptions{Writable: true, Xattr: true, FileHandles: true, SwitchIDs: true, Locks: true}))
 		if err != nil {
 			t.Fatal(err)
 		}

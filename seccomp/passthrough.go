@@ -17,6 +17,8 @@ type PassthroughOptions struct {
 	FileHandles bool
 	// SwitchIDs is for files that are created with the ids of the guest's user, as root does it.
 	SwitchIDs bool
+	// Locks is for locks that the guest shares with the host.
+	Locks bool
 }
 
 // Passthrough returns the rules for what fsbackend/passthrough calls once it is open. Paths are relative to a descriptor
@@ -38,6 +40,9 @@ func Passthrough(o PassthroughOptions) Source {
 	}
 	if o.SwitchIDs && o.Writable {
 		s.addRules(passthroughIDs)
+	}
+	if o.Locks {
+		s.addRules(passthroughLocks)
 	}
 	return s
 }
@@ -104,6 +109,11 @@ var (
 var passthroughHandles = Rules{
 	"name_to_handle_at": PerArg{0: NonNegativeFD{}, 4: Int32(unix.AT_EMPTY_PATH)},
 	"open_by_handle_at": beneath,
+}
+
+var passthroughLocks = Rules{
+	"fcntl": where(1, Int32(unix.F_OFD_GETLK), Int32(unix.F_OFD_SETLK)), // GETLK, SETLK, SETLKW. None waits
+	"flock": where(1, bitsAllowed32(unix.LOCK_SH|unix.LOCK_EX|unix.LOCK_UN|unix.LOCK_NB)),
 }
 
 // passthroughIDs changes the thread's effective ids for a call that creates. The real and saved ones stay, so that it can

@@ -371,6 +371,7 @@ func TestOptionsAddCalls(t *testing.T) {
 			"ids", Passthrough(PassthroughOptions{Writable: true}), Passthrough(PassthroughOptions{Writable: true, SwitchIDs: true}),
 			[]string{"setgroups", "setresgid", "setresuid"},
 		},
+		{"locks", Passthrough(PassthroughOptions{}), Passthrough(PassthroughOptions{Locks: true}), []string{"flock"}},
 		{"ids of a read-only share", Passthrough(PassthroughOptions{}), Passthrough(PassthroughOptions{SwitchIDs: true}), nil},
 	} {
 		without := mustNew(t, tt.without).Calls()

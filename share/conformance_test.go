@@ -207,6 +207,18 @@ func (b below) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeIn
 	return b.Share.CopyFileRange(c, &own)
 }
 
+func (b below) Getlk(c *fsbackend.Context, in *fuseproto.LkIn, out *fuseproto.LkOut) Errno {
+	own := *in
+	own.NodeId, own.Fh = b.up(in.NodeId), b.up(in.Fh)
+	return b.Share.Getlk(c, &own, out)
+}
+
+func (b below) Setlk(c *fsbackend.Context, in *fuseproto.LkIn) Errno {
+	own := *in
+	own.NodeId, own.Fh = b.up(in.NodeId), b.up(in.Fh)
+	return b.Share.Setlk(c, &own)
+}
+
 func (b below) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, dst *fsbackend.Sink) (int32, Errno) {
 	own := *in
 	own.NodeId, own.Fh = b.up(in.NodeId), b.up(in.Fh)
@@ -319,25 +331,22 @@ var _ fsbackend.Divided = (*Share)(nil)
 
 func TestConformance(t *testing.T) {
 	defer unix.Umask(unix.Umask(0))
-	run := func(name string, newBackend func(t *testing.T) fsbackend.Backend) {
+	run := func(name string, locks bool, newBackend func(t *testing.T) fsbackend.Backend) {
 		t.Run(name, func(t *testing.T) {
-			fsbackendtest.Run(t, fsbackendtest.Config{
-				New: newBackend, AsRoot: os.Getuid() == 0, SparseBlock: 4096,
-				NoRaces: true, // passthrough now and then answers EXDEV: its own suite is the place to find out why
-			})
+			fsbackendtest.Run(t, fsbackendtest.Config{New: newBackend, AsRoot: os.Getuid() == 0, SparseBlock: 4096, NoLocks: !locks})
 		})
 	}
-	run("root", func(t *testing.T) fsbackend.Backend {
+	run("root", false, func(t *testing.T) fsbackend.Backend {
 		return newShare(t, Graft{Path: "/", Backend: newMem(t)})
 	})
-	run("root with grafts", func(t *testing.T) fsbackend.Backend {
+	run("root with grafts", true, func(t *testing.T) fsbackend.Backend {
 		return quiet{newShare(t, Graft{Path: "/", Backend: newPassthrough(t, t.TempDir())},
 			Graft{Path: "/" + grafted + "/a/b", Backend: newMem(t)}, Graft{Path: "/" + grafted + "/mem", Backend: newMem(t)})}
 	})
-	run("graft", func(t *testing.T) fsbackend.Backend {
+	run("graft", false, func(t *testing.T) fsbackend.Backend {
 		return below{newShare(t, Graft{Path: "/", Backend: newPassthrough(t, t.TempDir())}, Graft{Path: "/sub", Backend: synced{newMem(t)}}), 1 << indexShift}
 	})
-	run("passthrough graft with another below", func(t *testing.T) fsbackend.Backend {
+	run("passthrough graft with another below", true, func(t *testing.T) fsbackend.Backend {
 		return below{newShare(t, Graft{Path: "/", Backend: newMem(t)}, Graft{Path: "/sub", Backend: newPassthrough(t, t.TempDir())},
 			Graft{Path: "/sub/" + grafted + "/mem", Backend: newMem(t)}), 1 << indexShift}
 	})

@@ -431,3 +431,32 @@ func (s *Share) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, d
 	in.Fh = fh
 	return result, s.known(errno, unix.ENOTTY)
 }
+
+// Getlk implements fsbackend.Locker.
+func (s *Share) Getlk(c *fsbackend.Context, in *fuseproto.LkIn, out *fuseproto.LkOut) Errno {
+	return s.lock(c, in, func(l fsbackend.Locker) Errno { return l.Getlk(c, in, out) })
+}
+
+// Setlk implements fsbackend.Locker. A lock changes nothing: read-only parts have them too.
+func (s *Share) Setlk(c *fsbackend.Context, in *fuseproto.LkIn) Errno {
+	return s.lock(c, in, func(l fsbackend.Locker) Errno { return l.Setlk(c, in) })
+}
+
+// lock makes a call about locks. A part that has none to give says so in the word that programs know from file systems like it.
+func (s *Share) lock(c *fsbackend.Context, in *fuseproto.LkIn, call func(fsbackend.Locker) Errno) Errno {
+	p, errno := s.opened(in.NodeId, in.Fh)
+	switch {
+	case errno != fsbackend.OK:
+		return errno
+	case p.Locker == nil:
+		return s.lacks(unix.ENOLCK)
+	}
+	fh := in.Fh
+	in.Fh &= numberMask
+	var v visit
+	p.enter(c, &in.InHeader, &v)
+	errno = call(p)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
+	return s.known(errno, unix.ENOLCK)
+}

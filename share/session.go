@@ -9,17 +9,19 @@ import (
 
 const readdirplusFlags = fuseproto.FUSE_DO_READDIRPLUS | fuseproto.FUSE_READDIRPLUS_AUTO
 
-// WantFlags implements fsbackend.Wanter: what every part wants, for a flag holds for all of them.
+// WantFlags implements fsbackend.Wanter: what every part wants, for a flag holds for all of them. For locks it is enough that
+// one part has them: the others refuse (see lock).
 func (s *Share) WantFlags(defaults uint64) uint64 {
 	grafts := s.parts[:len(s.shown)]
 	want, some := ^uint64(0), uint64(0)
-	plus := false
+	plus, locks := false, false
 	for _, p := range grafts {
 		flags := defaults
 		if p.Wanter != nil {
 			flags = p.WantFlags(defaults)
 		}
 		some |= flags
+		locks = locks || p.Locker != nil
 		if p.DirPlusReader != nil {
 			plus = plus || flags&readdirplusFlags != 0
 			want &= flags
@@ -29,6 +31,9 @@ func (s *Share) WantFlags(defaults uint64) uint64 {
 	}
 	if !plus {
 		want &^= readdirplusFlags
+	}
+	if !locks {
+		want &^= fuseproto.FUSE_POSIX_LOCKS | fuseproto.FUSE_FLOCK_LOCKS
 	}
 	if !s.alone {
 		want |= defaults & fuseproto.FUSE_SUBMOUNTS

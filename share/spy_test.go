@@ -311,3 +311,11 @@ func (b *spy) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, _ []byte, _ *fs
 
 // bare is a backend without any optional interface.
 type bare struct{ fsbackend.Backend }
+
+func (b *spy) Getlk(c *fsbackend.Context, in *fuseproto.LkIn, _ *fuseproto.LkOut) Errno {
+	return b.note("Getlk", c, &in.InHeader, one(in.NodeId), in.Fh)
+}
+
+func (b *spy) Setlk(c *fsbackend.Context, in *fuseproto.LkIn) Errno {
+	return b.note("Setlk", c, &in.InHeader, one(in.NodeId), in.Fh)
+}

@@ -256,6 +256,14 @@ var ops = map[string]op{
 			return errno
 		})
 	}},
+	"Getlk": {handle: true, lacking: unix.ENOLCK, call: func(s *Share, r *request) Errno {
+		in := fuseproto.LkIn{InHeader: r.header(), Fh: r.fh}
+		return with(r, in, func(in *fuseproto.LkIn) Errno { return s.Getlk(&r.c, in, new(fuseproto.LkOut)) })
+	}},
+	"Setlk": {handle: true, lacking: unix.ENOLCK, call: func(s *Share, r *request) Errno {
+		in := fuseproto.LkIn{InHeader: r.header(), Fh: r.fh}
+		return with(r, in, func(in *fuseproto.LkIn) Errno { return s.Setlk(&r.c, in) })
+	}},
 	"Ioctl": {handle: true, lacking: unix.ENOTTY, call: func(s *Share, r *request) Errno {
 		in := fuseproto.IoctlIn{InHeader: r.header(), Fh: r.fh, Cmd: r.cmd}
 		return with(r, in, func(in *fuseproto.IoctlIn) Errno {

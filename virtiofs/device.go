@@ -119,6 +119,7 @@ func New(cfg Config) (*Device, error) {
 	d := &Device{cfg: cfg, log: ratelog.New(cfg.Log, time.Second, 10), mem: guestmem.New()}
 	d.pool = newPool(d, cfg.PoolThreads)
 	cfg.Server.OnForgets(d.pool.forgets)
+	cfg.Server.OnUnlock(d.pool.room.retryAll)
 	for i := range min(cfg.NumRequestQueues, runtime.NumCPU()) {
 		w, err := newWorker(d, i)
 		if err != nil {
@@ -219,7 +220,7 @@ func (d *Device) StartQueue(index int, cfg vhostuser.QueueConfig) error {
 	if err != nil {
 		return err
 	}
-	return d.queues[index].start(vq, cfg.Kick)
+	return d.queues[index].start(vq, int(cfg.Num), cfg.Kick)
 }
 
 // EnableQueue lets a started queue fetch requests, or stops it fetching; requests in flight go on.

@@ -139,8 +139,8 @@ func (l *lane) thread(t *task) {
 	idle := time.NewTimer(threadIdle)
 	defer idle.Stop()
 	for {
-		t.finish()
-		if t = l.next(t, work); t != nil {
+		rests := t.finish()
+		if t = l.next(t, rests, work); t != nil {
 			continue
 		}
 		idle.Reset(threadIdle)
@@ -156,13 +156,17 @@ func (l *lane) thread(t *task) {
 	}
 }
 
-// next puts the finished task by and returns a waiting one, or nil after it has enlisted the thread as idle.
-func (l *lane) next(finished *task, work chan *task) *task {
+// next puts the finished task, or the one that is to rest, by and returns a waiting one, or nil after it has enlisted the thread as idle.
+func (l *lane) next(finished *task, rests bool, work chan *task) *task {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := l.endLocked(finished)
 	l.fullLocked(now)
-	l.pool.put(finished)
+	if rests {
+		l.pool.room.add(finished)
+	} else {
+		l.pool.put(finished)
+	}
 	if len(l.waiting) > 0 {
 		t := l.waiting[0]
 		l.waiting[0] = nil

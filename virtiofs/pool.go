@@ -38,6 +38,13 @@ type task struct {
 	since time.Time // when it came to an isolated lane
 	at    int       // in lane.running
 	hung  bool      // it is given up, and its call still runs; under lane.mu
+
+	// Of requests that wait for locks.
+	waits   bool          // it is counted in queue.waiting; under queue.mu
+	resting bool          // it is in the waitRoom, or on its way; under queue.mu
+	delay   time.Duration // of its last rest
+	due     time.Time     // when that is over
+	hurry   uint64        // waitRoom.hurry before it was last tried
 }
 
 // begin handles the request as far as it does not sleep.
@@ -46,15 +53,20 @@ func (t *task) begin() (written uint32, done bool) {
 	return t.server.Handle(t.req)
 }
 
-// finish handles the request to its end and gives it back to the guest.
-func (t *task) finish() {
+// finish handles the request to its end and gives it back to the guest, unless it has to rest.
+func (t *task) finish() (rests bool) {
 	if t.req == nil {
 		t.server.RunForgets(t.lane.part)
-		return
+		return false
 	}
+	t.hurry = t.lane.pool.room.hurry.Load()
 	t.req.MayBlock, t.req.Cancel = true, t.cancel
-	written, _ := t.server.Handle(t.req) // done, now that it may sleep
+	written, done := t.server.Handle(t.req)
+	if !done { // though it may sleep: it waits for a lock
+		return t.queue.rest(t)
+	}
 	t.queue.finished(t, written)
+	return false
 }
 
 // overdue says that the request has taken longer than its part may.
@@ -69,6 +81,7 @@ type pool struct {
 	device  *Device
 	threads int // of each lane, at most
 	shared  *lane
+	room    *waitRoom
 	full    atomic.Int32 // lanes that keep the device from fetching
 
 	mu     sync.Mutex
@@ -89,6 +102,7 @@ func newPool(d *Device, threads int) *pool {
 		lanes: make(map[*fsbackend.Part]*lane), wake: make(chan struct{}, 1), closing: make(chan struct{}),
 	}
 	p.shared = newLane(p, nil)
+	p.room = newWaitRoom()
 	return p
 }
 
@@ -111,6 +125,7 @@ func (p *pool) put(t *task) {
 		return
 	}
 	t.queue, t.mem, t.cancel, t.lane, t.hung = nil, nil, nil, nil, false
+	t.waits, t.resting, t.delay = false, false, 0
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(p.spare) < spareTasks {
@@ -227,6 +242,7 @@ func (p *pool) close(timeout time.Duration) error {
 	p.mu.Lock()
 	p.closed = true
 	p.mu.Unlock()
+	p.room.close()
 	lanes := append(p.isolated(), p.shared)
 	for _, l := range lanes {
 		l.close()

@@ -31,6 +31,7 @@ type queue struct {
 	// mu is held for a few instructions at a time, never across a request.
 	mu       sync.Mutex
 	vq       *virtqueue.Queue // nil while stopped
+	num      int              // entries of its ring
 	bound    *guestmem.Map    // what vq translates with; held
 	kick     *kick
 	run      uint64 // counts starts: a completion of an earlier one is dropped
@@ -38,6 +39,7 @@ type queue struct {
 	stopping bool
 	broken   bool
 	inflight int           // requests popped and not completed
+	waiting  int           // those of them that wait for locks
 	parked   []*task       // those of them that the pool has and that are not given up
 	cancel   chan struct{} // closed when nobody waits for requests in flight any longer
 	drained  chan struct{} // closed when inflight gets to 0 while stopping
@@ -122,7 +124,7 @@ func (q *queue) setNotifier(slot **notifier, fd *sys.FD) {
 	old.retire()
 }
 
-func (q *queue) start(vq *virtqueue.Queue, kickFD *sys.FD) error {
+func (q *queue) start(vq *virtqueue.Queue, num int, kickFD *sys.FD) error {
 	m := q.device.mem.Acquire()
 	if err := vq.Bind(m); err != nil {
 		m.Release()
@@ -134,9 +136,9 @@ func (q *queue) start(vq *virtqueue.Queue, kickFD *sys.FD) error {
 		return fmt.Errorf("start queue %d: %w", q.index, err)
 	}
 	q.mu.Lock()
-	q.vq, q.bound, q.kick = vq, m, k
+	q.vq, q.num, q.bound, q.kick = vq, num, m, k
 	q.run++
-	q.stopping, q.broken, q.inflight = false, false, 0
+	q.stopping, q.broken, q.inflight, q.waiting = false, false, 0, 0
 	q.cancel = make(chan struct{})
 	q.mu.Unlock()
 	// Requests may wait already, and their kick may have gone to an earlier back-end (reference: vhost-user, "Ring states").
@@ -158,6 +160,7 @@ func (q *queue) stop(timeout time.Duration) (base uint32, err error) {
 		return 0, nil
 	}
 	q.stopping = true
+	q.endRestsLocked()
 	if q.inflight > 0 && !q.waitLocked(timeout) {
 		close(q.cancel)
 		q.abortLocked()
@@ -182,13 +185,13 @@ func (q *queue) stop(timeout time.Duration) (base uint32, err error) {
 // memory for: their buffers cannot be given back.
 func (q *queue) abortLocked() {
 	for i := len(q.parked) - 1; i >= 0; i-- {
-		q.giveUpLocked(q.parked[i])
+		q.giveUpLocked(q.parked[i], unix.EIO)
 	}
 }
 
-// giveUpLocked answers t, which is parked, with EIO and says whether that was possible. Its call goes on, if it has begun,
+// giveUpLocked answers t, which is parked, with errno and says whether that was possible. Its call goes on, if it has begun,
 // without guest memory.
-func (q *queue) giveUpLocked(t *task) bool {
+func (q *queue) giveUpLocked(t *task, errno unix.Errno) bool {
 	if t.cancel == t.own && !t.cancelled {
 		t.cancelled = true
 		close(t.own)
@@ -196,7 +199,7 @@ func (q *queue) giveUpLocked(t *task) bool {
 	if t.req.TouchesGuestMemory() {
 		return false
 	}
-	written := t.req.Abort(unix.EIO)
+	written := t.req.Abort(errno)
 	if !t.req.Aborted() {
 		return false
 	}
@@ -217,11 +220,11 @@ func (q *queue) giveUpOverdue(now time.Time) {
 	q.mu.Lock()
 	for i := len(q.parked) - 1; i >= 0; i-- {
 		t := q.parked[i]
-		if !t.overdue(now) {
+		if t.resting || !t.overdue(now) {
 			continue
 		}
 		l, opcode := t.lane, t.req.Opcode()
-		if q.giveUpLocked(t) {
+		if q.giveUpLocked(t, unix.EIO) {
 			l.part.Stats.Timeouts.Add(1)
 			lost = append(lost, loss{l, opcode, now.Sub(t.since)})
 		}
@@ -265,6 +268,50 @@ func (q *queue) unparkLocked(t *task) {
 	q.parked = q.parked[:last]
 	t.mem.Release()
 	t.mem = nil
+	if t.waits {
+		q.waiting--
+	}
+}
+
+// rest has t, whose lock is another's, wait without a thread, and says whether it does.
+func (q *queue) rest(t *task) bool {
+	q.mu.Lock()
+	defer q.unlock()
+	switch {
+	case t.req.Aborted():
+		return false
+	case q.stopping || !t.waits && q.waiting >= q.num/waitingShare:
+		q.giveUpLocked(t, unix.ENOLCK)
+		q.publishLocked()
+		return false
+	}
+	if !t.waits {
+		t.waits = true
+		q.waiting++
+	}
+	t.resting = true
+	return true
+}
+
+// retry has t, which has rested, tried again, unless it is given up.
+func (q *queue) retry(t *task) {
+	q.mu.Lock()
+	defer q.unlock()
+	t.resting = false
+	if t.req.Aborted() {
+		q.device.pool.put(t)
+		return
+	}
+	t.lane.hand(t)
+}
+
+// endRestsLocked ends what waits for locks of others, who may take for ever, with an errno that lockers know.
+func (q *queue) endRestsLocked() {
+	for i := len(q.parked) - 1; i >= 0; i-- {
+		if t := q.parked[i]; t.resting {
+			q.giveUpLocked(t, unix.ENOLCK)
+		}
+	}
 }
 
 // finished completes t, which the pool has done.

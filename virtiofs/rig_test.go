@@ -73,7 +73,7 @@ func newMem(t testing.TB) *mem.FS {
 
 func newDevice(t testing.TB, backend fsbackend.Backend, cfg Config) (*Device, *fuseserver.Server) {
 	t.Helper()
-	server, err := fuseserver.New(fuseserver.Config{Backend: backend, Xattr: true, Log: cfg.Log})
+	server, err := fuseserver.New(fuseserver.Config{Backend: backend, Xattr: true, PosixLock: true, Flock: true, Log: cfg.Log})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -44,6 +44,7 @@ type Config struct {
 	NoCopy        bool // COPY_FILE_RANGE is refused
 	NoStatx       bool // STATX is refused
 	NoPunch       bool // FALLOCATE only extends
+	NoLocks       bool // locks are refused
 	NoRaces       bool // calls that change the same name at once may end in EIO or EXDEV
 	NoNodeChecks  bool // the types of files that a rename or unlink meets are the guest's to check
 	// NoUnlinked says that attributes of an unlinked file can only be had by handle.
@@ -100,6 +101,7 @@ func Run(t *testing.T, cfg Config) {
 		{"readdir stable", testReaddirStable, false},
 		{"readdirplus", testReaddirplus, false},
 		{"xattr", testXattr, cfg.NoXattr},
+		{"locks", testLocks, cfg.NoLocks},
 		{"statfs", testStatfs, false},
 		{"statx", testStatx, cfg.NoStatx},
 		{"mayblock", testMayBlock, false},
@@ -147,6 +149,7 @@ func (cfg *Config) leaveOut(r *fsbackend.Resolved) {
 	cfg.NoTmpfileLink = cfg.NoTmpfileLink || cfg.NoHardLinks
 	cfg.NoFallocate = cfg.NoFallocate || r.Fallocater == nil
 	cfg.NoCopy = cfg.NoCopy || r.CopyFileRanger == nil
+	cfg.NoLocks = cfg.NoLocks || r.Locker == nil
 	cfg.NoStatx = cfg.NoStatx || r.Statxer == nil
 	if r.Lseeker == nil {
 		cfg.SparseBlock = 0
@@ -158,6 +161,9 @@ func newSuite(cfg *Config, b fsbackend.Backend) *suite {
 	s.Caller.Uid, s.Caller.Gid, s.Caller.Pid = uint32(os.Getuid()), uint32(os.Getgid()), 1
 	flags := fuseproto.FUSE_ATOMIC_O_TRUNC | fuseproto.FUSE_BIG_WRITES | fuseproto.FUSE_DO_READDIRPLUS |
 		fuseproto.FUSE_HANDLE_KILLPRIV_V2 | fuseproto.FUSE_SETXATTR_EXT | fuseproto.FUSE_INIT_EXT
+	if s.R.Locker != nil && !cfg.NoLocks {
+		flags |= lockFlags
+	}
 	if s.R.Wanter != nil {
 		flags &= s.R.WantFlags(flags)
 	}

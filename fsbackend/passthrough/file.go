@@ -99,6 +99,9 @@ func (fs *FS) release(in *fuseproto.ReleaseIn) {
 	if h := fs.handles.get(in.Fh, in.NodeId); h != nil {
 		fs.closeHandle(h)
 		fs.handles.put(h)
+		if fs.has(fuseproto.FUSE_POSIX_LOCKS) {
+			fs.unlockHandle(in.NodeId, in.Fh)
+		}
 	}
 }
 
@@ -226,15 +229,22 @@ func (fs *FS) hasPriv(node uint64) bool {
 
 // Flush implements fsbackend.Flusher. It costs the guest a request for each close(2), so that it is answered ENOSYS, after
 // which none is sent any more, unless the share lies on a file system that first learns at close(2) that what was written
-// is lost: a network's, or another FUSE server's.
+// is lost: a network's, or another FUSE server's; or it ends POSIX locks.
 func (fs *FS) Flush(_ *fsbackend.Context, in *fuseproto.FlushIn) fsbackend.Errno {
 	h, errno := fs.useHandle(in.Fh, in.NodeId)
 	if errno != 0 {
 		return errno
 	}
 	defer fs.handles.put(h)
-	if !fs.remote {
+	locks := fs.has(fuseproto.FUSE_POSIX_LOCKS)
+	if locks {
+		fs.unlockOwner(in.NodeId, in.LockOwner)
+	}
+	if !fs.remote && !locks {
 		return unix.ENOSYS
+	}
+	if !fs.remote {
+		return fsbackend.OK
 	}
 	fd, err := unix.FcntlInt(uintptr(h.fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {

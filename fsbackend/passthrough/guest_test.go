@@ -44,6 +44,7 @@ var (
 	_ fsbackend.CopyFileRanger = (*FS)(nil)
 	_ fsbackend.Statxer        = (*FS)(nil)
 	_ fsbackend.Ioctler        = (*FS)(nil)
+	_ fsbackend.Locker         = (*FS)(nil)
 )
 
 // guest calls a backend as a guest's kernel does, a thread of it each.

@@ -59,8 +59,8 @@ type Config struct {
 	// DirFD is a descriptor of the directory, which stays the caller's, for where Dir is out of reach; if 0, New opens Dir.
 	DirFD int
 	// MaxFDs bounds the descriptors kept for inodes: if 0, DefaultMaxFDs or half of RLIMIT_NOFILE, whichever is less.
-	// Beyond it there is one for each mount in the tree, two of the backend's own, and one for each file that the guest
-	// has open. A mount that the guest has looked at stays busy on the host until the FS is closed.
+	// Beyond it there is one for each mount in the tree, two of the backend's own, one for each file that the guest
+	// has open, and one for each file and process of the guest that has it locked. A mount that the guest has looked at stays busy on the host until the FS is closed.
 	MaxFDs int
 	// MaxInodes bounds the inodes known to the guest at a time, DefaultMaxInodes if 0; ENFILE answers beyond.
 	MaxInodes int
@@ -105,6 +105,7 @@ type FS struct {
 	nodes   table
 	fds     fdCache
 	handles handleTable
+	locks   lockFiles
 	mounts  mounts
 	// mayNotOpenHandles says that the process lacks CAP_DAC_READ_SEARCH: no mount need be tried.
 	mayNotOpenHandles atomic.Bool
@@ -231,12 +232,14 @@ func (fs *FS) Reset() {
 		}
 	}
 	fs.closeHandles()
+	fs.locks.dropAll()
 	fs.trim()
 }
 
 // Close implements fsbackend.Backend.
 func (fs *FS) Close() error {
 	fs.closeHandles()
+	fs.locks.dropAll()
 	fs.fds.closeAll()
 	fs.mounts.close()
 	fs.trims.Wait()

@@ -92,6 +92,10 @@ type Share struct {
 	AllowMmap bool
 	// AllowDirectIO passes the guest's O_DIRECT on to the host; without it the flag is dropped.
 	AllowDirectIO bool
+	// PosixLock shares fcntl(2)'s locks with other guests and with the host; without it they are each guest's own.
+	PosixLock bool
+	// Flock does the same for flock(2)'s.
+	Flock bool
 	// NoReaddirplus withholds READDIRPLUS, as CacheNever does.
 	NoReaddirplus bool
 

@@ -25,6 +25,7 @@ func TestPOSIX(t *testing.T) {
 		{"--xattr --cache never --allow-mmap --no-readdirplus", kinds[:1]},
 		{"--xattr --cache metadata --allow-mmap", kinds[:1]},
 		{"--xattr --cache always --writeback --allow-direct-io", kinds[:1]},
+		{"--xattr --posix-lock --flock", kinds[:1]},
 		{"--xattr --max-fds 64 --max-inodes 100000 --rlimit-nofile 1024 --log-level debug", kinds[:1]},
 	} {
 		for _, kind := range test.kinds {

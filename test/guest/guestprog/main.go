@@ -7,6 +7,9 @@
 //	guestprog mount TAG DIR N   mount and unmount N times
 //	guestprog sum DIR           the tree's sum and number of entries
 //	guestprog random FILE N S   write N bytes that depend on the seed S
+//	guestprog locks FILE SAME   lock FILE, which SAME is too by way of another mount, against it
+//	guestprog lock FILE HOW     lock FILE as flock(2) and fcntl(2) do; with HOW "wait" and not "try", when it can be had
+//	guestprog holdlock FILE A B the same, say so on the FIFO A, and end when B says so
 //	guestprog hold FILE A B     open FILE with O_DIRECT, say so on the FIFO A, close it when B says so
 package main
 
@@ -51,7 +54,10 @@ func run(args []string) error {
 				return withCount(a[2], func(seed int64) error { return tree.WriteRandom(a[0], n, byte(seed)) })
 			})
 		}},
-		"hold": {3, func(a []string) error { return hold(a[0], a[1], a[2]) }},
+		"locks":    {2, func(a []string) error { return sharedLocks(a[0], a[1]) }},
+		"lock":     {2, func(a []string) error { return lockOnce(a[0], a[1] == "wait", func() error { return nil }) }},
+		"holdlock": {3, func(a []string) error { return lockOnce(a[0], false, func() error { return talk(a[1], a[2]) }) }},
+		"hold":     {3, func(a []string) error { return hold(a[0], a[1], a[2]) }},
 	}
 	if len(args) == 0 {
 		return fmt.Errorf("no command")
@@ -139,9 +145,13 @@ func hold(file, say, hear string) error {
 		return err
 	}
 	defer f.Close()
+	return talk(say, hear)
+}
+
+func talk(say, hear string) error {
 	if err := os.WriteFile(say, []byte("held\n"), 0); err != nil {
 		return err
 	}
-	_, err = os.ReadFile(hear)
+	_, err := os.ReadFile(hear)
 	return err
 }
