@@ -158,6 +158,7 @@ func newScratch(t *testing.T) *machine {
 func (m *machine) start(cfg testguest.DaemonConfig) (err error) {
 	m.t.Helper()
 	cfg.Scratch, cfg.UID, cfg.Args = m.scratch, around.uid, append(slices.Clone(around.options), cfg.Args...)
+	cfg.Surroundings = around.name
 	if m.daemon, err = testguest.StartDaemon(m.ctx, cfg); err != nil {
 		return err
 	}
