@@ -65,7 +65,7 @@ func TestBaseIsWhatWasSeen(t *testing.T) {
 	for _, r := range slices.SortedFunc(maps.Keys(seen), compareRows) {
 		switch {
 		case r.owner == "refused":
-			t.Errorf("%s was called, and no rule allows it (extension %s)", r.call, r.conds)
+			t.Errorf("%s was called, and no rule allows it", r.call)
 		case !own[r]:
 			t.Errorf("the rules of %s lack %s with %s, which was needed", r.owner, r.call, r.conds)
 		}
@@ -93,7 +93,28 @@ func compareRows(a, b row) int {
 	return slices.Compare([]string{a.owner, a.call, a.conds}, []string{b.owner, b.call, b.conds})
 }
 
+const (
+	afterReport = "comes after the report is written"
+	elsewhere   = "for other kernels than the one of the trace"
+	rare        = "cannot be brought about at will"
+)
+
 // unseen are the calls, by owner, that stay in the rules although no test makes them, and why.
 var unseen = map[[2]string]string{
-	{BaseOwner, "exit_group"}: "the report is written before it",
+	{BaseOwner, "brk"}:             rare, // the heap of malloc has grown: only threads take from it
+	{BaseOwner, "clock_gettime"}:   elsewhere,
+	{BaseOwner, "clock_nanosleep"}: rare, // there can be no more threads for now
+	{BaseOwner, "exit_group"}:      afterReport,
+	{BaseOwner, "getrandom"}:       elsewhere, // before 6.11 it is not in the vDSO
+	{BaseOwner, "kill"}:            afterReport,
+	{BaseOwner, "ppoll"}:           "neither kind of guest has pipes for call fds",
+	{BaseOwner, "prctl"}:           elsewhere, // with CONFIG_ANON_VMA_NAME
+	{BaseOwner, "restart_syscall"}: rare,
+	{BaseOwner, "rt_sigaction"}:    afterReport,
+
+	{PassthroughOwner, "fcntl"}:       "takes a share on a network's file system",
+	{PassthroughOwner, "getxattr"}:    elsewhere, // before 6.13
+	{PassthroughOwner, "listxattr"}:   elsewhere,
+	{PassthroughOwner, "removexattr"}: elsewhere,
+	{PassthroughOwner, "setxattr"}:    elsewhere,
 }

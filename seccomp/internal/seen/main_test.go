@@ -12,7 +12,7 @@ func TestMerge(t *testing.T) {
 		"a+none.1.txt": "allow  read    any arguments                  base         12\n" +
 			"allow  tgkill  arg0 & 0xffffffff == 0x17      base         1\n" +
 			"allow  fsync   any arguments                  passthrough  0\n",
-		"b+none.1.txt": "refuse  socket  (none)  1\nallow  read  any arguments  base  1\nallow  connect  any arguments  http  1\n",
+		"b+none.1.txt": "refuse  socket  (none)  1\nrefuse  openat  keeper  1\nallow  read  any arguments  base  1\nallow  connect  any arguments  http  1\n",
 		"b+none.2.txt": "allow  tgkill  arg0 & 0xffffffff == 0x2  base  7\n",
 		"c+none.1.txt": "",
 	} {
