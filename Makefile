@@ -2,6 +2,7 @@
 # make test       install what is missing, then all checks and tests, those in real guests too
 # make demo       pass files to and from a real guest and compare them
 # make guest SHARE=DIR [GUEST=uml]    a shell in a guest with DIR at /mnt
+# make guest SLUICED=PROGRAM [SHARE=DIR] [ARGS="OPTION..."]    the same with a server of your own, and with options for it
 SHELL := /bin/bash
 # Where scripts/go.sh puts Go on a machine without one.
 export PATH := $(PATH):$(CURDIR)/build/go/bin
@@ -9,6 +10,7 @@ GO ?= go
 GUEST ?= qemu
 SHARE ?=
 SLUICED ?= bin/sluiced
+ARGS ?=
 STATIC := -tags osusergo,netgo -ldflags '-linkmode external -extldflags "-static"'
 FUZZ ?= ./...
 FUZZTIME ?= 60s
@@ -43,7 +45,7 @@ demo: setup build
 	@$(GO) run ./internal/testguest/demo -kind $(GUEST) -daemon $(SLUICED)
 
 guest: setup build
-	@$(GO) run ./internal/testguest/shell -kind $(GUEST) -daemon $(SLUICED) -share "$(SHARE)"
+	@$(GO) run ./internal/testguest/shell -kind $(GUEST) -daemon $(SLUICED) -share "$(SHARE)" -- $(ARGS)
 
 test: setup check
 
@@ -53,10 +55,12 @@ lint:
 	@files=$$($(GO) tool gofumpt -l .) && [ -z "$$files" ] || { echo "not formatted, run 'go tool gofumpt -w .':" $$files; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
+	cd examples && $(GO) vet ./... && $(GO) run -modfile=../go.mod honnef.co/go/tools/cmd/staticcheck ./...
 	@dead=$$($(GO) tool deadcode -test ./...) && [ -z "$$dead" ] || { echo "dead code:"; echo "$$dead"; exit 1; }
 
 unit:
 	$(GO) test -race -timeout 10m $$($(GO) list ./... | grep -v /test/)
+	cd examples && $(GO) test -race -timeout 10m ./...
 
 test-guest:
 	$(GO) test -race -count=1 -timeout 15m -exec '$(SUDO)' $(GUEST_TESTS)

@@ -108,7 +108,6 @@ func (w *worker) enter(needs extensions.Needs) (_ []place, err error) {
 			if places[i].fd, err = unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0); err != nil {
 				return nil, fmt.Errorf("open %s for %s: %w", dir, m.Path, err)
 			}
-			defer unix.Close(places[i].fd)
 			source = sandbox.Source{}
 		}
 		v.Sources = append(v.Sources, source)

@@ -152,7 +152,7 @@ func addFlags(cmd *cobra.Command, cfg *config.Config) {
 			panic(fmt.Sprintf("option %s: no flag type for a %T", o.name, p))
 		}
 		f := fs.Lookup(o.name)
-		if strings.HasPrefix(f.DefValue, "-") || f.DefValue == "[]" {
+		if strings.HasPrefix(f.DefValue, "-") {
 			f.DefValue = "0" // pflag then shows no default; the usage says it
 		}
 		complete(cmd, o, f)

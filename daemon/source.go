@@ -53,7 +53,7 @@ func loadSource(cfg *config.Config, flags *pflag.FlagSet) (*source, error) {
 	}
 	for name, value := range s.plan.Options {
 		if !slices.Contains(annotated, name) {
-			return nil, fmt.Errorf("annotation io.sluice.option.%s: expected one of %s after io.sluice.option.", name, strings.Join(annotated, ", "))
+			return nil, fmt.Errorf("annotation io.sluice.option.%s: expected io.sluice.option. and one of %s", name, strings.Join(annotated, ", "))
 		}
 		if flags.Changed(name) {
 			continue

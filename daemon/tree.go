@@ -133,7 +133,8 @@ func (o *opener) claim(g *share.Graft, c extensions.Choice) error {
 		return errors.Join(err, g.Backend.Close())
 	}
 	g.Enter, g.Leave = func() { o.marks.Enter(owner) }, o.marks.Leave
-	if !slices.Contains(o.tree.claimed, c.Extension) {
+	// By name: an extension may be of a type that cannot be compared.
+	if !slices.ContainsFunc(o.tree.claimed, func(e extensions.Extension) bool { return e.Name() == g.Extension }) {
 		o.tree.claimed = append(o.tree.claimed, c.Extension)
 	}
 	return nil

@@ -2,6 +2,7 @@ package extensions
 
 import (
 	"errors"
+	"log/slog"
 	"reflect"
 	"strings"
 	"testing"
@@ -312,14 +313,15 @@ func TestPrepare(t *testing.T) {
 			return f(ctx)
 		}}
 	}
+	log := slog.New(slog.DiscardHandler)
 	spoil := func(ctx PrepareContext) error { *ctx.Spec = specs.Spec{}; return nil }
 	check := func(ctx PrepareContext) error {
-		if !reflect.DeepEqual(ctx.Spec, testSpec()) || ctx.BundleDir != "/bundle" {
-			t.Errorf("asked with %v, %q", ctx.Spec, ctx.BundleDir)
+		if !reflect.DeepEqual(ctx.Spec, testSpec()) || ctx.BundleDir != "/bundle" || ctx.Log != log {
+			t.Errorf("asked with %v, %q, %v", ctx.Spec, ctx.BundleDir, ctx.Log)
 		}
 		return nil
 	}
-	ctx := PrepareContext{Spec: testSpec(), BundleDir: "/bundle"}
+	ctx := PrepareContext{Spec: testSpec(), BundleDir: "/bundle", Log: log}
 	if err := mustRegistry(t, preparer("b", spoil), named("none"), preparer("a", check)).Prepare(ctx); err != nil {
 		t.Error(err)
 	}

@@ -198,7 +198,8 @@ func (r Registry) Prepare(ctx PrepareContext) error {
 		if !ok {
 			continue
 		}
-		own := PrepareContext{Spec: deepCopy(ctx.Spec), BundleDir: ctx.BundleDir}
+		own := ctx
+		own.Spec = deepCopy(ctx.Spec)
 		var failed error
 		if err := e.call("Prepare", func() { failed = preparer.Prepare(own) }); err != nil {
 			return err

@@ -20,8 +20,7 @@ func (s *Server) openFlags(flags uint32) uint32 {
 
 func opOpen(s *Server, r *Request) Errno {
 	in := in[fuseproto.OpenIn](r)
-	// O_WRONLY and O_RDWR, and the 3 that only asks for ioctl rights but is checked like O_RDWR.
-	if s.cfg.ReadOnly && (in.Flags&unix.O_ACCMODE != unix.O_RDONLY || in.Flags&unix.O_TRUNC != 0) {
+	if s.cfg.ReadOnly && fsbackend.OpensForWriting(in.Flags) {
 		return syscall.EROFS
 	}
 	o := out[fuseproto.OpenOut](r)

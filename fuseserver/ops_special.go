@@ -14,12 +14,6 @@ func opSyncfs(s *Server, r *Request) Errno {
 	return s.backend.Syncfs(&r.ctx, r.header().NodeId)
 }
 
-// Direction of an ioctl's argument (include/uapi/asm-generic/ioctl.h).
-const (
-	iocDirShift = 30
-	iocRead     = 2
-)
-
 // opIoctl passes restricted ioctls on; from ENOSYS the guest makes ENOTTY. On a read-only tree only those go that are
 // declared to return something and take nothing.
 func opIoctl(s *Server, r *Request) Errno {
@@ -30,7 +24,7 @@ func opIoctl(s *Server, r *Request) Errno {
 	switch {
 	case in.Flags&fuseproto.FUSE_IOCTL_UNRESTRICTED != 0:
 		return syscall.ENOTTY // only CUSE's
-	case s.cfg.ReadOnly && in.Cmd>>iocDirShift != iocRead:
+	case s.cfg.ReadOnly && fsbackend.IoctlMayChange(in.Cmd):
 		return syscall.EROFS
 	case uint64(in.InSize) > uint64(len(r.tail)):
 		s.malformed(r, syscall.EINVAL)

@@ -7,19 +7,13 @@ import (
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
-// opensForWriting says whether open(2) flags ask for what a read-only tree refuses; 3, which only asks for ioctl rights, is
-// checked like O_RDWR.
-func opensForWriting(flags uint32) bool {
-	return flags&unix.O_ACCMODE != unix.O_RDONLY || flags&unix.O_TRUNC != 0
-}
-
 // Open implements fsbackend.Opener.
 func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) Errno {
 	p, errno := s.at(in.NodeId)
 	switch {
 	case errno != fsbackend.OK:
 		return errno
-	case p.readOnly && opensForWriting(in.Flags):
+	case p.readOnly && fsbackend.OpensForWriting(in.Flags):
 		return unix.EROFS
 	case p.Opener == nil && s.noOpen.Load():
 		return unix.ENOSYS // agreed on only where there is nothing but the root
@@ -99,7 +93,7 @@ func (s *Share) createPosition(c *fsbackend.Context, in *fuseproto.CreateIn, pos
 		return unix.EISDIR
 	case g.dead.Load():
 		return unix.EIO
-	case g.readOnly && opensForWriting(in.Flags):
+	case g.readOnly && fsbackend.OpensForWriting(in.Flags):
 		return unix.EROFS
 	case !c.MayBlock:
 		return fsbackend.ErrMayBlock // two calls cannot both be without effect
@@ -416,12 +410,6 @@ func (s *Share) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeI
 	return n, s.known(errno, unix.EOPNOTSUPP)
 }
 
-// Bits 30 and 31 of an ioctl say which way its argument goes (include/uapi/asm-generic/ioctl.h).
-const (
-	iocDirShift = 30
-	iocRead     = 2
-)
-
 // Ioctl implements fsbackend.Ioctler. On a read-only part only those go that are declared to return something and take
 // nothing.
 func (s *Share) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, dst *fsbackend.Sink) (int32, Errno) {
@@ -429,7 +417,7 @@ func (s *Share) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, d
 	switch {
 	case errno != fsbackend.OK:
 		return 0, errno
-	case p.readOnly && in.Cmd>>iocDirShift != iocRead:
+	case p.readOnly && fsbackend.IoctlMayChange(in.Cmd):
 		return 0, unix.EROFS
 	case p.Ioctler == nil:
 		return 0, s.lacks(unix.ENOTTY)

@@ -8,7 +8,9 @@ package main
 
 import (
 	"os"
+	"time"
 
+	"github.com/hanwen/go-fuse/v2/fs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/pflag"
 
@@ -34,15 +36,9 @@ func (e *extension) SetFlags(flags *pflag.FlagSet) {
 }
 
 // Prepare opens the files while the host's /proc is still in sight; they stay open in the sandbox.
-func (e *extension) Prepare(extensions.PrepareContext) error {
-	for _, name := range e.names {
-		f, err := os.Open(name)
-		if err != nil {
-			return err
-		}
-		e.files = append(e.files, f)
-	}
-	return nil
+func (e *extension) Prepare(extensions.PrepareContext) (err error) {
+	e.files, err = hostfiles.Open(e.names)
+	return err
 }
 
 func (e *extension) TryHandleMount(spec *specs.Spec, mount *specs.Mount, _ string, _ bool) (fsbackend.Backend, extensions.Options, error) {
@@ -50,7 +46,8 @@ func (e *extension) TryHandleMount(spec *specs.Spec, mount *specs.Mount, _ strin
 	if at := spec.Annotations["io.sluice.x.gofusefs.at"]; mount == nil && at != "" || mount != nil && mount.Destination != at {
 		return nil, options, nil
 	}
-	backend, err := gofuse.NewFromRoot(hostfiles.New(e.files), nil, gofuse.Config{})
+	soon := time.Nanosecond // sizes and times are not to be remembered, whatever --cache says
+	backend, err := gofuse.NewFromRoot(hostfiles.New(e.files), &fs.Options{AttrTimeout: &soon}, gofuse.Config{})
 	if err != nil {
 		return nil, options, err
 	}

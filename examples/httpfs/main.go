@@ -6,6 +6,7 @@
 package main
 
 import (
+	"net"
 	"net/http"
 	"os"
 	"time"
@@ -42,7 +43,9 @@ func (e *extension) TryHandleMount(_ *specs.Spec, mount *specs.Mount, _ string, 
 	if e.url == "" || mount != nil {
 		return nil, options, nil
 	}
-	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, MaxIdleConnsPerHost: 16}}
+	// glibc's resolver would load libraries, of which there are none in the sandbox.
+	dialer := &net.Dialer{Resolver: &net.Resolver{PreferGo: true}}
+	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: dialer.DialContext, Proxy: http.ProxyFromEnvironment, MaxIdleConnsPerHost: 16}}
 	tree, err := webtree.New(client, e.url)
 	if err != nil {
 		return nil, options, err
@@ -54,12 +57,18 @@ func (e *extension) TryHandleMount(_ *specs.Spec, mount *specs.Mount, _ string, 
 	return backend, options, nil
 }
 
-// SeccompRules are what net/http needs: TCP and, for names, UDP. bind is how Go finds out whether the host has IPv6, uname
-// tells it the domain where resolv.conf has none, and it reads such files with fcntl.
+// SeccompRules are what net/http needs to connect anew when the server has hung up: TCP and, for names, UDP. The name is
+// looked up again then, and resolv.conf and its like are looked at, and read if they have changed.
 func (*extension) SeccompRules() seccomp.Rules {
-	inet := seccomp.Or{seccomp.PerArg{seccomp.Int32(unix.AF_INET)}, seccomp.PerArg{seccomp.Int32(unix.AF_INET6)}}
-	rules := seccomp.Rules{"socket": inet}
-	for _, name := range []string{"connect", "bind", "getsockopt", "setsockopt", "getsockname", "getpeername", "uname", "fcntl"} {
+	path := seccomp.Int32(unix.AT_FDCWD)
+	readOnly := seccomp.MaskedEqual{Mask: unix.O_ACCMODE | unix.O_CREAT | unix.O_TRUNC}
+	rules := seccomp.Rules{
+		"socket":     seccomp.Or{seccomp.PerArg{seccomp.Int32(unix.AF_INET)}, seccomp.PerArg{seccomp.Int32(unix.AF_INET6)}},
+		"newfstatat": seccomp.PerArg{path},
+		"openat":     seccomp.PerArg{0: path, 2: readOnly},
+		"fcntl":      seccomp.PerArg{1: seccomp.Int32(unix.F_GETFL)},
+	}
+	for _, name := range []string{"connect", "getsockopt", "setsockopt", "getpeername", "uname"} {
 		rules[name] = seccomp.MatchAll{}
 	}
 	return rules

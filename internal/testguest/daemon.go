@@ -110,9 +110,6 @@ func (d *Daemon) Server() int {
 	return pid
 }
 
-// Signal sends a signal to what was started.
-func (d *Daemon) Signal(sig syscall.Signal) error { return d.p.cmd.Process.Signal(sig) }
-
 // Usage is what a daemon holds at one moment.
 type Usage struct {
 	FDs int

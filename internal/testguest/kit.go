@@ -68,14 +68,14 @@ func ModuleRoot() (string, error) {
 	}
 }
 
-// runGo runs the go command in the module's root; under sudo as the user who called it, so that the build cache stays theirs.
-func runGo(cgo bool, args ...string) error {
+// runGo runs the go command in a directory of the module; under sudo as the user who called it, so that the build cache stays theirs.
+func runGo(dir string, cgo bool, args ...string) error {
 	root, err := ModuleRoot()
 	if err != nil {
 		return err
 	}
 	cmd := exec.Command("go", args...)
-	cmd.Dir = root
+	cmd.Dir = filepath.Join(root, dir)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if cgo {
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=1")
@@ -93,28 +93,38 @@ func runGo(cgo bool, args ...string) error {
 
 // BuildProgram compiles a static program, given by its import path, and returns the file; remove deletes it.
 func BuildProgram(pkg string) (program string, remove func(), err error) {
-	return build(pkg, false, "build", "-trimpath")
+	return build(".", pkg, false, "build", "-trimpath")
 }
 
 // BuildDaemon compiles a program that links libseccomp, as `make build` does.
 func BuildDaemon(pkg string) (program string, remove func(), err error) {
-	return build(pkg, true, "build", "-trimpath", "-tags", "osusergo,netgo", "-ldflags", `-linkmode external -extldflags "-static"`)
+	return buildDaemon(".", pkg)
+}
+
+// BuildExample is BuildDaemon for a program in the module of the examples, given by its directory there.
+func BuildExample(name string) (program string, remove func(), err error) {
+	return buildDaemon("examples", "./"+name)
+}
+
+func buildDaemon(dir, pkg string) (string, func(), error) {
+	return build(dir, pkg, true, "build", "-trimpath", "-tags", "osusergo,netgo", "-ldflags", `-linkmode external -extldflags "-static"`)
 }
 
 // BuildTest compiles the static test program of a package, as BuildProgram does for a program.
 func BuildTest(pkg string) (program string, remove func(), err error) {
-	return build(pkg, false, "test", "-c")
+	return build(".", pkg, false, "test", "-c")
 }
 
-func build(pkg string, cgo bool, args ...string) (string, func(), error) {
-	dir, err := os.MkdirTemp("", "sluice-build-")
+// build compiles pkg, as it is named in the module's directory dir.
+func build(dir, pkg string, cgo bool, args ...string) (string, func(), error) {
+	out, err := os.MkdirTemp("", "sluice-build-")
 	if err != nil {
 		return "", nil, err
 	}
-	remove := func() { os.RemoveAll(dir) }
-	program := filepath.Join(dir, filepath.Base(pkg))
+	remove := func() { os.RemoveAll(out) }
+	program := filepath.Join(out, filepath.Base(pkg))
 	// runGo may be another user than this process is.
-	if err := errors.Join(os.Chmod(dir, 0o777), runGo(cgo, append(args, "-o", program, pkg)...)); err != nil {
+	if err := errors.Join(os.Chmod(out, 0o777), runGo(dir, cgo, append(args, "-o", program, pkg)...)); err != nil {
 		remove()
 		return "", nil, err
 	}

@@ -22,11 +22,17 @@ func (m *machine) spec(mounts ...specs.Mount) *specs.Spec {
 // serveSpec starts the daemon that has test extensions on spec.
 func (m *machine) serveSpec(spec *specs.Spec, options ...string) error {
 	m.t.Helper()
+	return m.serveSpecBy(extd, spec, options...)
+}
+
+// serveSpecBy starts a daemon on spec.
+func (m *machine) serveSpecBy(program string, spec *specs.Spec, options ...string) error {
+	m.t.Helper()
 	text, err := json.Marshal(spec)
 	m.check(err)
 	path := filepath.Join(m.scratch, "config.json")
 	m.check(os.WriteFile(path, text, 0o644))
-	return m.start(testguest.DaemonConfig{Program: extd, Args: append([]string{"--spec", path}, options...)})
+	return m.start(testguest.DaemonConfig{Program: program, Args: append([]string{"--spec", path}, options...)})
 }
 
 // serves is serveSpec and a guest that has mounted it.
@@ -219,7 +225,7 @@ func TestFaultyBackend(t *testing.T) {
 	m := serves(t, of(specs.Mount{Destination: "/f", Type: "faulty"}, specs.Mount{Destination: "/w", Type: "careless"}))
 	m.sh("cat /mnt/f/fine; echo works >/mnt/w/file")
 	for _, name := range []string{"boom", "storm"} {
-		if _, err := m.trySh("cat /mnt/f/" + name); err == nil || !strings.Contains(err.Error(), "Input/output error") {
+		if _, err := m.trySh("cat /mnt/f/" + name); err == nil || !strings.Contains(err.Error(), eio) {
 			t.Errorf("%s: %v, want EIO", name, err)
 		}
 	}
@@ -228,7 +234,7 @@ func TestFaultyBackend(t *testing.T) {
 		out := m.sh(`for i in $(seq %d); do cat /mnt/f/hang 2>>/tmp/errors & done
 			for i in $(seq 100); do cat /mnt/w/file >/dev/null; echo $i >/mnt/w/other; cat /mnt/w/other; done | tail -n 1
 			echo host >/mnt/host; cat /mnt/host
-			wait; grep -c "Input/output error" /tmp/errors; rm /tmp/errors; [ %d -gt 16 ] || cat /mnt/f/fine`, hangs, hangs)
+			wait; grep -c "`+eio+`" /tmp/errors; rm /tmp/errors; [ %d -gt 16 ] || cat /mnt/f/fine`, hangs, hangs)
 		want := fmt.Sprintf("100\nhost\n%d", hangs)
 		if hangs <= 16 {
 			want += "\nfine"

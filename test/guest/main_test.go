@@ -9,12 +9,15 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/internal/testguest"
 )
@@ -113,6 +116,24 @@ type machine struct {
 // own gives a file of the host to the guest's root.
 func (m *machine) own(path string) { m.chown(path, 0, 0) }
 
+// ownAll does so with all that the test has put into the share as the host's root.
+func (m *machine) ownAll() {
+	m.t.Helper()
+	if around.uid == 0 {
+		return
+	}
+	m.check(filepath.WalkDir(m.share, func(path string, _ fs.DirEntry, err error) error {
+		var st unix.Stat_t
+		if err == nil {
+			err = unix.Lstat(path, &st)
+		}
+		if err == nil && st.Uid == 0 {
+			m.own(path)
+		}
+		return err
+	}))
+}
+
 // chown gives a file of the host to users of the guest.
 func (m *machine) chown(path string, uid, gid int) {
 	m.t.Helper()
@@ -184,6 +205,7 @@ func (m *machine) start(cfg testguest.DaemonConfig) (err error) {
 // boot boots a guest and mounts the share at /mnt, with mount's options.
 func (m *machine) boot(cfg testguest.Config, mountOptions ...string) {
 	m.t.Helper()
+	m.ownAll()
 	cfg.Kit, cfg.Initrd, cfg.Scratch = kit, initrd, m.scratch
 	device := m.daemon.Device()
 	device.Queues = cfg.CPUs

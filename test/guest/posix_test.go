@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -11,9 +12,6 @@ import (
 
 	"github.com/sluicefs/sluice/internal/testguest"
 )
-
-// user is the guest's uid 1000, who is also in the group 2000.
-var user = testguest.Command{UID: 1000, GID: 1000, Groups: []uint32{1000, 2000}}
 
 // TestPOSIX runs the cases of guestprog as root and as a user, with the options that change how the daemon or the guest's kernel work.
 func TestPOSIX(t *testing.T) {
@@ -35,9 +33,9 @@ func TestPOSIX(t *testing.T) {
 				m := newMachine(t, strings.Fields(test.options)...)
 				m.makeFixtures()
 				m.boot(testguest.Config{Kind: kind})
-				m.runCases(t, "root", testguest.Command{Args: []string{"guestprog", "posix", "/mnt"}})
-				as := user
-				as.Args = []string{"guestprog", "posix", "/mnt"}
+				m.runCases(t, "root", testguest.Command{Args: around.posix()})
+				as := around.user()
+				as.Args = around.posix()
 				m.runCases(t, "user", as)
 				if left := m.sh("ls -A /mnt"); left != "fixtures" {
 					t.Errorf("the cases have left %q", left)
@@ -120,26 +118,36 @@ func TestReadonly(t *testing.T) {
 
 // TestPosixtest runs go-fuse's POSIX tests in the guest.
 func TestPosixtest(t *testing.T) {
-	result := regexp.MustCompile(`(?m)^ +--- (PASS|FAIL|SKIP): TestAll/(\S+)`)
 	eachKind(t, func(t *testing.T, kind testguest.Kind) {
 		m := newMachine(t, "--xattr")
 		m.boot(testguest.Config{Kind: kind})
-		r, err := m.run(testguest.Command{Args: []string{"posixtest", "-posixdir=/mnt", "-test.v"}, Dir: "/tmp"})
-		if err != nil {
-			t.Fatalf("%v\n%s%s", err, r.Stdout, r.Stderr)
-		}
-		counts := map[string]int{}
-		for _, match := range result.FindAllStringSubmatch(r.Stdout, -1) {
-			counts[match[1]]++
-			if match[1] != "PASS" {
-				t.Logf("%s %s", match[1], match[2])
-			}
-		}
-		t.Log(counts)
-		if counts["PASS"] < 20 || counts["FAIL"] > 0 || r.Status != 0 {
-			t.Errorf("status %d:\n%s%s", r.Status, r.Stdout, r.Stderr)
-		}
+		m.posixtest()
 	})
+}
+
+var posixtestResult = regexp.MustCompile(`(?m)^ +--- (PASS|FAIL|SKIP): TestAll/(\S+)`)
+
+// posixtest runs go-fuse's POSIX tests on the share. Those that are known to fail are run all the same.
+func (m *machine) posixtest(known ...string) {
+	m.t.Helper()
+	r, err := m.run(testguest.Command{Args: []string{"posixtest", "-posixdir=/mnt", "-test.v"}, Dir: "/tmp"})
+	if err != nil {
+		m.t.Fatalf("%v\n%s%s", err, r.Stdout, r.Stderr)
+	}
+	counts := map[string]int{}
+	for _, match := range posixtestResult.FindAllStringSubmatch(r.Stdout, -1) {
+		if match[1] == "FAIL" && slices.Contains(known, match[2]) {
+			match[1] = "KNOWN"
+		}
+		counts[match[1]]++
+		if match[1] != "PASS" {
+			m.t.Logf("%s %s", match[1], match[2])
+		}
+	}
+	m.t.Log(counts)
+	if counts["PASS"] < 20 || counts["FAIL"] > 0 || r.Status != min(counts["KNOWN"], 1) {
+		m.t.Errorf("status %d:\n%s%s", r.Status, r.Stdout, r.Stderr)
+	}
 }
 
 // TestHostView makes something of each type in the guest and looks at it on the host.
@@ -148,31 +156,40 @@ func TestHostView(t *testing.T) {
 		m := newMachine(t)
 		m.check(os.Chmod(m.share, 0o777))
 		m.boot(testguest.Config{Kind: kind})
-		as := user
+		as := around.user()
 		as.Args = []string{"sh", "-euc", `cd /mnt; umask 027; echo content >file; mkdir dir; ln -s file link; ln file hard; mkfifo fifo; chmod 1750 dir`}
 		if r, err := m.run(as); err != nil || r.Status != 0 {
 			t.Fatalf("status %d, %v\n%s", r.Status, err, r.Stderr)
 		}
-		m.sh("cd /mnt; mknod char c 1 3; mknod block b 7 9; chown 1234:5678 char; touch -d @1000000000 file")
-		for _, test := range []struct {
+		m.sh("touch -d @1000000000 /mnt/file")
+		type seen struct {
 			name         string
 			mode         uint32
-			uid, gid     uint32
+			uid, gid     int // the guest's
 			nlink        uint64
 			major, minor uint32
-		}{
-			{"file", unix.S_IFREG | 0o640, 1000, 1000, 2, 0, 0},
-			{"hard", unix.S_IFREG | 0o640, 1000, 1000, 2, 0, 0},
-			{"dir", unix.S_IFDIR | 0o1750, 1000, 1000, 2, 0, 0},
-			{"link", unix.S_IFLNK | 0o777, 1000, 1000, 1, 0, 0},
-			{"fifo", unix.S_IFIFO | 0o640, 1000, 1000, 1, 0, 0},
-			{"char", unix.S_IFCHR | 0o644, 1234, 5678, 1, 1, 3},
-			{"block", unix.S_IFBLK | 0o644, 0, 0, 1, 7, 9},
-		} {
+		}
+		uid, gid := int(as.UID), int(as.GID)
+		want := []seen{
+			{"file", unix.S_IFREG | 0o640, uid, gid, 2, 0, 0},
+			{"hard", unix.S_IFREG | 0o640, uid, gid, 2, 0, 0},
+			{"dir", unix.S_IFDIR | 0o1750, uid, gid, 2, 0, 0},
+			{"link", unix.S_IFLNK | 0o777, uid, gid, 1, 0, 0},
+			{"fifo", unix.S_IFIFO | 0o640, uid, gid, 1, 0, 0},
+		}
+		if around.ranges {
+			m.sh("cd /mnt; mkfifo given; chown 1234:5678 given")
+			want = append(want, seen{"given", unix.S_IFIFO | 0o644, 1234, 5678, 1, 0, 0})
+		}
+		if around.uid == 0 {
+			m.sh("cd /mnt; mknod char c 1 3; mknod block b 7 9")
+			want = append(want, seen{"char", unix.S_IFCHR | 0o644, 0, 0, 1, 1, 3}, seen{"block", unix.S_IFBLK | 0o644, 0, 0, 1, 7, 9})
+		}
+		for _, test := range want {
 			var st unix.Stat_t
 			m.check(unix.Lstat(m.path(test.name), &st))
 			got := fmt.Sprintf("%#o %d:%d %d %d:%d", st.Mode, st.Uid, st.Gid, st.Nlink, unix.Major(st.Rdev), unix.Minor(st.Rdev))
-			want := fmt.Sprintf("%#o %d:%d %d %d:%d", test.mode, test.uid, test.gid, test.nlink, test.major, test.minor)
+			want := fmt.Sprintf("%#o %d:%d %d %d:%d", test.mode, around.hostID(test.uid), around.hostID(test.gid), test.nlink, test.major, test.minor)
 			if got != want {
 				t.Errorf("%s is %s, want %s", test.name, got, want)
 			}

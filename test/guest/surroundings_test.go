@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/testguest"
 )
 
 // surroundings is what the daemon runs in: a sandbox and a user. All tests hold in each.
@@ -21,6 +23,8 @@ type surroundings struct {
 	// firstID is the host's id for the guest's 0; others follow it. Without a range there is only the one.
 	firstID int
 	ranges  bool
+	// without are cases of guestprog that need what the daemon may not do here: ids of others, device nodes.
+	without []string
 }
 
 // ordinary is the user that stands for all who are not root.
@@ -38,8 +42,15 @@ var allSurroundings = []surroundings{
 	{
 		name: "user+namespace", uid: ordinary, firstID: subIDs, ranges: true,
 		options: []string{"--uid-map", idMapOption, "--gid-map", idMapOption},
+		without: []string{"device"},
 	},
-	{name: "user+none", uid: ordinary, options: []string{"--sandbox", "none"}, firstID: ordinary},
+	{
+		name: "user+none", uid: ordinary, options: []string{"--sandbox", "none"}, firstID: ordinary,
+		without: []string{
+			"device", "chown", "set-id cleared by chown", "setgid directory", "owner and group", "permission denied", "sticky directory",
+			"supplementary group",
+		},
+	},
 }
 
 var idMapOption = fmt.Sprintf(":0:%d:%d:", subIDs, numSubID)
@@ -99,6 +110,20 @@ func withSubIDs() (int, error) {
 		return exit.ExitCode(), nil
 	}
 	return 0, err
+}
+
+// user is one of the guest's that is not root and may have files here: uid 1000, who is also in the group 2000, or, where the
+// daemon has one id only, that one.
+func (s surroundings) user() testguest.Command {
+	if !s.ranges {
+		return testguest.Command{UID: uint32(s.firstID), GID: uint32(s.firstID), Groups: []uint32{uint32(s.firstID)}}
+	}
+	return testguest.Command{UID: 1000, GID: 1000, Groups: []uint32{1000, 2000}}
+}
+
+// posix is guestprog's command for the cases that hold here.
+func (s surroundings) posix() []string {
+	return []string{"guestprog", "posix", "/mnt", strings.Join(append([]string{"-"}, s.without...), ",")}
 }
 
 // hostID is the host's id for an id of the guest's.

@@ -18,6 +18,8 @@ import (
 	"crypto/aes"
 	"crypto/cipher"
 	"fmt"
+	"io"
+	"os"
 	"sync"
 	"syscall"
 
@@ -72,6 +74,32 @@ func AESGCM(key []byte) (cipher.AEAD, error) {
 		return nil, err
 	}
 	return cipher.NewGCMWithRandomNonce(block)
+}
+
+// ReadKey makes an AEAD that New takes of the key in a file that nobody else may read.
+func ReadKey(name string) (cipher.AEAD, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is not a regular file: expected one of 32 bytes, the key", name)
+	case info.Mode().Perm()&0o077 != 0:
+		return nil, fmt.Errorf("others may use the key %s (mode %#o): expected `chmod 600 %[1]s`", name, info.Mode().Perm())
+	}
+	key, err := io.ReadAll(io.LimitReader(f, 33))
+	if err != nil {
+		return nil, err
+	}
+	if len(key) != 32 {
+		return nil, fmt.Errorf("the key %s has %d bytes: expected 32, as `head -c 32 /dev/urandom` makes them", name, info.Size())
+	}
+	return AESGCM(key)
 }
 
 // clear has out say how large the file is to the guest.

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -71,6 +72,38 @@ func TestCiphers(t *testing.T) {
 }
 
 // TestModel compares random writes, truncations and reads of two handles with a plain slice, over two sessions.
+// TestReadKey refuses keys of another size, and those that others may read.
+func TestReadKey(t *testing.T) {
+	key := filepath.Join(t.TempDir(), "key")
+	for _, row := range []struct {
+		size int
+		mode os.FileMode
+		says string
+	}{
+		{32, 0o600, ""},
+		{32, 0o400, ""},
+		{32, 0o640, "chmod 600 " + key},
+		{32, 0o604, "mode 0604"},
+		{31, 0o600, "31 bytes"},
+		{100, 0o600, "100 bytes"},
+	} {
+		_ = os.Remove(key)
+		if err := os.WriteFile(key, make([]byte, row.size), row.mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(key, row.mode); err != nil {
+			t.Fatal(err)
+		}
+		_, err := sectorfs.ReadKey(key)
+		if (err == nil) != (row.says == "") || err != nil && !strings.Contains(err.Error(), row.says) {
+			t.Errorf("%d bytes of mode %#o: %v, expected an error that says %q", row.size, row.mode, err, row.says)
+		}
+	}
+	if _, err := sectorfs.ReadKey(filepath.Dir(key)); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+		t.Errorf("a directory: %v", err)
+	}
+}
+
 func TestModel(t *testing.T) {
 	const limit = 40_000 // some sectors
 	dir := t.TempDir()

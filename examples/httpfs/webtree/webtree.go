@@ -20,6 +20,9 @@ import (
 
 // New asks the server at base for its files. client should have a Timeout.
 func New(client *http.Client, base string) (fs.FS, error) {
+	if u, err := url.Parse(base); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return nil, fmt.Errorf("list the files: %q: expected a URL that starts with http:// or https://", base)
+	}
 	base = strings.TrimSuffix(base, "/")
 	resp, err := client.Get(base + "/index.txt")
 	if err != nil {

@@ -206,3 +206,12 @@ func TestServersThatChange(t *testing.T) {
 		}
 	}
 }
+
+// TestWrongURLs names what is no URL of a web server, before it asks anybody.
+func TestWrongURLs(t *testing.T) {
+	for _, base := range []string{"", "localhost", "localhost:8000", "//localhost", "http://", "file:///srv", "htp://localhost", "http://local host"} {
+		if _, err := New(&http.Client{}, base); err == nil || !strings.Contains(err.Error(), "expected a URL that starts with http:// or https://") {
+			t.Errorf("%q: %v, expected an error that says what a URL is", base, err)
+		}
+	}
+}

@@ -1,4 +1,5 @@
-// Command shell serves a directory to a guest and gives a shell in it, with the share mounted at /mnt. `make guest` runs it.
+// Command shell starts a virtio-fs server, with the arguments that it is given itself, and gives a shell in a guest that has the share
+// mounted at /mnt. `make guest` runs it.
 package main
 
 import (
@@ -17,7 +18,7 @@ import (
 func main() {
 	kind := flag.String("kind", string(testguest.QEMU), "the guest: qemu or uml")
 	daemon := flag.String("daemon", "bin/sluiced", "the virtio-fs server")
-	share := flag.String("share", "", "the directory to serve")
+	share := flag.String("share", "", "the directory to serve; it may be left out where arguments for the server say what is served")
 	flag.Parse()
 	if err := run(testguest.Kind(*kind), *daemon, *share, flag.Args()); err != nil {
 		fmt.Fprintf(os.Stderr, "guest: %v\n", err)
@@ -29,12 +30,16 @@ func run(kind testguest.Kind, daemon, share string, args []string) error {
 	// Ctrl-C belongs to the guest's shell once it runs; the terminal is raw then.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGHUP, os.Interrupt)
 	defer stop()
-	if share == "" {
-		return errors.New("no directory to serve; say `make guest SHARE=DIR`")
-	}
-	share, err := filepath.Abs(share)
-	if err != nil {
-		return err
+	what := "what " + filepath.Base(daemon) + " serves"
+	switch {
+	case share != "":
+		var err error
+		if share, err = filepath.Abs(share); err != nil {
+			return err
+		}
+		what = share
+	case len(args) == 0:
+		return errors.New("nothing to serve; say `make guest SHARE=DIR`, or options of the server as in `make guest ARGS=\"--bundle DIR\"`")
 	}
 	kit, err := testguest.FindKit()
 	if err != nil {
@@ -54,7 +59,7 @@ func run(kind testguest.Kind, daemon, share string, args []string) error {
 		return err
 	}
 	defer d.Close()
-	fmt.Printf("guest: booting %s with %s at /mnt; leave with `exit`\n", kind, share)
+	fmt.Printf("guest: booting %s with %s at /mnt; leave with `exit`\n", kind, what)
 	err = testguest.Shell(ctx, testguest.Config{
 		Kind: kind, Kit: kit, Initrd: initrd, Scratch: scratch, Devices: []testguest.Device{d.Device()}, Shell: testguest.Tag,
 	})

@@ -1,6 +1,6 @@
 // Command guestprog is what the tests of test/guest run inside a guest where no shell command will do.
 //
-//	guestprog posix DIR         one line for each case: "ok NAME" or "FAIL NAME: why"
+//	guestprog posix DIR X,Y     one line for each case: "ok NAME" or "FAIL NAME: why"; cases X and Y are left out
 //	guestprog readonly DIR      the same, for a share that must refuse every change
 //	guestprog noxattr FILE      ask for extended attributes that there cannot be
 //	guestprog open FILE N       open, read and check the self-checking FILE N times
@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -37,8 +38,8 @@ func run(args []string) error {
 		args int
 		run  func(args []string) error
 	}{
-		"posix":    {1, func(a []string) error { return runCases(posixCases, a[0], true) }},
-		"readonly": {1, func(a []string) error { return runCases(readonlyCases, a[0], false) }},
+		"posix":    {2, func(a []string) error { return runCases(posixCases, a[0], true, strings.Split(a[1], ",")) }},
+		"readonly": {1, func(a []string) error { return runCases(readonlyCases, a[0], false, nil) }},
 		"noxattr":  {1, func(a []string) error { return noXattr(a[0]) }},
 		"open":     {2, func(a []string) error { return withCount(a[1], func(n int64) error { return openMany(a[0], n) }) }},
 		"mount": {3, func(a []string) error {
