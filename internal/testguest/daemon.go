@@ -81,7 +81,7 @@ func (d *Daemon) Exited() <-chan struct{} { return d.p.exited }
 // Close kills the daemon; one that is traced ends in good order, if it can.
 func (d *Daemon) Close() {
 	if TraceDir() != "" {
-		_ = d.Signal(syscall.SIGTERM)
+		_ = d.p.cmd.Process.Signal(syscall.SIGTERM)
 		select {
 		case <-d.p.exited:
 		case <-time.After(10 * time.Second):
