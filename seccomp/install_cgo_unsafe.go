@@ -159,9 +159,11 @@ var _ [C.SLUICE_MASKED_EQUAL]struct{} = [OpMaskedEqual]struct{}{}
 
 // forListener returns clauses for the listener, in C's memory, for good.
 func forListener(clauses []Clause) (*C.struct_sluice_clause, C.size_t, error) {
-	p := (*C.struct_sluice_clause)(C.calloc(C.size_t(len(clauses)+1), C.sizeof_struct_sluice_clause)) // never nil
-	for i := range clauses {
-		to := &unsafe.Slice(p, len(clauses))[i]
+	p := (*C.struct_sluice_clause)(C.malloc(C.size_t(len(clauses)+1) * C.sizeof_struct_sluice_clause)) // never nil
+	list := unsafe.Slice(p, len(clauses))
+	for i := range list {
+		to := &list[i]
+		*to = C.struct_sluice_clause{}
 		nr, err := callNumber(clauses[i].Syscall)
 		if err != nil {
 			return nil, 0, err
