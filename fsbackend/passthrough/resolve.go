@@ -268,11 +268,8 @@ func (fs *FS) openByHandle(loc *location, flags int) (int, errno) {
 func openPath(dirfd int, name *byte) (int, errno) {
 	for try := 0; ; try++ {
 		fd, errno := sys.Openat2(dirfd, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0, resolveFlags)
-		if !moving(errno) {
+		if !moving(errno) || try == 8 {
 			return fd, limit(errno)
-		}
-		if try == 8 {
-			return -1, unix.ENOENT
 		}
 	}
 }

@@ -187,9 +187,9 @@ func TestPrepared(t *testing.T) {
 	if got := m.sh("cat /mnt/k/kept"); got != "kept" {
 		t.Errorf("the guest reads %q", got)
 	}
-	_, err := m.trySh("cat /mnt/k/reopened")
-	if inSandbox := around.name != "user+none"; (err != nil) != inSandbox {
-		t.Errorf("opening the file anew: %v, in a sandbox: %v", err, inSandbox)
+	// By its path the sandbox has put it out of reach, and the filter lets nobody open anything by path.
+	if got, err := m.trySh("cat /mnt/k/reopened"); err == nil {
+		t.Errorf("opened anew it reads %q", got)
 	}
 }
 

@@ -33,10 +33,8 @@ func TestPOSIX(t *testing.T) {
 				m := newMachine(t, strings.Fields(test.options)...)
 				m.makeFixtures()
 				m.boot(testguest.Config{Kind: kind})
-				m.runCases(t, "root", testguest.Command{Args: around.posix()})
-				as := around.user()
-				as.Args = around.posix()
-				m.runCases(t, "user", as)
+				m.runCases(t, "root", around.posix(testguest.Command{}))
+				m.runCases(t, "user", around.posix(around.user()))
 				if left := m.sh("ls -A /mnt"); left != "fixtures" {
 					t.Errorf("the cases have left %q", left)
 				}

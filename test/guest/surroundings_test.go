@@ -25,6 +25,8 @@ type surroundings struct {
 	ranges  bool
 	// without are cases of guestprog that need what the daemon may not do here: ids of others, device nodes.
 	without []string
+	// rootWithout are more of them, when the guest's root tries.
+	rootWithout []string
 }
 
 // ordinary is the user that stands for all who are not root.
@@ -50,6 +52,7 @@ var allSurroundings = []surroundings{
 			"device", "chown", "set-id cleared by chown", "setgid directory", "owner and group", "permission denied", "sticky directory",
 			"supplementary group",
 		},
+		rootWithout: []string{"symbolic links"}, // whose owner it changes
 	},
 }
 
@@ -121,9 +124,14 @@ func (s surroundings) user() testguest.Command {
 	return testguest.Command{UID: 1000, GID: 1000, Groups: []uint32{1000, 2000}}
 }
 
-// posix is guestprog's command for the cases that hold here.
-func (s surroundings) posix() []string {
-	return []string{"guestprog", "posix", "/mnt", strings.Join(append([]string{"-"}, s.without...), ",")}
+// posix is guestprog's command for the cases that hold here for a user.
+func (s surroundings) posix(as testguest.Command) testguest.Command {
+	without := append([]string{"-"}, s.without...)
+	if as.UID == 0 {
+		without = append(without, s.rootWithout...)
+	}
+	as.Args = []string{"guestprog", "posix", "/mnt", strings.Join(without, ",")}
+	return as
 }
 
 // hostID is the host's id for an id of the guest's.
