@@ -70,6 +70,13 @@ SURROUNDINGS := root+namespace root+chroot user+namespace user+none
 test-guest-sandboxes: setup
 	@for s in $(SURROUNDINGS); do echo "== $$s"; SLUICE_SURROUNDINGS=$$s $(GO) test -count=1 -timeout 30m -exec '$(SUDO)' $(GUEST_TESTS) || exit 1; done
 
+# Which of the daemon's own rules these tests need: after a change of the rules, or of what the daemon calls.
+seccomp-seen: setup
+	@dir=$$(mktemp -d) && chmod 777 $$dir && trap "rm -rf $$dir" EXIT && export SLUICE_SECCOMP_TRACE=$$dir && \
+	$(GO) test -count=1 -timeout 30m -exec '$(SUDO)' ./test/escape && \
+	for s in $(SURROUNDINGS); do SLUICE_SURROUNDINGS=$$s $(GO) test -count=1 -timeout 30m -exec '$(SUDO)' ./test/guest || exit 1; done && \
+	$(GO) run ./seccomp/internal/seen $$dir seccomp/testdata/seen-$$($(GO) env GOARCH).txt
+
 # The same with the full sizes: 1 GiB files, a million inodes, 10,000 opens in each kind of guest.
 test-guest-full: setup
 	SLUICE_FULL=1 $(GO) test -count=1 -timeout 120m -exec '$(SUDO)' -v $(GUEST_TESTS)
@@ -83,4 +90,4 @@ clean:
 	rm -rf bin build
 
 FORCE:
-.PHONY: all build build-nocgo build-arm64 setup peers demo guest test check lint unit test-guest test-guest-sandboxes test-guest-full fuzz clean FORCE
+.PHONY: all build build-nocgo build-arm64 setup peers demo guest test check lint unit test-guest test-guest-sandboxes test-guest-full seccomp-seen fuzz clean FORCE

@@ -133,6 +133,22 @@ func (w *worker) listener(cfg config.Config) (*listen.Listener, error) {
 	return listen.FD(fd)
 }
 
+// report is the file for what --seccomp log and trace see.
+func (w *worker) report() (*os.File, error) {
+	if w.handed == nil {
+		return createReport(w.cfg)
+	}
+	return w.handed[handedReport], nil
+}
+
+func createReport(cfg config.Config) (*os.File, error) {
+	f, err := os.Create(cfg.SeccompReport)
+	if err != nil {
+		return nil, fmt.Errorf("--seccomp-report: %w", err)
+	}
+	return f, nil
+}
+
 // tellReady tells the service manager, or the launching process, which does.
 func (w *worker) tellReady(p *program) error {
 	if w.handed == nil {
@@ -148,13 +164,14 @@ func (w *worker) tellReady(p *program) error {
 
 // actions are the options' words in seccomp's own.
 var actions = map[config.Seccomp]seccomp.Action{
-	config.SeccompKill: seccomp.Kill,
-	config.SeccompTrap: seccomp.Trap,
-	config.SeccompLog:  seccomp.Log,
+	config.SeccompKill:  seccomp.Kill,
+	config.SeccompTrap:  seccomp.Trap,
+	config.SeccompLog:   seccomp.Log,
+	config.SeccompTrace: seccomp.Log,
 }
 
-// policy is what a process that serves t with these capabilities may call.
-func (t *tree) policy(registry extensions.Registry, base seccomp.BaseOptions, cfg config.Config, caps sandbox.CapSet) (*seccomp.Policy, error) {
+// rules are what a process that serves t with these capabilities may call.
+func (t *tree) rules(registry extensions.Registry, base seccomp.BaseOptions, cfg config.Config, caps sandbox.CapSet) ([]seccomp.Source, error) {
 	sources := []seccomp.Source{seccomp.Base(base)}
 	if t.host {
 		sources = append(sources, seccomp.Passthrough(seccomp.PassthroughOptions{
@@ -164,10 +181,19 @@ func (t *tree) policy(registry extensions.Registry, base seccomp.BaseOptions, cf
 		}))
 	}
 	declared, err := registry.Rules(t.claimed)
-	if err != nil {
-		return nil, err
+	return append(sources, declared...), err
+}
+
+// unmerged are the clauses of each of the sources for itself, where a Policy has those that lie within another's no more.
+func unmerged(sources []seccomp.Source) (all []seccomp.Clause, err error) {
+	for _, s := range sources {
+		p, err := seccomp.New(s)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, p.Allow()...)
 	}
-	return seccomp.New(append(sources, declared...)...)
+	return all, nil
 }
 
 // What passthrough does with capabilities, if it has them.
@@ -196,17 +222,27 @@ func (w *worker) confine(registry extensions.Registry, caps sandbox.CapSet, t *t
 	base := seccomp.BaseOptions{
 		PID: os.Getpid(), Syslog: w.cfg.Syslog, OwnSocket: w.handed == nil && w.cfg.SocketPath != "",
 	}
-	policy, err := t.policy(registry, base, w.cfg, caps&^missing)
+	rules, err := t.rules(registry, base, w.cfg, caps&^missing)
+	if err != nil {
+		return err
+	}
+	policy, err := seccomp.New(rules...)
 	if err != nil {
 		return err
 	}
 	for _, c := range policy.Ineffective() {
 		w.log.Warn("an extension asks for a system call that nobody may make", "extension", strings.Join(c.Owners, ","), "call", c.Syscall)
 	}
-	return seccomp.Install(seccomp.InstallConfig{
+	install := seccomp.InstallConfig{
 		Filters: seccomp.Filters{Deny: policy.Deny(), Allow: policy.Allow(), NoSys: policy.NoSys()},
-		Action:  actions[w.cfg.Seccomp], Marks: marks, Tasks: tasks,
-	})
+		Action:  actions[w.cfg.Seccomp], Marks: marks, Tasks: tasks, Trace: w.cfg.Seccomp == config.SeccompTrace,
+	}
+	if install.Trace {
+		if install.Filters.Allow, err = unmerged(rules); err != nil {
+			return err
+		}
+	}
+	return seccomp.Install(install)
 }
 
 // dumpFilter prints the filter that a run with these options would be under.
@@ -234,9 +270,12 @@ func (p *program) dumpFilter(cfg config.Config, what *source) error {
 		return err
 	}
 	base := seccomp.BaseOptions{Syslog: cfg.Syslog, OwnSocket: cfg.SocketPath != "" && cfg.Sandbox != config.SandboxNamespace}
-	policy, err := t.policy(p.registry, base, cfg, caps)
+	rules, err := t.rules(p.registry, base, cfg, caps)
 	if err == nil {
-		err = policy.Dump(p.out)
+		var policy *seccomp.Policy
+		if policy, err = seccomp.New(rules...); err == nil {
+			err = policy.Dump(p.out)
+		}
 	}
 	return errors.Join(err, t.backend.Close())
 }

@@ -29,7 +29,7 @@ func (e statusError) Error() string {
 const (
 	handedSocket = iota
 	handedReady  // the write end of a pipe: a byte once it serves
-	numHanded
+	handedReport // the file of --seccomp-report, if there is one
 )
 
 // launch starts the serving process, tells the service manager when that is ready, passes signals on, and returns when it
@@ -57,10 +57,18 @@ func (p *program) launch(cfg config.Config, what *source, log *slog.Logger, sign
 		return fmt.Errorf("create a pipe: %w", errors.Join(err, socket.Close()))
 	}
 	defer ready.Close()
+	files := []*os.File{handedSocket: socket, handedReady: toldReady}
+	if cfg.SeccompReport != "" {
+		report, err := createReport(cfg)
+		if err != nil {
+			return errors.Join(err, socket.Close(), toldReady.Close())
+		}
+		files = append(files, report)
+	}
 
 	child, err := sandbox.Start(sandbox.Launch{
 		Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args, Keep: toRemoveSocket(cfg),
-		Files: []*os.File{handedSocket: socket, handedReady: toldReady},
+		Files: files,
 	})
 	if err != nil {
 		return err

@@ -113,7 +113,7 @@ func baseSignals(pid int) Rules {
 		self = Int32(pid)
 	}
 	return Rules{
-		"kill":           PerArg{0: self}, // Go: raiseproc, the end by a signal
+		"kill":           PerArg{0: self}, // Go: raiseproc, a crash with GOTRACEBACK=crash
 		"rt_sigaction":   MatchAll{},      // Go: os/signal, the end by a signal
 		"rt_sigprocmask": MatchAll{},      // Go, glibc: around clone
 		"rt_sigreturn":   MatchAll{},      // the end of every handler
@@ -140,13 +140,11 @@ var baseVhostUser = Rules{
 	"recvmsg":     MatchAll{}, // vhostuser: messages with descriptors
 }
 
-// baseQueues is the threads' sleep between requests, and Go's network poller.
+// baseQueues is the threads' sleep between requests, and Go's network poller. What they sleep on is there before the filter.
 var baseQueues = Rules{
-	"epoll_create1": MatchAll{}, // Go: the poller, at first use; virtiofs: workers
-	"epoll_ctl":     MatchAll{}, // Go, virtiofs
-	"epoll_pwait":   MatchAll{}, // Go, virtiofs
-	"eventfd2":      MatchAll{}, // Go: the poller's; virtiofs: workers
-	"ppoll":         MatchAll{}, // virtiofs: call pipes
+	"epoll_ctl":   MatchAll{},            // Go, virtiofs
+	"epoll_pwait": MatchAll{},            // Go, virtiofs
+	"ppoll":       PerArg{1: EqualTo(1)}, // virtiofs: call pipes
 }
 
 // baseOwnSocket is how listen removes the socket and the pid file, if they are still its own: by their open directory.
@@ -159,6 +157,5 @@ var baseOwnSocket = Rules{
 var baseSyslog = Rules{
 	"connect":     MatchAll{},
 	"getpeername": MatchAll{},
-	"getsockopt":  PerArg{1: Int32(unix.SOL_SOCKET), 2: Int32(unix.SO_ERROR)},
 	"socket":      PerArg{0: Int32(unix.AF_UNIX), 2: Int32(0)},
 }

@@ -387,18 +387,32 @@ var cases = map[string]func() error{
 		return nil
 	},
 	"trace": func() error {
-		if err := Install(InstallConfig{Action: Log, Trace: true, Filters: filters()}); err != nil {
+		f := filters(
+			Clause{Syscall: "getpriority", Conds: []Cond{{Arg: 0, Op: OpEqual, Value: unix.PRIO_PROCESS}, {Arg: 1, Op: OpGreaterOrEqual, Value: 1}}},
+			Clause{Syscall: "getpriority", Conds: []Cond{{Arg: 0, Op: OpLessOrEqual, Value: unix.PRIO_PGRP}, {Arg: 1, Op: OpLess, Value: 1}}},
+			Clause{Syscall: "getpriority", Conds: []Cond{maskedEqual(0, 3, unix.PRIO_USER), {Arg: 1, Op: OpNotEqual, Value: 0}}},
+			Clause{Syscall: "getpriority", Conds: []Cond{{Arg: 0, Op: OpGreater, Value: unix.PRIO_USER}}},
+			Clause{Syscall: "chroot"},
+		)
+		f.Deny = append(f.Deny, Clause{Syscall: "chroot"})
+		if err := Install(InstallConfig{Action: Log, Trace: true, Filters: f}); err != nil {
 			return err
 		}
+		for _, which := range []int{unix.PRIO_PROCESS, unix.PRIO_PROCESS, unix.PRIO_PGRP, unix.PRIO_USER} {
+			if _, err := unix.Getpriority(which, 0); err != nil {
+				return err
+			}
+		}
+		if _, err := unix.Getpriority(unix.PRIO_PROCESS, unix.Getpid()); err != nil {
+			return err
+		}
+		_ = unix.Chroot("/no/such/directory")
 		if err := violate(); err != nil {
 			return err
 		}
 		runtime.GC()
 		locked(10, func(int) { time.Sleep(time.Millisecond) })
-		for _, v := range Seen() {
-			fmt.Println("seen", v.Syscall)
-		}
-		return nil
+		return WriteReport(os.Stdout)
 	},
 }
 
@@ -554,13 +568,23 @@ func TestLogUnderPressure(t *testing.T) {
 
 func TestTrace(t *testing.T) {
 	stdout, stderr, status := runCase(t, "trace")
-	if status != 0 || !strings.HasSuffix(stdout, "done\n") {
+	if status != 0 || stderr != "" || !strings.HasSuffix(stdout, "done\n") {
 		t.Fatalf("ended with status %#x, stdout %q, stderr %q", uint32(status), stdout, stderr)
 	}
-	for _, name := range []string{"socket", "close", "futex", "clone"} {
-		if !strings.Contains(stdout, "seen "+name+"\n") {
-			t.Errorf("%s was not seen:\n%s", name, stdout)
+	got := regexp.MustCompile(" +").ReplaceAllString(stdout, " ")
+	for _, want := range []string{
+		`refuse chroot \(none\) 1`, `refuse getpriority \(none\) 1`, `refuse socket \(none\) 1`,
+		`allow getpriority arg0 == 0x0 and arg1 >= 0x1 1`, `allow getpriority arg0 <= 0x1 and arg1 < 0x1 3`,
+		`allow getpriority arg0 & 0x3 == 0x2 and arg1 != 0x0 0`, `allow getpriority arg0 > 0x2 0`, `allow chroot any arguments 0`,
+		`allow close any arguments \d*[1-9]\d*`, `allow futex any arguments \d*[1-9]\d*`, `allow clone any arguments \d*[1-9]\d*`,
+		`allow exit_group any arguments 0`, `allow gettid any arguments \d+`,
+	} {
+		if !regexp.MustCompile(`(?m)^` + want + `$`).MatchString(got) {
+			t.Errorf("the report has no line %s:\n%s", want, got)
 		}
+	}
+	if n := strings.Count(got, "refuse "); n != 3 {
+		t.Errorf("the report has %d refusals, expected 3:\n%s", n, got)
 	}
 }
 

@@ -3,6 +3,7 @@
 package seccomp
 
 // #include <errno.h>
+// #include <stdlib.h>
 // #include <linux/ioctl.h>
 // #include <linux/seccomp.h>
 // #include "violation_cgo.h"
@@ -55,6 +56,7 @@ var process struct {
 	installed bool
 	marks     *Marks
 	pin       runtime.Pinner // of marks
+	traced    []Clause       // those that calls are counted for
 }
 
 var errInstalled = errors.New("install system call filter: this process has one already")
@@ -130,6 +132,15 @@ func install(cfg InstallConfig, output int) error {
 		marks:   (*C.uint64_t)(unsafe.Pointer(&process.marks.slots)),
 		n_marks: markBuckets * markSlots,
 	}
+	if cfg.Trace {
+		if h.deny, h.n_deny, err = forListener(cfg.Filters.Deny); err != nil {
+			return err
+		}
+		if h.allow, h.n_allow, err = forListener(cfg.Filters.Allow); err != nil {
+			return err
+		}
+		process.traced = cfg.Filters.Allow
+	}
 	if err := load(&h); err != nil {
 		return err
 	}
@@ -143,13 +154,37 @@ var (
 	_ [C.SLUICE_OWNER_NAME]struct{} = [ownerNameSize]struct{}{}
 )
 
+// Op is the same on both sides.
+var _ [C.SLUICE_MASKED_EQUAL]struct{} = [OpMaskedEqual]struct{}{}
+
+// forListener returns clauses for the listener, in C's memory, for good.
+func forListener(clauses []Clause) (*C.struct_sluice_clause, C.size_t, error) {
+	p := (*C.struct_sluice_clause)(C.malloc(C.size_t(len(clauses)+1) * C.sizeof_struct_sluice_clause)) // never nil
+	list := unsafe.Slice(p, len(clauses))
+	for i := range list {
+		to := &list[i]
+		*to = C.struct_sluice_clause{}
+		nr, err := callNumber(clauses[i].Syscall)
+		if err != nil {
+			return nil, 0, err
+		}
+		to.call, to.n_conds = C.uint32_t(nr), C.uint32_t(len(clauses[i].Conds))
+		for j, c := range clauses[i].Conds {
+			to.conds[j] = C.struct_sluice_cond{
+				arg: C.uint32_t(c.Arg), op: C.uint32_t(c.Op), value: C.uint64_t(c.Value), mask: C.uint64_t(c.Mask),
+			}
+		}
+	}
+	return p, C.size_t(len(clauses)), nil
+}
+
 // prepare makes the programs, and returns what loads them.
 func prepare(cfg InstallConfig, output int) (func(*C.struct_sluice_handlers) error, error) {
 	refuse := libseccomp.ActTrap
 	deny, allow := cfg.Filters.Deny, slices.Concat(cfg.Filters.Allow, own(cfg.Action, output))
 	switch {
 	case cfg.Trace:
-		deny, allow = nil, own(Log, output)
+		deny, allow = nil, listening()
 		fallthrough
 	case cfg.Action == Log:
 		refuse = libseccomp.ActNotify
@@ -186,21 +221,29 @@ func prepare(cfg InstallConfig, output int) (func(*C.struct_sluice_handlers) err
 
 // own are the calls of the handlers and of Install itself.
 func own(a Action, output int) []Clause {
-	owners := []string{"seccomp"}
-	clause := func(name string, conds ...Cond) Clause { return Clause{Syscall: name, Conds: conds, Owners: owners} }
-	is := func(arg uint, value uint32) Cond {
-		return Cond{Arg: arg, Op: OpMaskedEqual, Mask: 0xffffffff, Value: uint64(value)}
-	}
 	clauses := []Clause{
-		clause("write", is(0, uint32(output))),
-		clause("ppoll", is(1, 1)),
-		clause("gettid"),
+		ownClause("write", is32(0, uint32(output))),
+		ownClause("ppoll", is32(1, 1)),
+		ownClause("gettid"),
 	}
 	if a == Log {
-		return append(clauses, clause("ioctl", is(1, C.notif_recv)), clause("ioctl", is(1, C.notif_send)))
+		return append(clauses, listening()...)
 	}
 	// The filter that comes second forbids seccomp(2) again.
-	return append(clauses, clause("exit_group"), clause("seccomp", is(0, C.SECCOMP_SET_MODE_FILTER), is(1, C.SLUICE_CONFINE_FLAGS)))
+	return append(clauses, ownClause("exit_group"), ownClause("seccomp", is32(0, C.SECCOMP_SET_MODE_FILTER), is32(1, C.SLUICE_CONFINE_FLAGS)))
+}
+
+// listening are the calls that the listener cannot tell itself of.
+func listening() []Clause {
+	return []Clause{ownClause("ioctl", is32(1, C.notif_recv)), ownClause("ioctl", is32(1, C.notif_send))}
+}
+
+func ownClause(name string, conds ...Cond) Clause {
+	return Clause{Syscall: name, Conds: conds, Owners: []string{"seccomp"}}
+}
+
+func is32(arg uint, value uint32) Cond {
+	return Cond{Arg: arg, Op: OpMaskedEqual, Mask: 0xffffffff, Value: uint64(value)}
 }
 
 // instructions is where program is, for as long as the call that it is given to.
@@ -228,6 +271,17 @@ func callNames() []byte {
 		copy(b[at:at+C.SLUICE_CALL_NAME-1], nameOf(nr))
 	}
 	return b
+}
+
+// Used returns the clauses of Allow with how often each was needed, with Trace, in their order.
+func Used() []Use {
+	process.Lock()
+	defer process.Unlock()
+	uses := make([]Use, len(process.traced))
+	for i, c := range process.traced {
+		uses[i] = Use{c, uint64(C.sluice_used(C.size_t(i)))}
+	}
+	return uses
 }
 
 // Violations is how many calls there were that the filter would not have allowed, with Log.

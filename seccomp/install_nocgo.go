@@ -25,3 +25,6 @@ func Violations() uint64 { return 0 }
 
 // Seen is empty: nothing is seen.
 func Seen() []Violation { return nil }
+
+// Used is empty, too.
+func Used() []Use { return nil }

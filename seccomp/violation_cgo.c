@@ -241,14 +241,52 @@ uint64_t sluice_seen(unsigned call, unsigned owner)
 	return __atomic_load_n(&seen[call][owner], __ATOMIC_RELAXED);
 }
 
-// Count a violation, and write a line if it is the first of its kind. Whoever committed it waits.
+uint64_t sluice_used(size_t clause)
+{
+	return __atomic_load_n(&handlers.allow[clause].count, __ATOMIC_RELAXED);
+}
+
+static bool holds(const struct sluice_cond *c, uint64_t v)
+{
+	switch ((enum sluice_op)c->op) {
+	case SLUICE_EQUAL: return v == c->value;
+	case SLUICE_NOT_EQUAL: return v != c->value;
+	case SLUICE_LESS: return v < c->value;
+	case SLUICE_LESS_OR_EQUAL: return v <= c->value;
+	case SLUICE_GREATER: return v > c->value;
+	case SLUICE_GREATER_OR_EQUAL: return v >= c->value;
+	case SLUICE_MASKED_EQUAL: return (v & c->mask) == c->value;
+	}
+	return false;
+}
+
+// Count the call for each clause that it matches, and say whether there is one.
+static bool count(struct sluice_clause *clauses, size_t n, const struct seccomp_data *call)
+{
+	bool any = false;
+	for (struct sluice_clause *c = clauses; c < clauses + n; c++) {
+		bool match = c->call == (uint32_t)call->nr;
+		for (uint32_t i = 0; match && i < c->n_conds; i++)
+			match = holds(&c->conds[i], call->args[c->conds[i].arg]);
+		if (match)
+			__atomic_add_fetch(&c->count, 1, __ATOMIC_RELAXED);
+		any |= match;
+	}
+	return any;
+}
+
+// Count a violation, and write a line if it is the first of its kind. Whoever committed it waits. When all calls are traced
+// there are no lines: those that it takes to write them could not be traced.
 static void note(const struct seccomp_notif *n)
 {
 	static bool said[SLUICE_CALLS + 1][SLUICE_OWNERS];
+	bool traced = handlers.allow != NULL;
+	if (traced && !count(handlers.deny, handlers.n_deny, &n->data) && count(handlers.allow, handlers.n_allow, &n->data))
+		return;
 	uint64_t busy;
 	unsigned owner = owner_of(n->pid, &busy);
 	unsigned call = (unsigned)n->data.nr < SLUICE_CALLS ? (unsigned)n->data.nr : SLUICE_CALLS;
-	if (!said[call][owner]) {
+	if (!traced && !said[call][owner]) {
 		uint64_t args[6];
 		memcpy(args, n->data.args, sizeof args);
 		said[call][owner] = say((unsigned)n->data.nr, args, n->pid, owner, busy, 0);

@@ -15,6 +15,21 @@ enum {
 	SLUICE_OWNER_NAME = 64,
 };
 
+// A clause, as Clause.
+struct sluice_clause {
+	uint32_t call, n_conds;
+	struct sluice_cond {
+		uint32_t arg, op;
+		uint64_t value, mask;
+	} conds[6];
+	uint64_t count; // of the calls that it has matched, written by the listener alone
+};
+
+// As Op.
+enum sluice_op {
+	SLUICE_EQUAL, SLUICE_NOT_EQUAL, SLUICE_LESS, SLUICE_LESS_OR_EQUAL, SLUICE_GREATER, SLUICE_GREATER_OR_EQUAL, SLUICE_MASKED_EQUAL
+};
+
 // What the handlers know. It is set before there is a filter, and all of it stays for good.
 struct sluice_handlers {
 	int fd; // takes the lines
@@ -23,6 +38,8 @@ struct sluice_handlers {
 	const char (*owners)[SLUICE_OWNER_NAME]; // SLUICE_OWNERS of them, the first nobody's
 	const uint64_t *marks;                   // thread<<32 | owner
 	size_t n_marks;
+	struct sluice_clause *deny, *allow; // if the listener is told of every call, and not of violations alone; or NULL
+	size_t n_deny, n_allow;
 };
 
 // The flags of seccomp(2) to confine: all threads or none, and the kernel's log has what SIGSYS could not be handled for.
@@ -40,5 +57,8 @@ long sluice_listen(const struct sluice_handlers *, const struct sock_filter *, s
 // How many violations there were: of one kind, if call is at most SLUICE_CALLS, which stands for all others, or of all.
 uint64_t sluice_violations(void);
 uint64_t sluice_seen(unsigned call, unsigned owner);
+
+// How many calls a clause of allow has matched.
+uint64_t sluice_used(size_t clause);
 
 #endif

@@ -63,6 +63,8 @@ type Config struct {
 	ModCaps string
 	// Seccomp is what happens to a system call outside the filter.
 	Seccomp Seccomp
+	// SeccompReport is a file for what log and trace have seen; "" writes none.
+	SeccompReport string
 
 	// RlimitNofile is the limit on open files to set, soft and hard; 0 leaves it as it is, DefaultNofile is the default.
 	RlimitNofile int64
@@ -131,6 +133,10 @@ func (c Config) Validate() error {
 		return fmt.Errorf("--socket-path: %d bytes are too long for a Unix socket; at most %d fit", len(c.SocketPath), MaxSocketPath)
 	case c.RequestQueues < 1 || c.RequestQueues > MaxRequestQueues:
 		return fmt.Errorf("--num-request-queues: %d is out of range; expected 1 to %d", c.RequestQueues, MaxRequestQueues)
+	case c.Seccomp == SeccompTrace && c.SeccompReport == "":
+		return errors.New("--seccomp trace needs --seccomp-report: it writes nothing else")
+	case c.SeccompReport != "" && c.Seccomp != SeccompLog && c.Seccomp != SeccompTrace:
+		return errors.New("--seccomp-report needs --seccomp log or --seccomp trace: nothing else lets calls happen and counts them")
 	case c.RlimitNofile < DefaultNofile:
 		return fmt.Errorf("--rlimit-nofile: %d is out of range; expected a number of files, or 0 to leave the limit alone", c.RlimitNofile)
 	}

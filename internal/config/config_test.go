@@ -40,6 +40,10 @@ func TestValidate(t *testing.T) {
 		{"no queue", func(c *Config) { c.RequestQueues = 0 }, "--num-request-queues: 0"},
 		{"too many queues", func(c *Config) { c.RequestQueues = MaxRequestQueues + 1 }, "--num-request-queues: 256"},
 		{"negative limit", func(c *Config) { c.RlimitNofile = -2 }, "--rlimit-nofile: -2"},
+		{"report", func(c *Config) { c.Seccomp, c.SeccompReport = SeccompLog, "r" }, ""},
+		{"trace", func(c *Config) { c.Seccomp, c.SeccompReport = SeccompTrace, "r" }, ""},
+		{"trace without a report", func(c *Config) { c.Seccomp = SeccompTrace }, "--seccomp trace needs"},
+		{"report of nothing", func(c *Config) { c.SeccompReport = "r" }, "--seccomp-report needs"},
 		{"bundle", func(c *Config) { c.Share.Dir, c.Bundle = "", "/b" }, ""},
 		{"spec", func(c *Config) { c.Share.Dir, c.Spec = "", "/b/config.json" }, ""},
 		{"id maps", func(c *Config) { c.UIDMap = []string{":0:1000:1:"} }, ""},
@@ -80,7 +84,7 @@ func TestEnums(t *testing.T) {
 	}{
 		{new(CachePolicy), "foo", `"foo" is not a cache policy; expected one of never, metadata, auto, always`},
 		{new(Sandbox), "foo", `"foo" is not a sandbox; expected one of namespace, chroot, none`},
-		{new(Seccomp), "foo", `"foo" is not a seccomp action; expected one of kill, trap, log, none, dump`},
+		{new(Seccomp), "foo", `"foo" is not a seccomp action; expected one of kill, trap, log, trace, none, dump`},
 		{new(LogLevel), "", `"" is not a log level; expected one of error, warn, info, debug, trace, off`},
 	} {
 		for _, name := range tt.v.Choices() {

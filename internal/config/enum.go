@@ -42,6 +42,8 @@ const (
 	SeccompTrap
 	// SeccompLog logs, counts and lets it pass.
 	SeccompLog
+	// SeccompTrace is SeccompLog that counts what is allowed as well, and reports instead of logging.
+	SeccompTrace
 	// SeccompNone installs no filter.
 	SeccompNone
 	// SeccompDump prints the filter instead of serving.
@@ -90,6 +92,7 @@ var (
 		{name: "kill", value: SeccompKill},
 		{name: "trap", value: SeccompTrap},
 		{name: "log", value: SeccompLog},
+		{name: "trace", value: SeccompTrace},
 		{name: "none", value: SeccompNone},
 		{name: "dump", value: SeccompDump},
 	}}

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // Daemon is a running virtio-fs server.
@@ -28,6 +29,8 @@ type DaemonConfig struct {
 	Share   string // the directory to serve; "" where Args say what is served
 	UID     uint32 // the user, and group, to run as
 	Args    []string
+	// Surroundings names the sandbox and user among Args and UID, should the daemon be traced.
+	Surroundings string
 }
 
 // StartDaemon starts a server and waits until it listens.
@@ -37,7 +40,11 @@ func StartDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
 	if cfg.Share != "" {
 		args = append(args, "--shared-dir", cfg.Share)
 	}
-	cmd := exec.Command(cfg.Program, append(args, cfg.Args...)...)
+	more, err := TraceArgs(cfg.Surroundings, cfg.UID, cfg.Args)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(cfg.Program, append(args, more...)...)
 	if cfg.UID != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: cfg.UID, Gid: cfg.UID}}
 	}
@@ -71,8 +78,17 @@ func (d *Daemon) Ended(ctx context.Context) error {
 // Exited is closed when the daemon has ended.
 func (d *Daemon) Exited() <-chan struct{} { return d.p.exited }
 
-// Close kills the daemon.
-func (d *Daemon) Close() { d.p.kill() }
+// Close kills the daemon; one that is traced ends in good order, if it can.
+func (d *Daemon) Close() {
+	if TraceDir() != "" {
+		_ = d.p.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-d.p.exited:
+		case <-time.After(10 * time.Second):
+		}
+	}
+	d.p.kill()
+}
 
 // Log is the end of what the daemon has written.
 func (d *Daemon) Log() string { return d.p.log.String() }

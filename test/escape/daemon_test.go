@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sluicefs/sluice/internal/testguest"
 	"github.com/sluicefs/sluice/vhostuser/vhosttest"
 )
 
@@ -55,7 +56,11 @@ func startDaemon(t testing.TB, cfg configuration, share, dir string, bait ...*os
 	}
 	defer conn.Close()
 	options := []string{"--shared-dir", share, "--fd", "3", "--xattr", "--num-request-queues", "1"}
-	d := &daemon{cmd: exec.Command(program, append(options, cfg.options...)...), exited: make(chan struct{})}
+	more, err := testguest.TraceArgs(cfg.surroundings(), cfg.uid, cfg.options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &daemon{cmd: exec.Command(program, append(options, more...)...), exited: make(chan struct{})}
 	d.cmd.Dir = dir
 	d.cmd.ExtraFiles = append([]*os.File{conn}, bait...)
 	d.cmd.Stdout, d.cmd.Stderr = &d.log, &d.log

@@ -49,6 +49,15 @@ var configurations = []configuration{
 	{name: "namespace unprivileged", options: []string{"--sandbox", "namespace", "--max-fds", "8"}, uid: nobody},
 }
 
+// surroundings are the user and the sandbox, named as in test/guest.
+func (c configuration) surroundings() string {
+	user := "root"
+	if c.uid != 0 {
+		user = "user"
+	}
+	return user + "+" + strings.Fields(c.name)[0]
+}
+
 // What TestMain has made ready for all tests.
 var (
 	program string // the daemon
@@ -112,6 +121,12 @@ func runConfined(m *testing.M) (code int, err error) {
 	if err := errors.Join(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""), unix.Mount("proc", "/proc", "proc", 0, "")); err != nil {
 		return 1, fmt.Errorf("mount /proc of the new process namespace: %w", err)
 	}
+	trace := testguest.TraceDir()
+	if trace != "" {
+		if err := unix.Mount(trace, trace, "", unix.MS_BIND, ""); err != nil {
+			return 1, fmt.Errorf("bind mount %s: %w", trace, err)
+		}
+	}
 	readOnly := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
 	if err := unix.MountSetattr(unix.AT_FDCWD, "/", unix.AT_RECURSIVE, &readOnly); err != nil {
 		return 1, fmt.Errorf("make all file systems read-only: %w", err)
@@ -119,6 +134,11 @@ func runConfined(m *testing.M) (code int, err error) {
 	// An ordinary user's daemon writes its id maps there.
 	if err := unix.MountSetattr(unix.AT_FDCWD, "/proc", 0, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}); err != nil {
 		return 1, fmt.Errorf("make /proc writable: %w", err)
+	}
+	if trace != "" {
+		if err := unix.MountSetattr(unix.AT_FDCWD, trace, 0, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}); err != nil {
+			return 1, fmt.Errorf("make %s writable: %w", trace, err)
+		}
 	}
 	// Shared, so that a daemon in a mount namespace of its own hears of mounts that come and go.
 	if err := errors.Join(unix.Mount("tmpfs", base, "tmpfs", 0, "mode=0755"), unix.Mount("", base, "", unix.MS_SHARED, "")); err != nil {

@@ -179,24 +179,26 @@ func newScratch(t *testing.T) *machine {
 func (m *machine) start(cfg testguest.DaemonConfig) (err error) {
 	m.t.Helper()
 	cfg.Scratch, cfg.UID, cfg.Args = m.scratch, around.uid, append(slices.Clone(around.options), cfg.Args...)
+	cfg.Surroundings = around.name
 	if m.daemon, err = testguest.StartDaemon(m.ctx, cfg); err != nil {
 		return err
 	}
 	serving, ended := context.WithCancelCause(m.ctx)
 	m.serving = serving
 	m.t.Cleanup(func() { ended(nil) })
+	daemon := m.daemon // a test may start another
 	go func() {
 		select {
-		case <-m.daemon.Exited():
+		case <-daemon.Exited():
 			ended(errors.New("the daemon has ended"))
 		case <-m.ctx.Done():
 		}
 	}()
 	m.t.Cleanup(func() {
 		if m.t.Failed() {
-			m.t.Logf("daemon:\n%s", m.daemon.Log())
+			m.t.Logf("daemon:\n%s", daemon.Log())
 		}
-		m.daemon.Close()
+		daemon.Close()
 	})
 	return nil
 }

@@ -28,6 +28,7 @@ var posixCases = []posixCase{
 	{"sparse", anyone, sparse},
 	{"fallocate", anyone, fallocate},
 	{"xattr", anyone, xattr},
+	{"inode flags", anyone, inodeFlags},
 	{"fifo", anyone, fifo},
 	{"socket", anyone, socket},
 	{"device", rootOnly, device},
@@ -233,6 +234,26 @@ func fallocate(dir string) error {
 		call(0, 0, 32<<10), size(32<<10), holds(file, append(zeroed, make([]byte, 16<<10)...)),
 		want(unix.EINVAL, call(0, 0, 0)),
 	)
+}
+
+// inodeFlags does what lsattr(1) and chattr(1) do.
+func inodeFlags(dir string) error {
+	f, err := os.Create(filepath.Join(dir, "file"))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	const noDump = 0x40 // FS_NODUMP_FL, FS_XFLAG_NODUMP is 0x80
+	flags := func(want int) error {
+		got, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+		x, xErr := extendedFlags(f)
+		return first(err, xErr, equal("flag", got&noDump, want), equal("extended flag", int(x&0x80), 2*want))
+	}
+	set := func(attributes int) error {
+		return unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, attributes)
+	}
+	got, err := unix.IoctlGetInt(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	return first(err, flags(0), set(got|noDump), flags(noDump), setExtendedFlags(f, 0), flags(0))
 }
 
 func xattr(dir string) error {
