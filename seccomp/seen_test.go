@@ -20,8 +20,8 @@ func ownRows(t *testing.T) map[row]bool {
 	for i := range 1 << 2 {
 		sources = append(sources, Base(BaseOptions{PID: pid, OwnSocket: i&1 != 0, Syslog: i&2 != 0}))
 	}
-	for i := range 1 << 4 {
-		sources = append(sources, Passthrough(PassthroughOptions{Writable: i&1 != 0, Xattr: i&2 != 0, FileHandles: i&4 != 0, SwitchIDs: i&8 != 0}))
+	for i := range 1 << 5 {
+		sources = append(sources, Passthrough(PassthroughOptions{Writable: i&1 != 0, Xattr: i&2 != 0, FileHandles: i&4 != 0, SwitchIDs: i&8 != 0, Locks: i&16 != 0}))
 	}
 	rows := make(map[row]bool)
 	for _, s := range sources {
