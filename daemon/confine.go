@@ -150,9 +150,9 @@ func createReport(cfg config.Config) (*os.File, error) {
 }
 
 // tellReady tells the service manager, or the launching process, which does.
-func (w *worker) tellReady(p *program) error {
+func (w *worker) tellReady(manager *listen.Notifier) error {
 	if w.handed == nil {
-		p.notifyReady(w.log)
+		tell(manager, w.log)
 		return nil
 	}
 	defer w.handed[handedReady].Close()

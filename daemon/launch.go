@@ -74,12 +74,16 @@ func (p *program) launch(cfg config.Config, what *source, log *slog.Logger, sign
 		return err
 	}
 	// Only the serving process may hold the socket: it refuses further front-ends by closing it.
-	if err := ln.Refuse(); err != nil {
+	release := ln.Refuse
+	if ln.Connected() {
+		release = ln.Close
+	}
+	if err := release(); err != nil {
 		log.Warn("cannot close the socket", "error", err)
 	}
 	go func() {
 		if n, _ := io.ReadFull(ready, make([]byte, 1)); n == 1 {
-			p.notifyReady(log)
+			tell(p.dialNotify(log), log)
 		}
 	}()
 	status, err := child.Wait(signals)
@@ -98,8 +102,18 @@ func toRemoveSocket(cfg config.Config) sandbox.CapSet {
 	return 1 << unix.CAP_DAC_OVERRIDE
 }
 
-func (p *program) notifyReady(log *slog.Logger) {
-	if err := listen.NotifyReady(p.getenv); err != nil {
+// dialNotify connects to the service manager. Not to reach it is no reason not to serve.
+func (p *program) dialNotify(log *slog.Logger) *listen.Notifier {
+	n, err := listen.DialNotify(p.getenv)
+	if err != nil {
+		log.Warn("the service manager does not know that sluiced is ready", "error", err)
+	}
+	return n
+}
+
+// tell tells the service manager that sluiced is ready, and hangs up.
+func tell(n *listen.Notifier, log *slog.Logger) {
+	if err := errors.Join(n.Ready(), n.Close()); err != nil {
 		log.Warn("the service manager does not know that sluiced is ready", "error", err)
 	}
 }

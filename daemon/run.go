@@ -101,8 +101,18 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 			return usageError{err}
 		}
 	}
-	dump := cfg.Seccomp == config.SeccompDump
-	if cfg.SocketPath == "" && cfg.FD == config.NoFD && !dump {
+	if cfg.Seccomp == config.SeccompDump {
+		what, err := loadSource(&cfg, flags)
+		if err != nil {
+			return err
+		}
+		return p.dumpFilter(cfg, what)
+	}
+	box, handed, err := enterBox(cfg)
+	if err != nil {
+		return err
+	}
+	if handed == nil && cfg.SocketPath == "" && cfg.FD == config.NoFD {
 		fd, ok, err := listen.FromSystemd(p.getenv)
 		if err != nil {
 			return err
@@ -115,9 +125,6 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	what, err := loadSource(&cfg, flags)
 	if err != nil {
 		return err
-	}
-	if dump {
-		return p.dumpFilter(cfg, what)
 	}
 	if cfg.Seccomp != config.SeccompNone {
 		if err := seccomp.Supported(); err != nil {
@@ -144,10 +151,6 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	defer signal.Stop(signals)
 	signal.Ignore(unix.SIGPIPE) // a launcher that closed our standard error is no reason to die
 
-	box, handed, err := enterBox(cfg)
-	if err != nil {
-		return err
-	}
 	if box == nil {
 		return p.launch(cfg, what, log, signals)
 	}
@@ -214,6 +217,11 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 		return errors.New("--persist needs a listening socket, and the one passed is connected")
 	}
 
+	var manager *listen.Notifier
+	if w.handed == nil {
+		manager = p.dialNotify(log) // its socket is soon out of reach
+	}
+
 	places, err := w.enter(needs)
 	if err != nil {
 		return err
@@ -237,7 +245,7 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 	}
 
 	log.Info("Waiting for vhost-user socket connection...")
-	if err := w.tellReady(p); err != nil {
+	if err := w.tellReady(manager); err != nil {
 		return errors.Join(err, srv.Close())
 	}
 

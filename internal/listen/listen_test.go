@@ -489,12 +489,16 @@ func TestNotifyReady(t *testing.T) {
 	}
 	defer manager.Close()
 	notify := func(to string) error {
-		return NotifyReady(func(name string) string {
+		n, err := DialNotify(func(name string) string {
 			if name != "NOTIFY_SOCKET" {
 				t.Errorf("asked for %s", name)
 			}
 			return to
 		})
+		if err != nil {
+			return err
+		}
+		return errors.Join(n.Ready(), n.Close())
 	}
 	if err := notify(path); err != nil {
 		t.Fatal(err)

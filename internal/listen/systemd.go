@@ -27,22 +27,41 @@ func FromSystemd(getenv func(string) string) (fd int, ok bool, err error) {
 	}
 }
 
-// NotifyReady tells the service manager that the socket can be connected to (sd_notify(3)), if there is one to tell.
-func NotifyReady(getenv func(string) string) error {
+// Notifier is a connection to the service manager, to be made before its socket is out of reach.
+type Notifier struct{ conn *net.UnixConn }
+
+// DialNotify connects to the service manager's socket (sd_notify(3)), if there is one. The Notifier of none is nil, and its
+// methods do nothing.
+func DialNotify(getenv func(string) string) (*Notifier, error) {
 	path := getenv("NOTIFY_SOCKET")
 	if path == "" {
-		return nil
+		return nil, nil
 	}
 	if path[0] != '/' && path[0] != '@' {
-		return errors.New("notify the service manager: NOTIFY_SOCKET is neither a path nor an abstract address")
+		return nil, errors.New("notify the service manager: NOTIFY_SOCKET is neither a path nor an abstract address")
 	}
 	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Net: "unixgram", Name: path})
 	if err != nil {
-		return fmt.Errorf("notify the service manager: %w", err)
+		return nil, fmt.Errorf("notify the service manager: %w", err)
 	}
-	defer conn.Close()
-	if _, err := conn.Write([]byte("READY=1")); err != nil {
+	return &Notifier{conn}, nil
+}
+
+// Ready tells that the socket can be connected to.
+func (n *Notifier) Ready() error {
+	if n == nil {
+		return nil
+	}
+	if _, err := n.conn.Write([]byte("READY=1")); err != nil {
 		return fmt.Errorf("notify the service manager: %w", err)
 	}
 	return nil
+}
+
+// Close closes the connection.
+func (n *Notifier) Close() error {
+	if n == nil {
+		return nil
+	}
+	return n.conn.Close()
 }
