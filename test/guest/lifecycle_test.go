@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -122,7 +123,7 @@ func TestReplacedFile(t *testing.T) {
 				stop, stopped := make(chan struct{}), make(chan error, 1)
 				end := sync.OnceFunc(func() { close(stop) })
 				t.Cleanup(end)
-				replaced := uint64(0)
+				var replaced atomic.Uint64
 				go func() {
 					for {
 						select {
@@ -131,24 +132,25 @@ func TestReplacedFile(t *testing.T) {
 							return
 						default:
 						}
-						replaced++
-						if err := replace(replaced); err != nil {
+						if err := replace(replaced.Add(1)); err != nil {
 							stopped <- err
 							return
 						}
 					}
 				}()
 				begin := time.Now()
-				bad := m.sh("guestprog open /mnt/file %d", opens[kind].n())
+				// On a busy machine the guest may be done before much has been replaced.
+				bad, rounds := "", 0
+				for bad == "" && (rounds == 0 || replaced.Load() < 100) {
+					bad = m.sh("guestprog open /mnt/file %d", opens[kind].n())
+					rounds++
+				}
 				took := time.Since(begin)
 				end()
 				m.check(<-stopped)
-				t.Logf("%d opens in %v, %d replacements", opens[kind].n(), took, replaced)
+				t.Logf("%d opens in %v, %d replacements", rounds*opens[kind].n(), took, replaced.Load())
 				if bad != "" {
 					t.Error(bad)
-				}
-				if replaced < 100 {
-					t.Errorf("the file was replaced only %d times", replaced)
 				}
 			})
 		}
