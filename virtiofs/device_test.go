@@ -53,18 +53,22 @@ func TestBatchNotifiesOnce(t *testing.T) {
 	const n = batch
 	q := r.queues[request]
 	for _, want := range []int{1, 2, 16, n} {
+		r.device.EnableQueue(request, true) // takes the queue's lock: what it has published is counted
 		before := r.device.Stats().Notifications
 		for range want {
 			r.offer(request, getattr(node))
 		}
 		r.kick(request)
-		awaitFD(t, q.call.Int())
-		for range want {
-			head, written, ok := q.Used()
-			if !ok {
-				t.Fatalf("the notification came before the batch of %d was done", want)
+		for done := 0; done < want; {
+			awaitFD(t, q.call.Int()) // which may be for what was seen done before
+			for {
+				head, written, ok := q.Used()
+				if !ok {
+					break
+				}
+				r.parse(q, head, written)
+				done++
 			}
-			r.parse(q, head, written)
 		}
 		if got := r.device.Stats().Notifications - before; got != 1 {
 			t.Errorf("a batch of %d requests made %d notifications, expected 1", want, got)
