@@ -46,21 +46,22 @@ func checkConfinement(cfg config.Config) error {
 
 // idMaps parses --uid-map and --gid-map.
 func idMaps(cfg config.Config) (uids, gids []sandbox.IDMap, err error) {
-	for _, text := range cfg.UIDMap {
+	if uids, err = parseIDMaps("--uid-map", cfg.UIDMap); err != nil {
+		return nil, nil, err
+	}
+	gids, err = parseIDMaps("--gid-map", cfg.GIDMap)
+	return uids, gids, err
+}
+
+func parseIDMaps(option string, texts []string) (maps []sandbox.IDMap, err error) {
+	for _, text := range texts {
 		m, err := sandbox.ParseIDMap(text)
 		if err != nil {
-			return nil, nil, fmt.Errorf("--uid-map: %w", err)
+			return nil, fmt.Errorf("%s: %w", option, err)
 		}
-		uids = append(uids, m)
+		maps = append(maps, m)
 	}
-	for _, text := range cfg.GIDMap {
-		m, err := sandbox.ParseIDMap(text)
-		if err != nil {
-			return nil, nil, fmt.Errorf("--gid-map: %w", err)
-		}
-		gids = append(gids, m)
-	}
-	return uids, gids, nil
+	return maps, nil
 }
 
 // keptCapabilities are those that the options in force need, changed as --modcaps says.

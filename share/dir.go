@@ -43,13 +43,10 @@ func (s *Share) Releasedir(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
 	if errno != fsbackend.OK || p.DirReader == nil {
 		return
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	p.Releasedir(c, in)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 }
 
 // Readdir implements fsbackend.DirReader.
@@ -64,13 +61,10 @@ func (s *Share) Readdir(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsbacke
 	if p.DirReader == nil {
 		return s.lacks(unix.EOPNOTSUPP)
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	errno = p.Readdir(c, in, out)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return s.known(errno, unix.EOPNOTSUPP)
 }
 
@@ -97,13 +91,10 @@ func (s *Share) Readdirplus(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsb
 	if p.base != 0 || p.mapped {
 		out.Translate = p.edit
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	errno = p.Readdirplus(c, in, out)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	out.Translate = nil
 	if errno == unix.ENOSYS && !s.alone && p.DirReader != nil {
 		_, errno = s.listNames(c, p, nil, in, out)

@@ -34,13 +34,10 @@ func (s *Share) Release(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
 	if errno != fsbackend.OK || p.Opener == nil {
 		return
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	p.Release(c, in)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 }
 
 // Create implements fsbackend.Creater.
@@ -199,13 +196,10 @@ func (s *Share) Read(c *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.
 	if p.Reader == nil {
 		return s.lacks(unix.EINVAL)
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	errno = p.Read(c, in, dst)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return s.known(errno, unix.EINVAL)
 }
 
@@ -220,13 +214,10 @@ func (s *Share) Write(c *fsbackend.Context, in *fuseproto.WriteIn, src *fsbacken
 	case p.Writer == nil:
 		return 0, s.lacks(unix.EINVAL)
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	n, errno := p.Write(c, in, src)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return n, s.known(errno, unix.EINVAL)
 }
 
@@ -239,13 +230,10 @@ func (s *Share) Flush(c *fsbackend.Context, in *fuseproto.FlushIn) Errno {
 	if p.Flusher == nil {
 		return s.lacks(fsbackend.OK)
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	errno = p.Flush(c, in)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return s.known(errno, fsbackend.OK)
 }
 
@@ -267,13 +255,10 @@ func (s *Share) fsync(c *fsbackend.Context, in *fuseproto.FsyncIn, call func(fsb
 	if p.Fsyncer == nil {
 		return s.lacks(fsbackend.OK)
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	errno = call(p.Fsyncer, c, in)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return s.known(errno, fsbackend.OK)
 }
 
@@ -330,13 +315,10 @@ func (s *Share) Fallocate(c *fsbackend.Context, in *fuseproto.FallocateIn) Errno
 	case p.Fallocater == nil:
 		return s.lacks(unix.EOPNOTSUPP)
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	errno = p.Fallocate(c, in)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return s.known(errno, unix.EOPNOTSUPP)
 }
 
@@ -352,13 +334,10 @@ func (s *Share) Lseek(c *fsbackend.Context, in *fuseproto.LseekIn, out *fuseprot
 		}
 		return s.seek(c, in, out)
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	errno = p.Lseek(c, in, out)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	if errno == unix.ENOSYS && !s.alone {
 		return s.seek(c, in, out)
 	}
@@ -422,13 +401,10 @@ func (s *Share) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, d
 	case p.Ioctler == nil:
 		return 0, s.lacks(unix.ENOTTY)
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	result, errno := p.Ioctl(c, in, arg, dst)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return result, s.known(errno, unix.ENOTTY)
 }
 
@@ -451,12 +427,9 @@ func (s *Share) lock(c *fsbackend.Context, in *fuseproto.LkIn, call func(fsbacke
 	case p.Locker == nil:
 		return s.lacks(unix.ENOLCK)
 	}
-	fh := in.Fh
-	in.Fh &= numberMask
 	var v visit
-	p.enter(c, &in.InHeader, &v)
+	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	errno = call(p)
-	p.leave(c, &in.InHeader, &v)
-	in.Fh = fh
+	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return s.known(errno, unix.ENOLCK)
 }

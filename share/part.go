@@ -66,6 +66,7 @@ func newPart(index int, g *Graft) *part {
 // visit is what enter has changed in a request.
 type visit struct {
 	node   uint64
+	fh     uint64 // of enterFile
 	ctx    fuseproto.Caller
 	header fuseproto.Caller
 	groups []uint32
@@ -87,6 +88,18 @@ func (p *part) leave(c *fsbackend.Context, h *fuseproto.InHeader, v *visit) {
 		p.leaveNode(c, v)
 		h.Caller = v.header
 	}
+}
+
+// enterFile is enter for a request that carries a file handle; leaveFile goes with it.
+func (p *part) enterFile(c *fsbackend.Context, h *fuseproto.InHeader, fh *uint64, v *visit) {
+	v.fh = *fh
+	*fh &= numberMask
+	p.enter(c, h, v)
+}
+
+func (p *part) leaveFile(c *fsbackend.Context, h *fuseproto.InHeader, fh *uint64, v *visit) {
+	p.leave(c, h, v)
+	*fh = v.fh
 }
 
 // enterNode is enter for a call without an In struct.

@@ -140,13 +140,8 @@ func TestRefusedMount(t *testing.T) {
 func TestAnnotation(t *testing.T) {
 	t.Parallel()
 	m := serves(t, func(m *machine) *specs.Spec {
-		m.check(os.MkdirAll(filepath.Join(m.scratch, "host"), 0o755))
+		spec := twice(m)
 		m.check(os.WriteFile(filepath.Join(m.scratch, "host", "file"), nil, 0o644))
-		m.own(filepath.Join(m.scratch, "host"))
-		spec := m.spec(
-			specs.Mount{Destination: "/a", Type: "bind", Source: "host"},
-			specs.Mount{Destination: "/b", Type: "bind", Source: "host"},
-		)
 		spec.Annotations = map[string]string{"io.sluice.mount./b.backend": "mem", "io.sluice.option.xattr": "true"}
 		return spec
 	})
@@ -158,17 +153,20 @@ func TestAnnotation(t *testing.T) {
 	}
 }
 
+// twice has one directory of the host at two places of the share.
+func twice(m *machine) *specs.Spec {
+	m.check(os.MkdirAll(filepath.Join(m.scratch, "host"), 0o755))
+	m.own(filepath.Join(m.scratch, "host"))
+	return m.spec(
+		specs.Mount{Destination: "/a", Type: "bind", Source: "host"},
+		specs.Mount{Destination: "/b", Type: "bind", Source: "host"},
+	)
+}
+
 // TestOneObjectTwice serves one directory at two places: what happens at the one is seen at the other (A7).
 func TestOneObjectTwice(t *testing.T) {
 	t.Parallel()
-	m := serves(t, func(m *machine) *specs.Spec {
-		m.check(os.MkdirAll(filepath.Join(m.scratch, "host"), 0o755))
-		m.own(filepath.Join(m.scratch, "host"))
-		return m.spec(
-			specs.Mount{Destination: "/a", Type: "bind", Source: "host"},
-			specs.Mount{Destination: "/b", Type: "bind", Source: "host"},
-		)
-	}, "--cache", "never")
+	m := serves(t, twice, "--cache", "never")
 	got := m.sh(`cd /mnt
 		echo one >a/old; cat b/old; mv a/old a/new; cat b/new; ! cat b/old 2>/dev/null; ls b; mv b/new b/last; cat a/last; rm a/last; ls b`)
 	if got != "one\none\nnew\none" {

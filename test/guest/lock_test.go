@@ -2,10 +2,8 @@ package guest_test
 
 import (
 	"os"
-	"path/filepath"
 	"testing"
 
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/internal/testguest"
@@ -14,14 +12,7 @@ import (
 // TestSharedLocks has one directory at two places of a share: the guest's kernel knows of two files, and the host of one (A7).
 func TestSharedLocks(t *testing.T) {
 	t.Parallel()
-	m := serves(t, func(m *machine) *specs.Spec {
-		m.check(os.MkdirAll(filepath.Join(m.scratch, "host"), 0o755))
-		m.own(filepath.Join(m.scratch, "host"))
-		return m.spec(
-			specs.Mount{Destination: "/a", Type: "bind", Source: "host"},
-			specs.Mount{Destination: "/b", Type: "bind", Source: "host"},
-		)
-	}, "--posix-lock", "--flock")
+	m := serves(t, twice, "--posix-lock", "--flock")
 	m.sh("guestprog locks /mnt/a/file /mnt/b/file")
 }
 
