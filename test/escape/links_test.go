@@ -193,7 +193,9 @@ func TestReplacedBySymlink(t *testing.T) {
 			}
 			for what, do := range namedCalls {
 				for _, below := range []string{"inner", "secret", "created", "empty"} {
-					s.put("share/file", "of the share") // the last one may have taken it away
+					// The last one may have taken it away, or put a directory or FIFO in its place.
+					s.check(os.RemoveAll(s.path("share/file")))
+					s.put("share/file", "of the share")
 					if errno := do(s, dir, below); !keep {
 						s.refused(errno, "%s of %s in a directory that is gone", what, below)
 					}
@@ -205,6 +207,7 @@ func TestReplacedBySymlink(t *testing.T) {
 				}
 				s.releasedir(dir, fh)
 			}
+			s.check(os.RemoveAll(s.path("share/file")))
 			s.put("share/file", "of the share")
 			if _, errno := s.lookup(root, name); errno == 0 {
 				s.neverOpened(root, name)
