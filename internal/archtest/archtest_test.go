@@ -15,6 +15,16 @@ var house = Rules{
 		"cmd/...": {"..."},
 		"daemon":  {"..."},
 
+		// The control API knows what can be asked and not who serves; its clients know the API alone.
+		"control":          {"control/api"},
+		"control/api":      {},
+		"control/client":   {"control/api"},
+		"cmd/sluicectl":    {"control/api", "control/client"},
+		"cmd/sluice-agent": {"control/api"},
+		"share/sharer":     {"control/api", "control/client"},
+		"internal/watch":   {"internal/ratelog"},
+		"internal/link":    {"internal/sys"},
+
 		"extensions":     {"fsbackend", "seccomp"},
 		"extensions/...": {"extensions", "fsbackend", "fsbackend/...", "fuseproto", "seccomp"},
 		"seccomp":        {},
@@ -47,7 +57,11 @@ var house = Rules{
 		"test/guest/extd":        {"daemon", "extensions", "fsbackend", "fsbackend/...", "seccomp"},
 	},
 	Libraries: map[string][]string{
+		"github.com/fsnotify/fsnotify":              {"internal/watch"},
 		"github.com/hanwen/go-fuse":                 {"fuseproto", "fsbackend/gofuse", "fsbackend/fsbackendtest"},
+		"github.com/mdlayher/vsock":                 {"control", "cmd/sluice-agent"},
+		"github.com/pelletier/go-toml":              {"daemon"},
+		"github.com/prometheus":                     {"control"},
 		"github.com/opencontainers/runtime-spec":    {"daemon", "extensions/...", "internal/bundle", "test/guest/extd"},
 		"github.com/seccomp":                        {"seccomp"},
 		"github.com/spf13":                          {"cmd/...", "daemon", "extensions/...", "test/guest/extd"},
