@@ -23,7 +23,7 @@ var house = Rules{
 		"cmd/sluice-agent": {"control/api"},
 		"share/sharer":     {"control/api", "control/client"},
 		"internal/watch":   {"internal/ratelog"},
-		"internal/link":    {"internal/sys"},
+		"internal/link":    {"control/api"},
 
 		"extensions":     {"fsbackend", "seccomp"},
 		"extensions/...": {"extensions", "fsbackend", "fsbackend/...", "fuseproto", "seccomp"},
