@@ -79,7 +79,10 @@ func (b *Box) enterChroot(v View) ([]string, error) {
 		root, paths[i] = fd, "/"
 	}
 	if root == nil {
-		return nil, errors.New("no source whose directory could become the root: expected one")
+		var err error
+		if root, err = nowhere(); err != nil {
+			return nil, err
+		}
 	}
 	defer root.Close()
 	if err := b.leavePorter(unix.CLONE_FS); err != nil {
@@ -92,6 +95,20 @@ func (b *Box) enterChroot(v View) ([]string, error) {
 		return nil, fmt.Errorf("change the root directory: %w: expected the capability sys_chroot", err)
 	}
 	return paths, unix.Chdir("/")
+}
+
+// nowhere returns an empty directory that nothing can be put into.
+func nowhere() (*sys.FD, error) {
+	dir, err := os.MkdirTemp("", "sluiced-root-")
+	if err != nil {
+		return nil, fmt.Errorf("make an empty root directory: %w", err)
+	}
+	defer os.Remove(dir)
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open the empty root directory: %w", err)
+	}
+	return sys.NewFD(fd), nil
 }
 
 // leavePorter starts the porter for a process that shares the host's /proc, and opens what is needed of that.

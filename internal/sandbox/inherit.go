@@ -15,19 +15,20 @@ const marker = "SLUICE_SANDBOX"
 
 // A handover is the value of marker.
 type handover struct {
+	mode  Mode
 	files int
 	identity
 }
 
-const handoverFormat = "files=%d user=%t group=%t groups=%t"
+const handoverFormat = "mode=%d files=%d user=%t group=%t groups=%t"
 
 func (h handover) String() string {
-	return fmt.Sprintf(handoverFormat, h.files, h.rootUser, h.rootGroup, h.keepGroups)
+	return fmt.Sprintf(handoverFormat, h.mode, h.files, h.rootUser, h.rootGroup, h.keepGroups)
 }
 
 func parseHandover(text string) (h handover, err error) {
-	_, err = fmt.Sscanf(text, handoverFormat, &h.files, &h.rootUser, &h.rootGroup, &h.keepGroups)
-	if err != nil || h.String() != text || h.files < 0 {
+	_, err = fmt.Sscanf(text, handoverFormat, &h.mode, &h.files, &h.rootUser, &h.rootGroup, &h.keepGroups)
+	if err != nil || h.String() != text || h.files < 0 || h.mode > None {
 		return handover{}, fmt.Errorf("the environment variable %s is %q: expected it to be unset; it is for sluiced's own use", marker, text)
 	}
 	return h, nil
@@ -55,7 +56,7 @@ func Inherited() (*Box, []*os.File, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if os.Getpid() != 1 || !isPipe(lifelineFD) || !isPipe(readyFD) {
+	if h.mode == Namespace && os.Getpid() != 1 || !isPipe(lifelineFD) || !isPipe(readyFD) {
 		return nil, nil, fmt.Errorf("the environment variable %s is set, but no launcher started this process: expected it to be unset", marker)
 	}
 	files := make([]*os.File, h.files)
@@ -78,7 +79,7 @@ func Inherited() (*Box, []*os.File, error) {
 	if err := unix.SetNonblock(lifelineFD, true); err != nil {
 		return nil, nil, err
 	}
-	b := &Box{mode: Namespace, identity: h.identity, lifeline: os.NewFile(lifelineFD, "lifeline"), orphaned: make(chan struct{})}
+	b := &Box{mode: h.mode, identity: h.identity, lifeline: os.NewFile(lifelineFD, "lifeline"), orphaned: make(chan struct{})}
 	var ready [1]byte
 	if _, err := io.ReadFull(b.lifeline, ready[:]); err != nil {
 		return nil, nil, errors.New("the launcher gave up before the sandbox was prepared")

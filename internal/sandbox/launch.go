@@ -18,6 +18,8 @@ import (
 // Launch is how the program is started again in namespaces of its own. The zero value is the same command line, and for an
 // ordinary user the own ids and no others.
 type Launch struct {
+	// Mode is the child's sandbox; with Chroot and None it gets no namespaces of its own, and is only another process.
+	Mode Mode
 	// Network keeps the host's network.
 	Network bool
 	// UIDMap and GIDMap are the ids of the user namespace; root has none. Empty is the own id, which stays what it is.
@@ -35,6 +37,9 @@ type Launch struct {
 
 // Validate says what cannot be done for the user who runs this process.
 func (l Launch) Validate() error {
+	if l.Mode == Chroot && os.Geteuid() != 0 {
+		return errChrootTakesRoot
+	}
 	if len(l.UIDMap) == 0 && len(l.GIDMap) == 0 {
 		return nil
 	}
@@ -119,15 +124,15 @@ func (l Launch) command(life, answer *os.File) *exec.Cmd {
 	if env == nil {
 		env = os.Environ()
 	}
-	h := handover{files: len(l.Files)}
-	attr := &syscall.SysProcAttr{
-		Setsid:     true,
-		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC,
+	h := handover{mode: l.Mode, files: len(l.Files)}
+	attr := &syscall.SysProcAttr{Setsid: true}
+	if l.Mode == Namespace {
+		attr.Cloneflags = unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC
+		if !l.Network {
+			attr.Cloneflags |= unix.CLONE_NEWNET
+		}
 	}
-	if !l.Network {
-		attr.Cloneflags |= unix.CLONE_NEWNET
-	}
-	if os.Geteuid() != 0 {
+	if l.unshareUser() {
 		attr.Cloneflags |= unix.CLONE_NEWUSER
 		// A user other than 0 loses all capabilities when a program is executed, unless they are ambient.
 		for number := range lastCap() + 1 {
@@ -142,6 +147,9 @@ func (l Launch) command(life, answer *os.File) *exec.Cmd {
 		ExtraFiles: append([]*os.File{life, answer}, l.Files...), SysProcAttr: attr,
 	}
 }
+
+// unshareUser says whether the child gets a user namespace.
+func (l Launch) unshareUser() bool { return l.Mode == Namespace && os.Geteuid() != 0 }
 
 // startError says what to do about a child that could not be started.
 func startError(err error) error {
@@ -160,7 +168,7 @@ func startError(err error) error {
 
 // prepare maps the child's ids, gives up this process's privileges, tells the child to go on and waits until it does.
 func (l Launch) prepare(c *Child, ready *os.File) error {
-	if os.Geteuid() != 0 {
+	if l.unshareUser() {
 		if err := l.mapIDs(c.cmd.Process.Pid); err != nil {
 			return err
 		}

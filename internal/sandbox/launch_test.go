@@ -198,7 +198,7 @@ func TestLauncher(t *testing.T) {
 // TestNotAChild starts the program with the marker but without a launcher.
 func TestNotAChild(t *testing.T) {
 	for value, want := range map[string]string{
-		"": "expected it to be unset", "1": "expected it to be unset", "files=0 user=false group=false groups=false": "no launcher started this process",
+		"": "expected it to be unset", "1": "expected it to be unset", "mode=0 files=0 user=false group=false groups=false": "no launcher started this process",
 		"files=-1 user=false group=false groups=false": "expected it to be unset",
 	} {
 		cmd := command(t, user, scenario{})

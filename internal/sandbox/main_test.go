@@ -37,6 +37,7 @@ type scenario struct {
 	Caps       CapSet
 	Threads    int  // to be there before the sandbox is entered
 	Unconfined bool // the probe runs after Enter
+	Launched   bool // even without namespaces
 	Umask      int
 	Probe      string // of probes
 	Arg        string
@@ -105,7 +106,8 @@ func program(text string) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	if box == nil && s.Mode == Namespace {
+	if box == nil && (s.Mode == Namespace || s.Launched) {
+		s.Launch.Mode = s.Mode
 		return launcher(s)
 	}
 	if box == nil {
@@ -142,7 +144,7 @@ func program(text string) (int, error) {
 	if err := box.Close(); err != nil {
 		return 1, err
 	}
-	if s.Mode == Namespace {
+	if s.Mode == Namespace || s.Launched {
 		<-box.Orphaned() // Close has ended what waits for the launcher
 	}
 	return 0, json.NewEncoder(os.Stdout).Encode(r)

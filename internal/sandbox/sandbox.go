@@ -3,8 +3,9 @@
 // # Order
 //
 // With [Namespace] the program runs twice. The first process, the launcher, opens what only it can open (the listening
-// socket), calls [Start] and waits in [Child.Wait]; it keeps no privileges. The second finds out with [Inherited] that it
-// is the child. With [Chroot] and [None] there is one process, and [New]. From there on it is the same:
+// socket), calls [Start] and waits in [Child.Wait]; it keeps few privileges, or none. The second finds out with [Inherited] that
+// it is the child. With [Chroot] and [None] there is one process, and [New], unless the launcher has something to do while the
+// other one serves. From there on it is the same:
 //
 //  1. Everything that needs the host's tree, and privileges, is opened.
 //  2. [Box.Enter]: from here on only the sources and what was asked for besides are in reach. Privileges are still there.
@@ -38,7 +39,7 @@ const (
 	// Namespace has the daemon in process, mount, IPC and network namespaces of its own, whose tree holds nothing but the
 	// sources. An ordinary user gets a user namespace besides.
 	Namespace Mode = iota
-	// Chroot changes the root directory to the one source. It takes root.
+	// Chroot changes the root directory to the one source, or to an empty directory without a name. It takes root.
 	Chroot
 	// None leaves the host in reach.
 	None
@@ -60,13 +61,15 @@ func (m Mode) String() string {
 type Box struct {
 	mode     Mode
 	identity identity
-	lifeline *os.File      // Namespace: the launcher holds the other end
-	orphaned chan struct{} // Namespace: closed when that end is closed
+	lifeline *os.File      // where there is a launcher: it holds the other end
+	orphaned chan struct{} // likewise: closed when that end is closed
 
 	porter *porter
 	root   *sys.FD // Namespace: the file system at /
 	procfd *sys.FD // /proc/self/fd
 }
+
+var errChrootTakesRoot = errors.New("sandbox chroot takes root: run as root, or with --sandbox namespace, which an ordinary user may")
 
 // New returns the box of a process that is not started again: mode is Chroot or None.
 func New(mode Mode) (*Box, error) {
@@ -74,7 +77,7 @@ func New(mode Mode) (*Box, error) {
 	case mode == Namespace:
 		return nil, errors.New("sandbox namespace in a process that was not started for it: expected sandbox.Start")
 	case mode == Chroot && os.Geteuid() != 0:
-		return nil, errors.New("sandbox chroot takes root: run as root, or with --sandbox namespace, which an ordinary user may")
+		return nil, errChrootTakesRoot
 	}
 	return &Box{mode: mode}, nil
 }

@@ -110,6 +110,12 @@ func TestVisible(t *testing.T) {
 	}
 }
 
+// TestNowhere changes the root directory without a source: it becomes one that is gone, in which nothing can be found or made.
+func TestNowhere(t *testing.T) {
+	needRoot(t)
+	fails(t, root, scenario{Mode: Chroot, Launched: true, Probe: "tree"}, "readdirent /: no such file or directory")
+}
+
 // TestUmask enters with a umask that would keep the guest's users, as which the daemon works, out of every directory.
 func TestUmask(t *testing.T) {
 	dir := tree(t, user)
@@ -291,7 +297,10 @@ func TestThreads(t *testing.T) {
 	}
 	eachKind(t, func(t *testing.T, w who, mode Mode) {
 		for _, caps := range []CapSet{wanted, 0, capOf(unix.CAP_DAC_READ_SEARCH)} {
-			s := scenario{Mode: mode, View: View{Sources: []Source{{Path: tree(t, w)}}}, Caps: caps, Threads: held, Probe: "threads"}
+			s := scenario{
+				Mode: mode, View: View{Sources: []Source{{Path: tree(t, w)}}}, Caps: caps, Threads: held, Probe: "threads",
+				Launched: caps == wanted, // it is all the same
+			}
 			found, r := enter[map[string]thread](t, w, s)
 			want, missing := thread{Permitted: caps, Effective: caps, NoNewPrivs: true}, CapSet(0)
 			if w == user && mode == None {
@@ -423,7 +432,6 @@ func TestRefusals(t *testing.T) {
 		{"sources", Namespace, user, View{Files: []string{"/sources"}}, "/sources is the sandbox's own"},
 		{"two roots", Chroot, root, View{Sources: []Source{{Path: dir}, {Path: dir}}}, "one source"},
 		{"root that is a file", Chroot, root, View{Sources: []Source{{Path: dir + "/file", File: true}}}, "must be a directory"},
-		{"no root", Chroot, root, View{}, "expected one"},
 		{"files in a root", Chroot, root, View{Sources: source, Files: []string{dir + "/file"}}, "--sandbox namespace"},
 		{"network in a root", Chroot, root, View{Sources: source, Network: true}, "--sandbox namespace"},
 		{"root of a user", Chroot, user, View{Sources: source}, "takes root"},
