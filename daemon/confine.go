@@ -24,9 +24,10 @@ func enterBox(cfg config.Config) (*sandbox.Box, []*os.File, error) {
 	if err != nil || box != nil {
 		return box, handed, err
 	}
-	switch cfg.Sandbox {
-	case config.SandboxNamespace:
+	if cfg.Sandbox == config.SandboxNamespace || cfg.Managed() {
 		return nil, nil, nil
+	}
+	switch cfg.Sandbox {
 	case config.SandboxChroot:
 		box, err = sandbox.New(sandbox.Chroot)
 	default:
@@ -66,7 +67,7 @@ func parseIDMaps(option string, texts []string) (maps []sandbox.IDMap, err error
 
 // keptCapabilities are those that the options in force need, changed as --modcaps says.
 func keptCapabilities(cfg config.Config, what *source, needs extensions.Needs) (sandbox.CapSet, error) {
-	o := sandbox.Options{ReadOnly: what.readOnly(), Xattr: cfg.Share.Xattr, FileHandles: true}
+	o := sandbox.Options{ReadOnly: !cfg.Managed() && what.readOnly(), Xattr: cfg.Share.Xattr || cfg.Managed(), FileHandles: true}
 	caps := sandbox.Needed(o)
 	for _, name := range needs.Capabilities {
 		c, err := sandbox.ParseCap(name)
@@ -176,9 +177,9 @@ func (t *tree) rules(registry extensions.Registry, base seccomp.BaseOptions, cfg
 	sources := []seccomp.Source{seccomp.Base(base)}
 	if t.host {
 		sources = append(sources, seccomp.Passthrough(seccomp.PassthroughOptions{
-			Writable: t.writes, Xattr: cfg.Share.Xattr,
+			Writable: t.writes, Xattr: cfg.Share.Xattr || cfg.Managed(),
 			FileHandles: caps.Has(capFileHandles), SwitchIDs: caps.Has(capSwitchIDs),
-			Locks: cfg.Share.PosixLock || cfg.Share.Flock,
+			Locks: cfg.Share.PosixLock || cfg.Share.Flock || cfg.Managed(), Opens: cfg.Managed(),
 		}))
 	}
 	declared, err := registry.Rules(t.claimed)
@@ -221,7 +222,7 @@ func (w *worker) confine(registry extensions.Registry, caps sandbox.CapSet, t *t
 		return nil
 	}
 	base := seccomp.BaseOptions{
-		PID: os.Getpid(), Syslog: w.cfg.Syslog, OwnSocket: w.handed == nil && w.cfg.SocketPath != "",
+		PID: os.Getpid(), Syslog: w.cfg.Syslog, OwnSocket: w.handed == nil && w.cfg.SocketPath != "", Link: w.cfg.Managed(),
 	}
 	rules, err := t.rules(registry, base, w.cfg, caps&^missing)
 	if err != nil {

@@ -96,10 +96,18 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	if cfg.ListExtensions {
 		return p.listExtensions()
 	}
+	file, err := loadFile(&cfg, flags)
+	if err != nil {
+		return err
+	}
 	for _, check := range []func(config.Config) error{config.Config.Validate, checkConfinement} {
 		if err := check(cfg); err != nil {
 			return usageError{err}
 		}
+	}
+	if cfg.CheckFile {
+		_, err := fmt.Fprintf(p.out, "%s: no errors\n", cfg.File)
+		return err
 	}
 	if cfg.Seccomp == config.SeccompDump {
 		what, err := loadSource(&cfg, flags)
@@ -112,7 +120,7 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	if err != nil {
 		return err
 	}
-	if handed == nil && cfg.SocketPath == "" && cfg.FD == config.NoFD {
+	if handed == nil && !cfg.Managed() && cfg.SocketPath == "" && cfg.FD == config.NoFD {
 		fd, ok, err := listen.FromSystemd(p.getenv)
 		if err != nil {
 			return err
@@ -151,10 +159,16 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	defer signal.Stop(signals)
 	signal.Ignore(unix.SIGPIPE) // a launcher that closed our standard error is no reason to die
 
-	if box == nil {
+	switch w := (&worker{cfg: cfg, what: what, box: box, handed: handed, log: log, signals: signals}); {
+	case box == nil && cfg.Managed():
+		return p.keep(ctx, cfg, what, file, log, signals)
+	case box == nil:
 		return p.launch(cfg, what, log, signals)
+	case cfg.Managed():
+		return p.workManaged(ctx, w)
+	default:
+		return p.work(ctx, w)
 	}
-	return p.work(ctx, &worker{cfg: cfg, what: what, box: box, handed: handed, log: log, signals: signals})
 }
 
 // listExtensions prints the extensions' names in the order they are asked in, those that come with the daemon last.

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/pflag"
 
 	"github.com/sluicefs/sluice/internal/bundle"
@@ -16,6 +17,11 @@ import (
 type source struct {
 	bundle *bundle.Bundle
 	plan   *bundle.Plan
+}
+
+// emptySource is nothing: shares come later.
+func emptySource() *source {
+	return &source{bundle: &bundle.Bundle{Spec: &specs.Spec{Version: specs.Version, Root: &specs.Root{}}}, plan: &bundle.Plan{}}
 }
 
 // mounts lists the root and what is mounted below it.
@@ -35,6 +41,9 @@ var annotated = []string{"cache", "writeback", "readonly", "xattr", "allow-mmap"
 // loadSource reads what cfg says is served. Options that the bundle asks for are set in flags, and so in cfg, unless the
 // command line has them.
 func loadSource(cfg *config.Config, flags *pflag.FlagSet) (*source, error) {
+	if !cfg.Single() {
+		return emptySource(), nil
+	}
 	s := &source{}
 	if cfg.Share.Dir != "" {
 		if err := checkDir(cfg.Share.Dir); err != nil {

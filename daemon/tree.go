@@ -73,9 +73,11 @@ func (o *opener) openTree(places []place) (_ *tree, err error) {
 	mounts := o.what.mounts()
 	o.share.MaxFDs = max(o.share.MaxFDs/len(mounts), passthrough.MinMaxFDs) // one budget for all
 	for i, m := range mounts {
-		if err := o.open(&m, places[i]); err != nil {
+		g, err := o.open(&m, places[i])
+		if err != nil {
 			return nil, err
 		}
+		o.grafts = append(o.grafts, g)
 	}
 	o.tree.readOnly = true
 	for i := range o.grafts {
@@ -94,25 +96,24 @@ func (o *opener) openTree(places []place) (_ *tree, err error) {
 	return &o.tree, nil
 }
 
-// open adds the graft for m, whose source is at p.
-func (o *opener) open(m *bundle.Mount, p place) error {
-	g := share.Graft{Path: m.Path, ReadOnly: m.ReadOnly, UIDMap: idMap(m.UIDMap), GIDMap: idMap(m.GIDMap)}
+// open returns the graft for m, whose source is at p.
+func (o *opener) open(m *bundle.Mount, p place) (g share.Graft, err error) {
+	g = share.Graft{Path: m.Path, ReadOnly: m.ReadOnly, UIDMap: idMap(m.UIDMap), GIDMap: idMap(m.GIDMap)}
 	choice, err := o.registry.Select(extensions.Request{
 		Spec: o.what.bundle.Spec, Mount: m.Spec, MountPath: p.path, ReadOnly: m.ReadOnly, Backend: m.Backend,
 	})
 	switch {
 	case err != nil:
-		return err
+		return g, err
 	case choice.Extension != nil:
 		err = o.claim(&g, choice)
 	default:
 		err = o.openStock(&g, m, p)
 	}
 	if err != nil {
-		return fmt.Errorf("%s: %w", m.Path, err)
+		return g, fmt.Errorf("%s: %w", m.Path, err)
 	}
-	o.grafts = append(o.grafts, g)
-	return nil
+	return g, nil
 }
 
 // claim makes g an extension's.

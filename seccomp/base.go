@@ -17,6 +17,8 @@ type BaseOptions struct {
 	PID int
 	// OwnSocket is for a daemon that has created its socket and pid file and removes them at its end.
 	OwnSocket bool
+	// Link is for a daemon whose shares come and go while it runs, with descriptors that its keeper sends.
+	Link bool
 	// Syslog is for a log that goes to syslog(3): after an error of its socket it connects anew.
 	Syslog bool
 }
@@ -32,6 +34,9 @@ func Base(o BaseOptions) Source {
 	s.addRules(baseMemory, baseThreads, baseTime, baseSignals(o.PID), baseDescriptors, baseVhostUser, baseQueues)
 	if o.OwnSocket {
 		s.addRules(baseOwnSocket)
+	}
+	if o.Link {
+		s.addRules(baseLink)
 	}
 	if o.Syslog {
 		s.addRules(baseSyslog)
@@ -151,6 +156,15 @@ var baseQueues = Rules{
 var baseOwnSocket = Rules{
 	"newfstatat": PerArg{0: NonNegativeFD{}, 3: Int32(unix.AT_SYMLINK_NOFOLLOW)}, // unix.Fstatat
 	"unlinkat":   PerArg{0: NonNegativeFD{}, 2: Int32(0)},                        // unix.Unlinkat
+}
+
+// baseLink is how sockets and devices come to be at run time. None is created here, but by descriptors.
+var baseLink = Rules{
+	"epoll_create1": PerArg{0: Int32(unix.EPOLL_CLOEXEC)},                                            // virtiofs: a worker
+	"eventfd2":      PerArg{1: Int32(unix.EFD_CLOEXEC | unix.EFD_NONBLOCK)},                          // virtiofs: a worker
+	"fcntl":         where(1, Int32(unix.F_DUPFD_CLOEXEC), Int32(unix.F_GETFL), Int32(unix.F_SETFL)), // Go's net, os: a descriptor of its own, and who waits for it
+	"getpeername":   MatchAll{},                                                                      // listen: is it connected?
+	"getsockopt":    where(1, Int32(unix.SOL_SOCKET)),                                                // listen, Go's net: what kind of socket it is
 }
 
 // baseSyslog is how log/syslog connects anew: Go's net with Unix sockets.

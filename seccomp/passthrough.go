@@ -19,6 +19,8 @@ type PassthroughOptions struct {
 	SwitchIDs bool
 	// Locks is for locks that the guest shares with the host.
 	Locks bool
+	// Opens is for directories that come while the daemon runs.
+	Opens bool
 }
 
 // Passthrough returns the rules for what fsbackend/passthrough calls once it is open. Paths are relative to a descriptor
@@ -43,6 +45,9 @@ func Passthrough(o PassthroughOptions) Source {
 	}
 	if o.Locks {
 		s.addRules(passthroughLocks)
+	}
+	if o.Opens {
+		s.addRules(passthroughOpens)
 	}
 	return s
 }
@@ -114,6 +119,15 @@ var passthroughHandles = Rules{
 var passthroughLocks = Rules{
 	"fcntl": where(1, Int32(unix.F_OFD_GETLK), Int32(unix.F_OFD_SETLK)), // GETLK, SETLK, SETLKW. None waits
 	"flock": where(1, bitsAllowed32(unix.LOCK_SH|unix.LOCK_EX|unix.LOCK_UN|unix.LOCK_NB)),
+}
+
+// passthroughOpens is what New does besides with a directory that it is given by a descriptor.
+var passthroughOpens = Rules{
+	"capget":    MatchAll{},
+	"fcntl":     where(1, Int32(unix.F_DUPFD_CLOEXEC)),
+	"geteuid":   MatchAll{},
+	"getegid":   MatchAll{},
+	"getgroups": MatchAll{},
 }
 
 // passthroughIDs changes the thread's effective ids for a call that creates. The real and saved ones stay, so that it can

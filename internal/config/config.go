@@ -43,6 +43,19 @@ type Config struct {
 	// ListExtensions prints the extensions instead of serving.
 	ListExtensions bool
 
+	// File is a TOML file with shares and options; what the command line says goes before it.
+	File string
+	// CheckFile checks File instead of serving.
+	CheckFile bool
+	// Shares are shares beside those of File, "tag=…,dir=…,socket=…" each.
+	Shares []string
+	// ControlSocket is where the control API listens; "" is nowhere.
+	ControlSocket string
+	// ControlGroup names the group that may connect to ControlSocket.
+	ControlGroup string
+	// AllowExtensions are the extensions that may serve where grafts can be added later; none is all of them.
+	AllowExtensions []string
+
 	// SocketPath is where to create the listening socket. Its pid file is the same path with ".pid" appended.
 	SocketPath string
 	// SocketGroup names the group that may connect to SocketPath; "" leaves it to the daemon's own user.
@@ -143,10 +156,46 @@ func (c Config) Validate() error {
 	if err := c.validateSource(); err != nil {
 		return err
 	}
+	if err := c.validateManaged(); err != nil {
+		return err
+	}
 	if c.Sandbox != SandboxNamespace && len(c.UIDMap)+len(c.GIDMap) > 0 {
 		return errors.New("--uid-map and --gid-map are for --sandbox namespace: without a namespace of its own the daemon's ids are the host's")
 	}
 	return c.Share.Validate()
+}
+
+// Managed says that shares can come, go and change while the daemon runs, and that there can be several.
+func (c *Config) Managed() bool {
+	return c.File != "" || len(c.Shares) > 0 || c.ControlSocket != ""
+}
+
+// Single says that the options for one share describe one.
+func (c *Config) Single() bool {
+	return c.Share.Dir != "" || c.Bundle != "" || c.Spec != ""
+}
+
+// validateManaged finds what does not go together with several shares.
+func (c *Config) validateManaged() error {
+	switch {
+	case c.CheckFile && c.File == "":
+		return errors.New("--check-config needs --config: there is nothing to check")
+	case c.ControlGroup != "" && c.ControlSocket == "" && c.File == "":
+		return errors.New("--control-group needs --control-socket")
+	case len(c.ControlSocket) > MaxSocketPath:
+		return fmt.Errorf("--control-socket: %d bytes are too long for a Unix socket; at most %d fit", len(c.ControlSocket), MaxSocketPath)
+	case len(c.AllowExtensions) > 0 && !c.Managed():
+		return errors.New("--allow-extension is for --config, --share and --control-socket: otherwise what can serve is known from the start")
+	case !c.Managed():
+		return nil
+	case c.Single() && c.Share.Tag == "":
+		return errors.New("--tag is needed: with --config, --share or --control-socket, shares are known by their tags")
+	case c.Single() && c.SocketPath == "" && c.FD == NoFD && c.ControlSocket == "":
+		return errors.New("--socket-path or --fd is needed for the share of --shared-dir, --bundle or --spec")
+	case !c.Single() && (c.SocketPath != "" || c.FD != NoFD):
+		return errors.New("--socket-path and --fd go with --shared-dir, --bundle or --spec: a share of --share or --config has its own socket")
+	}
+	return nil
 }
 
 // validateSource wants exactly one answer to what is served.
@@ -159,7 +208,10 @@ func (c Config) validateSource() error {
 	}
 	switch len(given) {
 	case 0:
-		return errors.New("--shared-dir is needed: it names the directory to serve (or --bundle, or --spec)")
+		if c.Managed() {
+			return nil
+		}
+		return errors.New("--shared-dir is needed: it names the directory to serve (or --bundle, or --spec; or --config, --share or --control-socket for several shares)")
 	case 1:
 		return nil
 	default:

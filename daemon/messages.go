@@ -1,0 +1,71 @@
+package daemon
+
+import (
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/sluicefs/sluice/control/api"
+	"github.com/sluicefs/sluice/internal/bundle"
+)
+
+// What the keeper asks the server, over the link. The keeper has checked what people say; the server does as it is told.
+const (
+	askHello       = "hello"        // answered once the server is confined
+	askAddShare    = "add share"    // shareOrder; a share without grafts but its root's → shareAdded
+	askAddGraft    = "add graft"    // graftOrder, and its directory → api.Graft
+	askChangeGraft = "change graft" // graftChange → api.Graft
+	askRemoveGraft = "remove graft" // graftName
+	askOpenShare   = "open share"   // a tag, and the socket: front-ends may come
+	askRemoveShare = "remove share" // shareRemoval
+	askShares      = "shares"       // → []shareState
+	askGrafts      = "grafts"       // a tag → []api.Graft
+	askAnnounce    = "announce"     // announcement
+	askStats       = "stats"        // → api.Stats
+)
+
+// shareOrder asks for a share. A graft at "/", if there is one, comes with it, and its directory.
+type shareOrder struct {
+	Spec api.ShareSpec
+	Root *graftOrder
+}
+
+// shareAdded is what the keeper has to know of a new share.
+type shareAdded struct {
+	Token string // for sluice-agent
+}
+
+// graftOrder asks for a graft.
+type graftOrder struct {
+	Tag     string
+	Replace bool
+	Spec    api.GraftSpec
+	Mount   bundle.Mount
+	// OCI is what extensions are told is being served.
+	OCI *specs.Spec
+	// Dir says that the directory, that of Mount or of its file, comes with the message.
+	Dir bool
+}
+
+type graftName struct{ Tag, Path string }
+
+type graftChange struct {
+	graftName
+	Change api.GraftChange
+}
+
+type shareRemoval struct {
+	Tag   string
+	Force bool
+}
+
+// shareState is what the server knows of a share that the keeper does not.
+type shareState struct {
+	Tag    string
+	State  string
+	Guests uint64
+}
+
+// announcement is events that sluice-agent is about to be told.
+type announcement struct {
+	Tag    string
+	Events []api.Event
+}
