@@ -32,7 +32,7 @@ type Listener struct {
 // second fails; a socket that a dead one left behind is replaced, anything else there is left alone. Only the daemon's
 // user may connect, and with group != "" the members of that group.
 //
-// It changes the umask of the whole process for the length of the bind, so nothing else may be creating files yet.
+// It changes the umask of the whole process for the length of the bind: what else creates files meanwhile must say their modes.
 func Path(path, group string) (*Listener, error) {
 	gid := -1
 	if group != "" {
@@ -57,6 +57,9 @@ func Path(path, group string) (*Listener, error) {
 	return l, nil
 }
 
+// umask is held while the process has another umask than it should.
+var umask sync.Mutex
+
 // bind makes l listen on path, whose lock it holds.
 func (l *Listener) bind(path string, gid int) error {
 	switch info, err := os.Lstat(path); {
@@ -79,9 +82,11 @@ func (l *Listener) bind(path string, gid int) error {
 	if strings.HasPrefix(name, "@") {
 		name = "./" + name // net would take it for an abstract address
 	}
+	umask.Lock()
 	old := unix.Umask(mask)
 	ln, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: name})
 	unix.Umask(old)
+	umask.Unlock()
 	if err != nil {
 		return fmt.Errorf("create the socket: %w", err)
 	}
