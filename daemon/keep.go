@@ -16,6 +16,7 @@ import (
 	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/internal/config"
+	"github.com/sluicefs/sluice/internal/configfile"
 	"github.com/sluicefs/sluice/internal/link"
 	"github.com/sluicefs/sluice/internal/listen"
 	"github.com/sluicefs/sluice/internal/sandbox"
@@ -23,21 +24,6 @@ import (
 
 // Where shares can change while the daemon runs, there are two processes whatever the sandbox. The keeper, which was started, stays
 // outside and takes orders (keeper.go); the server, inside, serves (inside.go).
-
-// managed is what a daemon whose shares can change starts with.
-type managed struct {
-	shares  []api.ShareSpec
-	single  *source // what the options for one share describe, nil if they describe none
-	control control.Config
-}
-
-// what is what extensions are told is served.
-func (m *managed) what() *source {
-	if m.single != nil {
-		return m.single
-	}
-	return emptySource()
-}
 
 // Descriptors handed to a server by its keeper, in this order.
 const (
@@ -59,7 +45,16 @@ var modes = map[config.Sandbox]sandbox.Mode{
 
 // keep is the keeper's life: it starts the server, has it serve what there is at the start, and takes orders until a signal or
 // the server's end.
-func (p *program) keep(ctx context.Context, cfg config.Config, m *managed, log *slog.Logger, signals <-chan os.Signal) error {
+func (p *program) keep(
+	ctx context.Context, cfg config.Config, what *source, file *configfile.File, log *slog.Logger, signals <-chan os.Signal,
+) error {
+	m, err := newManaged(cfg, what, file)
+	if err != nil {
+		return err
+	}
+	for _, note := range m.notes {
+		log.Warn(note)
+	}
 	k := &keeper{log: log, sandbox: cfg.Sandbox, started: time.Now(), shares: make(map[string]*kept), id: rand.Text()}
 	if cfg.ControlSocket != "" {
 		k.sockets = filepath.Dir(cfg.ControlSocket)

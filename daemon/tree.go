@@ -116,6 +116,11 @@ func (o *opener) open(m *bundle.Mount, p place) (g share.Graft, err error) {
 	return g, nil
 }
 
+// isStock says whether name is of a backend that comes with the daemon, or of none.
+func isStock(name string) bool {
+	return name == "" || name == extensions.Mem || name == extensions.Passthrough
+}
+
 // claim makes g an extension's.
 func (o *opener) claim(g *share.Graft, c extensions.Choice) error {
 	g.Backend = c.Backend

@@ -1,0 +1,127 @@
+package daemon
+
+import (
+	"fmt"
+
+	"github.com/spf13/pflag"
+
+	"github.com/sluicefs/sluice/control"
+	"github.com/sluicefs/sluice/control/api"
+	"github.com/sluicefs/sluice/internal/config"
+	"github.com/sluicefs/sluice/internal/configfile"
+)
+
+// managed is what a daemon whose shares can change starts with.
+type managed struct {
+	shares  []api.ShareSpec
+	single  *source // what the options for one share describe, nil if they describe none
+	control control.Config
+	notes   []string // on the file of --config
+}
+
+// what is what extensions are told is served.
+func (m *managed) what() *source {
+	if m.single != nil {
+		return m.single
+	}
+	return emptySource()
+}
+
+// loadFile reads the file of --config, if there is one. Options in it are set in cfg, unless the command line has them.
+func loadFile(cfg *config.Config, flags *pflag.FlagSet) (*configfile.File, error) {
+	if cfg.File == "" {
+		return nil, nil
+	}
+	f, err := configfile.Load(cfg.File)
+	if err != nil {
+		return nil, err
+	}
+	for _, o := range []struct {
+		name string
+		set  func()
+	}{
+		{"control-socket", func() { cfg.ControlSocket = f.ControlSocket }},
+		{"control-group", func() { cfg.ControlGroup = f.ControlGroup }},
+		{"allow-extension", func() { cfg.AllowExtensions = allowedBy(f) }},
+		{"sandbox", func() { cfg.Sandbox = f.Sandbox }},
+		{"uid-map", func() { cfg.UIDMap = f.UIDMap }},
+		{"gid-map", func() { cfg.GIDMap = f.GIDMap }},
+		{"modcaps", func() { cfg.ModCaps = f.ModCaps }},
+		{"seccomp", func() { cfg.Seccomp = f.Seccomp }},
+		{"seccomp-report", func() { cfg.SeccompReport = f.SeccompReport }},
+		{"rlimit-nofile", func() { cfg.RlimitNofile = f.RlimitNofile }},
+		{"log-level", func() { cfg.LogLevel = f.LogLevel }},
+		{"syslog", func() { cfg.Syslog = f.Syslog }},
+	} {
+		if !flags.Changed(o.name) {
+			o.set()
+		}
+	}
+	for i, l := range vsockListeners(f) {
+		if err := validListener(control.Config{Vsock: []control.VsockListener{l}}); err != nil {
+			return nil, f.Wrong(fmt.Sprintf("vsock[%d]", i), err.Error())
+		}
+	}
+	for i, l := range hybridListeners(f) {
+		if err := validListener(control.Config{Hybrid: []control.HybridListener{l}}); err != nil {
+			return nil, f.Wrong(fmt.Sprintf("hybrid-vsock[%d]", i), err.Error())
+		}
+	}
+	return f, nil
+}
+
+func validListener(c control.Config) error {
+	c.Daemon = (*keeper)(nil)
+	return c.Validate()
+}
+
+// allowedBy are the extensions that may serve: those listed, and those that the shares name. None is all.
+func allowedBy(f *configfile.File) []string {
+	if len(f.Extensions) == 0 {
+		return nil
+	}
+	names := f.Extensions
+	for _, s := range f.Shares {
+		for _, g := range s.Grafts {
+			if !isStock(g.Backend) {
+				names = append(names, g.Backend)
+			}
+		}
+	}
+	return names
+}
+
+func vsockListeners(f *configfile.File) (all []control.VsockListener) {
+	for _, v := range f.VSocks {
+		all = append(all, control.VsockListener{Port: v.Port, Allow: control.Allow{Operations: v.Allow, Shares: v.Shares, CIDs: v.CIDs}})
+	}
+	return all
+}
+
+func hybridListeners(f *configfile.File) (all []control.HybridListener) {
+	for _, v := range f.HybridVSocks {
+		all = append(all, control.HybridListener{Path: v.Path, Port: v.Port, Allow: control.Allow{Operations: v.Allow, Shares: v.Shares}})
+	}
+	return all
+}
+
+// newManaged puts together what cfg and f, which may be nil, ask for.
+func newManaged(cfg config.Config, what *source, f *configfile.File) (*managed, error) {
+	m := &managed{}
+	m.control.Unix = control.UnixListener{Path: cfg.ControlSocket, Group: cfg.ControlGroup}
+	if cfg.Single() {
+		m.single = what
+	}
+	if f != nil {
+		m.shares, m.notes = f.Shares, f.Notes
+		m.control.Vsock, m.control.Hybrid, m.control.NydusShare = vsockListeners(f), hybridListeners(f), f.NydusShare
+	}
+	for _, text := range cfg.Shares {
+		s, err := configfile.ParseShare(text)
+		if err != nil {
+			return nil, usageError{fmt.Errorf("--share %s: %w", text, err)}
+		}
+		m.shares = append(m.shares, s)
+	}
+	return m, nil
+}
