@@ -46,7 +46,7 @@ const knownErrnos = 134
 // Counters are what one thread counts of the requests that it answers: no two threads that are to be fast share them, or a
 // cache line of theirs. Room for an opcode is made when its first request comes, so that an idle share has next to none.
 type Counters struct {
-	ops [opcodes]atomic.Pointer[opCounters] // by opcode; 0 is for those that have no row
+	ops [opcodes]atomic.Pointer[opCounters] // by opcode; see OpStats.Opcode
 }
 
 // opCounters fill four cache lines, and Go's allocator begins each of this size on one. What every request writes is in front.
@@ -129,7 +129,7 @@ type Snapshot struct {
 
 // OpStats are the requests of one opcode that are over.
 type OpStats struct {
-	// Opcode is 0 for all that are not in fuse.h, or too large for the table of opcodes, and for requests too short for one.
+	// Opcode is 0 for all that are not in fuse.h, for CUSE_INIT, and for requests too short for one.
 	Opcode fuseproto.Opcode
 	Count  uint64
 	// Errors are the answers that were errors; 0 stands for errnos that Linux has not. Requests that have no answer are not

@@ -77,7 +77,9 @@ func TestCounters(t *testing.T) {
 	g.do(message(fuseproto.FUSE_FORGET, 5, uint64(1)))
 	g.do(message(fuseproto.FUSE_FORGET, 5)) // malformed, but nobody is told
 	g.fails(message(fuseproto.FUSE_BMAP, 1, make([]byte, 16)), syscall.ENOSYS)
-	g.fails(message(4000, 1), syscall.ENOSYS)
+	for _, opcode := range []fuseproto.Opcode{7, fuseproto.Opcode(opcodes), fuseproto.CUSE_INIT, math.MaxUint32} {
+		g.fails(message(opcode, 1), syscall.ENOSYS)
+	}
 	g.do([]byte("short"))
 	if reply := g.raw(lookup, 8); reply != nil {
 		t.Errorf("a reply of %d bytes where there is no room", len(reply))
@@ -91,7 +93,7 @@ func TestCounters(t *testing.T) {
 		errors map[Errno]uint64
 	}
 	wants := map[fuseproto.Opcode]want{
-		0:                     {2, map[Errno]uint64{syscall.ENOSYS: 1}},
+		0:                     {5, map[Errno]uint64{syscall.ENOSYS: 4}},
 		fuseproto.FUSE_INIT:   {1, nil},
 		fuseproto.FUSE_LOOKUP: {9, map[Errno]uint64{ErrNoSession: 1, syscall.ENOENT: 2, 0: 1, syscall.EIO: 1}},
 		fuseproto.FUSE_READ:   {3, map[Errno]uint64{syscall.EIO: 1}},
@@ -115,7 +117,7 @@ func TestCounters(t *testing.T) {
 	if n := snap.BytesWritten; n != 5+8 {
 		t.Errorf("%d bytes written, expected 13", n)
 	}
-	if f := snap.Faults; f.NoSession != 1 || f.NoRoom != 1 || f.Unsupported != 2 || f.Malformed != 2 || f.BadReplies != 1 {
+	if f := snap.Faults; f.NoSession != 1 || f.NoRoom != 1 || f.Unsupported != 5 || f.Malformed != 2 || f.BadReplies != 1 {
 		t.Errorf("faults %+v", f)
 	}
 	g.s.Reset()

@@ -187,11 +187,10 @@ func (r *Request) fetch(readable uint64) (errno Errno) {
 		r.op = &otherEndian
 		return fsbackend.OK
 	}
-	if h.Opcode < opcodes {
+	if h.Opcode < opcodes && ops[h.Opcode].handle != nil {
+		r.op, r.slot = &ops[h.Opcode], uint16(h.Opcode)
+	} else if _, known := notImplemented[fuseproto.Opcode(h.Opcode)]; known && h.Opcode < opcodes {
 		r.slot = uint16(h.Opcode)
-		if ops[h.Opcode].handle != nil {
-			r.op = &ops[h.Opcode]
-		}
 	}
 	if uint64(h.Length) > readable || uint64(h.Length) < inHeaderSize+uint64(r.op.in) {
 		return syscall.EINVAL
