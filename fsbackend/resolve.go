@@ -32,6 +32,7 @@ type Resolved struct {
 	Statxer
 	Ioctler
 	Locker
+	Statser
 	Slow bool // every call may sleep
 }
 
@@ -66,6 +67,7 @@ func Resolve(b Backend) *Resolved {
 	r.Statxer, _ = b.(Statxer)
 	r.Ioctler, _ = b.(Ioctler)
 	r.Locker, _ = b.(Locker)
+	r.Statser, _ = b.(Statser)
 	if s, ok := b.(Slow); ok {
 		r.Slow = s.Slow()
 	}

@@ -40,10 +40,12 @@ func driver(t testing.TB, msg []byte) func() {
 	g := mounted(t, Config{Backend: b, Xattr: true})
 	readable, _ := vector(msg, linuxLayout)
 	writable, _ := vector(make([]byte, 8192), func(n int) []int { return []int{16, 112, n - 128} })
+	g.r.Counters = g.s.NewCounters()
 	in, out := make([]unix.Iovec, len(readable)), make([]unix.Iovec, len(writable))
 	return func() {
 		copy(in, readable)
 		copy(out, writable)
+		g.r.Fetched = g.r.Ended // as within a batch
 		g.s.Begin(g.r, in, out, uint64(len(msg)), 8192)
 		if _, done := g.s.Handle(g.r); !done {
 			t.Fatal("not done")

@@ -50,9 +50,12 @@ var unknown = op{handle: opUnknown, flags: anytime | inline | partless}
 // otherEndian is the row of FUSE_INIT_BSWAP_RESERVED.
 var otherEndian = op{handle: opOtherEndian, flags: anytime | inline | partless}
 
+// opcodes is one more than the largest that has a row.
+const opcodes = uint32(fuseproto.FUSE_COPY_FILE_RANGE_64) + 1
+
 // ops is indexed by opcode. To serve another one: its structs and their sizes go to fuseproto, its row here, its handler to
 // ops_*.go by subject, an example to examples in ops_test.go; tests miss what is left out.
-var ops = [...]op{
+var ops = [opcodes]op{
 	fuseproto.FUSE_INIT:    {handle: opInit, in: 16, out: 64, flags: anytime | whole | mayBlock | partless},
 	fuseproto.FUSE_DESTROY: {handle: opDestroy, flags: anytime | mayBlock | partless},
 

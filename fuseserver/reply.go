@@ -12,7 +12,7 @@ import (
 // /dev/fuse, hands any number on to the guest's programs.
 const errnoMax = 512
 
-// answer writes the reply and returns its length, 0 if there is none.
+// answer ends r: it writes the reply, whose length it returns, 0 if there is none, and counts it.
 func (s *Server) answer(r *Request, errno Errno) uint32 {
 	if errno >= errnoMax {
 		s.broken(r, "errno", int(errno))
@@ -27,6 +27,13 @@ func (s *Server) answer(r *Request, errno Errno) uint32 {
 		s.undo(r, errno)
 		return 0
 	}
+	written := s.reply(r, errno)
+	r.Ended = r.count(errno, written)
+	return written
+}
+
+// reply writes the reply and returns its length, 0 if there is none.
+func (s *Server) reply(r *Request, errno Errno) uint32 {
 	if r.op.flags&noReply != 0 || r.writable < headerSize {
 		return 0
 	}
@@ -79,11 +86,18 @@ func (r *Request) Abort(errno Errno) (written uint32) {
 	if r.op.flags&waits != 0 {
 		r.server.locks.remove(r)
 	}
-	if r.op.flags&noReply != 0 || r.writable < headerSize {
-		return 0
-	}
 	if errno == fsbackend.OK || errno >= errnoMax {
 		errno = syscall.EIO
+	}
+	written = r.refuse(errno)
+	r.count(errno, written)
+	return written
+}
+
+// refuse writes a reply that is an errno, beside a Handle that may be running, and returns its length.
+func (r *Request) refuse(errno Errno) uint32 {
+	if r.op.flags&noReply != 0 || r.writable < headerSize {
+		return 0
 	}
 	header := fuseproto.OutHeader{Length: headerSize, Status: -int32(errno), Unique: r.Unique()}
 	var sink fsbackend.Sink

@@ -4,6 +4,7 @@ import (
 	"math"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -37,9 +38,19 @@ type Request struct {
 	MayBlock bool
 	// Cancel is closed when nobody waits for the answer any more; used only with MayBlock. Begin clears it.
 	Cancel <-chan struct{}
+	// Counters are those of the thread that handles the request; nil are some that all others share. They may be exchanged
+	// between Begin and Handle.
+	Counters *Counters
+	// Fetched is when the request came, by Clock: set before Begin, which clears it and looks at the clock if it is 0.
+	Fetched time.Duration
+	// Ended is when Handle had answered, and 0 until then: near enough to when the next one of a batch is fetched, which
+	// then costs one look at the clock and not two.
+	Ended time.Duration
 
 	server   *Server
 	op       *op
+	slot     uint16        // where it is counted: its opcode or 0
+	fetched  time.Duration // what Fetched was
 	part     *fsbackend.Part
 	session  *session
 	state    atomic.Uint32 // pending, answered or aborted: whoever changes it writes the reply
@@ -124,6 +135,10 @@ func (r *Request) Aborted() bool {
 // and the list of BATCH_FORGET stay there.
 func (s *Server) Begin(r *Request, readable, writable []unix.Iovec, readableLen, writableLen uint64) {
 	r.MayBlock, r.Cancel = false, nil
+	r.fetched, r.Fetched, r.Ended, r.slot = r.Fetched, 0, 0, 0
+	if r.fetched == 0 {
+		r.fetched = Clock()
+	}
 	r.session = s.session.Load()
 	r.state.Store(pending)
 	r.op, r.part, r.errno, r.faulted, r.waiting, r.started, r.moved = &unknown, nil, fsbackend.OK, false, false, false, 0
@@ -172,8 +187,10 @@ func (r *Request) fetch(readable uint64) (errno Errno) {
 		r.op = &otherEndian
 		return fsbackend.OK
 	}
-	if h.Opcode < uint32(len(ops)) && ops[h.Opcode].handle != nil {
-		r.op = &ops[h.Opcode]
+	if h.Opcode < opcodes && ops[h.Opcode].handle != nil {
+		r.op, r.slot = &ops[h.Opcode], uint16(h.Opcode)
+	} else if _, known := notImplemented[fuseproto.Opcode(h.Opcode)]; known && h.Opcode < opcodes {
+		r.slot = uint16(h.Opcode)
 	}
 	if uint64(h.Length) > readable || uint64(h.Length) < inHeaderSize+uint64(r.op.in) {
 		return syscall.EINVAL

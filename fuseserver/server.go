@@ -64,7 +64,7 @@ func (c Config) Validate() error {
 	return nil
 }
 
-// Stats counts what went wrong; a guest can drive every one of them but Panics and BadReplies.
+// Stats counts what went wrong (Snapshot has what was done, too); a guest can drive every one of them but Panics and BadReplies.
 type Stats struct {
 	Malformed   atomic.Uint64 // requests cut short, with bad names, counts or extensions
 	NoRoom      atomic.Uint64 // no room for the reply: none or a bare EIO given
@@ -90,6 +90,11 @@ type Server struct {
 	divided fsbackend.Divided          // nil where the backend is not
 	parts   sync.Map                   // *fsbackend.Part → *partState
 	later   func(part *fsbackend.Part) // see OnForgets
+
+	// counters are everyone's, shared the one that those without their own use.
+	countersMu sync.Mutex
+	counters   []*Counters
+	shared     *Counters
 
 	locks lockTable
 	retry func() // see OnUnlock
@@ -117,6 +122,7 @@ func New(cfg Config) (*Server, error) {
 		valid:   policies[cfg.Cache].valid,
 	}
 	s.want = s.wantFlags()
+	s.shared = s.NewCounters()
 	s.divided, _ = cfg.Backend.(fsbackend.Divided)
 	s.later = s.RunForgets
 	s.retry = func() {}

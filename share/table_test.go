@@ -275,7 +275,7 @@ var ops = map[string]op{
 
 // TestOpsAreComplete compares the table with the methods of fsbackend's interfaces.
 func TestOpsAreComplete(t *testing.T) {
-	apart := []string{"Forget", "Reset", "Close", "Init", "WantFlags"} // have tests of their own
+	apart := []string{"Forget", "Reset", "Close", "Init", "WantFlags", "Stats"} // have tests of their own
 	resolved := reflect.TypeFor[fsbackend.Resolved]()
 	for i := range resolved.NumField() {
 		field := resolved.Field(i).Type

@@ -146,6 +146,9 @@ func New(cfg Config) (*Device, error) {
 func (d *Device) Serve(ctx context.Context, conn *net.UnixConn) error {
 	// Stopping a queue publishes completions, in guest memory.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	d.stats.frontEnds.Add(1)
+	d.stats.connected.Add(1)
+	defer d.stats.connected.Add(-1)
 	defer d.cfg.Server.Reset()
 	return vhostuser.Serve(ctx, conn, vhostuser.Config{Device: d, Memory: d.mem, Log: d.cfg.Log, DrainTimeout: d.cfg.DrainTimeout})
 }

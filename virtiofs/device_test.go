@@ -54,7 +54,7 @@ func TestBatchNotifiesOnce(t *testing.T) {
 	q := r.queues[request]
 	for _, want := range []int{1, 2, 16, n} {
 		r.device.EnableQueue(request, true) // takes the queue's lock: what it has published is counted
-		before := r.device.Stats().Notifications
+		before := r.device.Stats().Queues[request].Notifications
 		for range want {
 			r.offer(request, getattr(node))
 		}
@@ -70,7 +70,7 @@ func TestBatchNotifiesOnce(t *testing.T) {
 				done++
 			}
 		}
-		if got := r.device.Stats().Notifications - before; got != 1 {
+		if got := r.device.Stats().Queues[request].Notifications - before; got != 1 {
 			t.Errorf("a batch of %d requests made %d notifications, expected 1", want, got)
 		}
 	}
@@ -447,7 +447,7 @@ func TestRequestsDoNotAllocate(t *testing.T) {
 	r := newRig(t, newMem(t), Config{})
 	node, fh := r.mount()
 	q := r.queues[request]
-	for _, c := range []call{read(node, fh, 0, 4096), read(node, fh, 0, 1<<20), getattr(node)} {
+	for _, c := range []call{read(node, fh, 0, 4096), read(node, fh, 0, 1<<20), write(node, fh, make([]byte, 4096)), getattr(node)} {
 		r.offer(request, c)
 		r.kick(request)
 		r.next(request)

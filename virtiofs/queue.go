@@ -3,6 +3,7 @@ package virtiofs
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -47,6 +48,11 @@ type queue struct {
 	err      *notifier
 
 	due due
+
+	// Counters; see QueueStats.
+	polls, notifications uint64
+	kicks                atomic.Uint64 // not under mu: kicks come while a batch is served
+	kicked               bool          // since the worker, which alone uses this, last looked at the ring
 }
 
 // due is what has to be told once mu is released, for telling takes system calls.
@@ -71,9 +77,17 @@ func (q *queue) unlock() {
 		return
 	}
 	q.due.call = false
-	call := q.call.retain()
+	call := q.notifyLocked()
 	q.mu.Unlock()
 	call.signal()
+}
+
+// notifyLocked returns what the guest is to be notified by, if there is such, and counts that.
+func (q *queue) notifyLocked() *notifier {
+	if q.call != nil {
+		q.notifications++
+	}
+	return q.call.retain()
 }
 
 // unlockAndReport is unlock where the guest or a backend has done wrong; apart, because its copies live on the heap.
@@ -82,7 +96,7 @@ func (q *queue) unlockAndReport() {
 	q.due.call, q.due.ring, q.due.bad, q.due.refused = false, nil, false, nil
 	var call, errfd *notifier
 	if due.call {
-		call = q.call.retain()
+		call = q.notifyLocked()
 	}
 	if due.ring != nil {
 		errfd = q.err.retain()
@@ -130,7 +144,7 @@ func (q *queue) start(vq *virtqueue.Queue, num int, kickFD *sys.FD) error {
 		m.Release()
 		return fmt.Errorf("start queue %d: %w", q.index, err)
 	}
-	k, err := q.worker.watch(kickFD)
+	k, err := q.worker.watch(q, kickFD)
 	if err != nil {
 		m.Release()
 		return fmt.Errorf("start queue %d: %w", q.index, err)
@@ -254,6 +268,7 @@ func (q *queue) parkLocked(t *task, m *guestmem.Map) *task {
 		}
 		t.cancel = t.own
 	}
+	t.req.Counters = nil // many threads', which have the lane's lock in common already
 	q.parked = append(q.parked, t)
 	l.hand(t)
 	return pool.get()
@@ -428,7 +443,6 @@ func (q *queue) publishLocked() {
 	}
 	if notify {
 		q.due.call = true
-		q.device.stats.notifications.Add(1)
 	}
 }
 
@@ -440,11 +454,15 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 		q.unlock()
 		return t, false
 	}
+	if !q.kicked {
+		q.polls++
+	}
+	q.kicked = false
 	m, run := q.bound.Retain(), q.run
 	if err := q.vq.Disarm(); err != nil {
 		q.failLocked(err)
 	}
-	bytes := uint64(0)
+	bytes, now := uint64(0), time.Duration(0)
 	for n := 0; n < batch && bytes < batchBytes && q.run == run && q.runningLocked() && q.popLocked(t); n++ {
 		busy = true
 		if q.bound != m { // rebound since
@@ -453,7 +471,9 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 		}
 		q.mu.Unlock()
 		bytes += t.chain.ReadableLen + t.chain.WritableLen
+		t.req.Counters, t.req.Fetched = q.worker.counters, now
 		written, done := t.begin()
+		now = t.req.Ended
 		q.mu.Lock()
 		switch {
 		case q.run != run:

@@ -1,25 +1,65 @@
 package virtiofs
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+
+	"github.com/sluicefs/sluice/fuseserver"
+)
 
 type counters struct {
-	notifications, chainErrors, ringErrors, abandoned atomic.Uint64
+	frontEnds, chainErrors, ringErrors, abandoned atomic.Uint64
+	connected                                     atomic.Int32 // Serve's that run
 }
 
-// Stats are counts since the device was made.
+// Stats are counts since the device was made, and gauges of what it is at.
 type Stats struct {
-	Notifications uint64 // of the guest, by the call fds
-	ChainErrors   uint64 // malformed descriptor chains, completed with nothing written
-	RingErrors    uint64 // queues stopped because their ring was broken
-	Abandoned     uint64 // requests given up when their queue was stopped
+	Connected bool   // a front-end is (gauge); whether its guest has mounted, Requests.Session says
+	FrontEnds uint64 // that have connected so far
+	Queues    []QueueStats
+
+	ChainErrors uint64 // malformed descriptor chains, completed with nothing written
+	RingErrors  uint64 // queues stopped because their ring was broken
+	Abandoned   uint64 // requests given up when their queue was stopped
+
+	Requests fuseserver.Snapshot
 }
 
-// Stats returns the present counts.
+// QueueStats are one virtqueue's; 0 is hiprio's.
+type QueueStats struct {
+	Size  int // entries of its ring (gauge), 0 while it is stopped
+	Depth int // requests fetched and not completed (gauge)
+	// Kicks woke the queue's worker; several before it looks are one. Polls are looks at the ring that no kick came before: at
+	// rings without a kick fd, after a batch, and beside another queue of the worker's.
+	Kicks, Polls uint64
+	// Notifications were sent to the guest: one for a batch, and none without a call fd. A pipe that is full takes none, but
+	// they count.
+	Notifications uint64
+}
+
+// Stats returns the present values. It may be called from any thread until Close, and holds up no request: each queue's lock
+// is taken for a few instructions.
 func (d *Device) Stats() Stats {
-	return Stats{
-		Notifications: d.stats.notifications.Load(),
-		ChainErrors:   d.stats.chainErrors.Load(),
-		RingErrors:    d.stats.ringErrors.Load(),
-		Abandoned:     d.stats.abandoned.Load(),
+	s := Stats{
+		Connected:   d.stats.connected.Load() > 0,
+		FrontEnds:   d.stats.frontEnds.Load(),
+		Queues:      make([]QueueStats, len(d.queues)),
+		ChainErrors: d.stats.chainErrors.Load(),
+		RingErrors:  d.stats.ringErrors.Load(),
+		Abandoned:   d.stats.abandoned.Load(),
+		Requests:    d.cfg.Server.Snapshot(),
 	}
+	for i, q := range d.queues {
+		s.Queues[i] = q.stats()
+	}
+	return s
+}
+
+func (q *queue) stats() QueueStats {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	s := QueueStats{Kicks: q.kicks.Load(), Polls: q.polls, Notifications: q.notifications}
+	if q.vq != nil {
+		s.Size, s.Depth = q.num, q.inflight
+	}
+	return s
 }

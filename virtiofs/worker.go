@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sluicefs/sluice/fuseserver"
 	"github.com/sluicefs/sluice/internal/sys"
 )
 
@@ -20,6 +21,8 @@ type worker struct {
 	wake   *sys.FD // eventfd: something other than a kick wants attention
 	ending atomic.Bool
 
+	counters *fuseserver.Counters
+
 	mu      sync.Mutex
 	kicks   []*kick // by slot, which epoll hands back
 	polling int     // queues without a kick fd
@@ -27,9 +30,10 @@ type worker struct {
 
 // kick is a kick fd under watch: an eventfd or a pipe, or none at all (VHOST_USER_VRING_NOFD_MASK).
 type kick struct {
-	fd   int // -1: none, the ring is polled; the session owns it
-	slot int
-	pipe bool
+	queue *queue
+	fd    int // -1: none, the ring is polled; the session owns it
+	slot  int
+	pipe  bool
 }
 
 const wakeSlot = -1
@@ -42,7 +46,7 @@ func newWorker(d *Device, index int) (*worker, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create epoll for worker %d: %w", index, err)
 	}
-	w := &worker{device: d, epoll: sys.NewFD(epoll)}
+	w := &worker{device: d, epoll: sys.NewFD(epoll), counters: d.cfg.Server.NewCounters()}
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
 		_ = w.epoll.Close()
@@ -66,15 +70,15 @@ func (w *worker) add(fd, slot int, events uint32) error {
 	return nil
 }
 
-// watch makes kicks on fd wake the worker; nil has the worker poll instead.
-func (w *worker) watch(fd *sys.FD) (*kick, error) {
+// watch makes kicks of q on fd wake the worker; nil has the worker poll instead.
+func (w *worker) watch(q *queue, fd *sys.FD) (*kick, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if fd == nil {
 		w.polling++
-		return &kick{fd: -1}, nil
+		return &kick{queue: q, fd: -1}, nil
 	}
-	k := &kick{fd: fd.Int(), slot: len(w.kicks)}
+	k := &kick{queue: q, fd: fd.Int(), slot: len(w.kicks)}
 	for slot, used := range w.kicks {
 		if used == nil {
 			k.slot = slot
@@ -174,19 +178,26 @@ func (w *worker) sleep(events []unix.EpollEvent) {
 	}
 	for i := range events[:n] {
 		if slot := int(events[i].Fd); slot != wakeSlot {
-			w.empty(slot, events[i].Events)
+			w.kicked(slot, events[i].Events)
 		}
 	}
 }
 
-// empty takes the kicks out of a pipe; an eventfd keeps them.
-func (w *worker) empty(slot int, events uint32) {
+// kicked counts a kick, and takes it out of a pipe; an eventfd keeps it.
+func (w *worker) kicked(slot int, events uint32) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if slot >= len(w.kicks) || w.kicks[slot] == nil || !w.kicks[slot].pipe {
+	if slot >= len(w.kicks) || w.kicks[slot] == nil {
 		return
 	}
 	k := w.kicks[slot]
+	if events&unix.EPOLLIN != 0 {
+		k.queue.kicks.Add(1)
+		k.queue.kicked = true
+	}
+	if !k.pipe {
+		return
+	}
 	if events&unix.EPOLLIN != 0 {
 		var b [512]byte
 		// Readable, with no other reader: this does not sleep.

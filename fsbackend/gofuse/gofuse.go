@@ -143,6 +143,13 @@ func (noNotify) InodeRetrieveCache(uint64, int64, []byte) (int, fuse.Status) {
 // Slow implements fsbackend.Slow.
 func (b *Backend) Slow() bool { return !b.fast }
 
+// Stats implements fsbackend.Statser. What descriptors the file system has, it alone knows.
+func (b *Backend) Stats() fsbackend.Stats {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return fsbackend.Stats{Inodes: uint64(len(b.nodes))}
+}
+
 // WantFlags implements fsbackend.Wanter: go-fuse has no place for the extensions of requests, and few file systems written
 // for it clear set-id bits or can read through a handle for writing.
 func (b *Backend) WantFlags(defaults uint64) uint64 {

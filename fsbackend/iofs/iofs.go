@@ -241,6 +241,13 @@ func (f *FS) Close() error {
 	return nil
 }
 
+// Stats implements fsbackend.Statser.
+func (f *FS) Stats() fsbackend.Stats {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return fsbackend.Stats{Inodes: uint64(len(f.nodes))}
+}
+
 // inode is the inode number of the file at p, the same in every session: the contract wants one that is not 0, and the root's
 // is its nodeid by custom.
 func inode(p string) uint64 {

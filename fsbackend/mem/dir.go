@@ -105,7 +105,7 @@ func (f *FS) batch(entries []listed, in *fuseproto.ReadIn, off uint64, plus bool
 		l := listed{name: e.name, after: e.cookie}
 		if plus {
 			l.node = e.node
-			e.node.entry(&l.attr)
+			f.entry(e.node, &l.attr)
 		} else {
 			l.attr.Ino, l.attr.Mode = e.node.id, e.node.mode
 		}
@@ -117,7 +117,7 @@ func (f *FS) batch(entries []listed, in *fuseproto.ReadIn, off uint64, plus bool
 // unlist takes back the lookups of entries that did not fit.
 func (f *FS) unlist(entries []listed) {
 	for i := range entries {
-		if n := entries[i].node; n != nil && n.forget(1) {
+		if n := entries[i].node; n != nil && f.forget(n, 1) {
 			f.reap(n)
 		}
 	}

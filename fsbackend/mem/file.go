@@ -184,7 +184,7 @@ func (f *FS) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbackend
 		f.mu.Unlock()
 		return errno
 	}
-	existing.entry(&out.EntryOut)
+	f.entry(existing, &out.EntryOut)
 	f.mu.Unlock()
 
 	open := fuseproto.OpenIn{InHeader: in.InHeader, Flags: in.Flags, Mode: in.OpenFlags}
@@ -218,7 +218,7 @@ func (f *FS) create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbackend
 	if errno != 0 {
 		return nil, errno
 	}
-	n.entry(&out.EntryOut)
+	f.entry(n, &out.EntryOut)
 	out.Fh, errno = f.open(n, in.Flags)
 	return nil, errno
 }
@@ -242,7 +242,7 @@ func (f *FS) Tmpfile(c *fsbackend.Context, in *fuseproto.CreateIn, out *fuseprot
 	}
 	n.nlink = 0
 	n.linkable = in.Flags&unix.O_EXCL == 0
-	n.entry(&out.EntryOut)
+	f.entry(n, &out.EntryOut)
 	out.Fh, errno = f.open(n, in.Flags)
 	return errno
 }

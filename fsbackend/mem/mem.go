@@ -8,6 +8,7 @@ package mem
 import (
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -65,6 +66,7 @@ type FS struct {
 	now       func() time.Time
 
 	bytes atomic.Int64 // in use, of maxBytes
+	known atomic.Int64 // nodes with lookups
 
 	killpriv  atomic.Bool // FUSE_HANDLE_KILLPRIV_V2 is in force
 	dontMask  atomic.Bool // FUSE_DONT_MASK is in force
@@ -129,7 +131,7 @@ func (f *FS) Reset() {
 	var dead []*node
 	for _, n := range f.nodes {
 		n.opens = 0
-		n.lookups.Store(0)
+		f.forget(n, math.MaxUint64)
 		if f.drop(n) {
 			dead = append(dead, n)
 		}
@@ -228,7 +230,7 @@ func (f *FS) release(in *fuseproto.ReleaseIn) {
 func (f *FS) Forget(id, count uint64) {
 	f.mu.RLock()
 	n := f.nodes[id]
-	last := n != nil && n.forget(count)
+	last := n != nil && f.forget(n, count)
 	f.mu.RUnlock()
 	if last {
 		f.reap(n)
@@ -260,4 +262,9 @@ func (f *FS) Statfs(_ *fsbackend.Context, id uint64, out *fuseproto.StatfsOut) f
 		Bsize: pageSize, Frsize: pageSize, NameLen: unix.NAME_MAX,
 	}
 	return fsbackend.OK
+}
+
+// Stats implements fsbackend.Statser.
+func (f *FS) Stats() fsbackend.Stats {
+	return fsbackend.Stats{Inodes: 1 + uint64(max(f.known.Load(), 0))}
 }

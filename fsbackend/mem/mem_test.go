@@ -157,6 +157,7 @@ func check(f *FS) error {
 			}
 		}
 	}
+	known := int64(0)
 	opens := make(map[*node]int)
 	for _, h := range f.handles {
 		opens[h.node]++
@@ -165,9 +166,15 @@ func check(f *FS) error {
 		if n.nlink != links[n] || n.opens != opens[n] {
 			return fmt.Errorf("node %d: %d links of %d, %d handles of %d", id, n.nlink, links[n], n.opens, opens[n])
 		}
+		if n.lookups.Load() > 0 {
+			known++
+		}
 		if n.nlink == 0 && n.opens == 0 && n.lookups.Load() == 0 {
 			return fmt.Errorf("node %d is not referred to, but there", id)
 		}
+	}
+	if known != f.known.Load() {
+		return fmt.Errorf("%d nodes are known, counted %d", known, f.known.Load())
 	}
 	if bytes != f.bytes.Load() {
 		return fmt.Errorf("%d bytes used, counted %d", bytes, f.bytes.Load())

@@ -21,7 +21,7 @@ func (f *FS) Lookup(_ *fsbackend.Context, parent uint64, name fsbackend.Name, ou
 	if e == nil {
 		return unix.ENOENT
 	}
-	e.node.entry(out)
+	f.entry(e.node, out)
 	return fsbackend.OK
 }
 
@@ -88,7 +88,7 @@ func (f *FS) enter(c *fsbackend.Context, parent uint64, name fsbackend.Name, mod
 		return errno
 	}
 	n.rdev = rdev
-	n.entry(out)
+	f.entry(n, out)
 	return fsbackend.OK
 }
 
@@ -196,7 +196,7 @@ func (f *FS) Link(_ *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Nam
 	n.linkable = false
 	f.touch(parent)
 	n.ctime = parent.ctime
-	n.entry(out)
+	f.entry(n, out)
 	return fsbackend.OK
 }
 

@@ -61,14 +61,19 @@ func (n *node) is(typ uint32) bool {
 	return n.mode&unix.S_IFMT == typ
 }
 
-// forget takes lookups back and says whether those were the last.
-func (n *node) forget(count uint64) bool {
+// forget takes lookups of n back and says whether those were the last.
+func (f *FS) forget(n *node, count uint64) bool {
 	for {
 		had := n.lookups.Load()
 		left := had - min(had, count)
-		if n.lookups.CompareAndSwap(had, left) {
-			return had > 0 && left == 0
+		if !n.lookups.CompareAndSwap(had, left) {
+			continue
 		}
+		if had == 0 || left > 0 {
+			return false
+		}
+		f.known.Add(-1)
+		return true
 	}
 }
 
@@ -152,9 +157,11 @@ func (n *node) blocks() uint64 {
 	return uint64(n.data.pages.Load()) * (pageSize / 512)
 }
 
-// entry fills out and counts a lookup. mu is held.
-func (n *node) entry(out *fuseproto.EntryOut) {
-	n.lookups.Add(1)
+// entry fills out and counts a lookup of n. mu is held.
+func (f *FS) entry(n *node, out *fuseproto.EntryOut) {
+	if n.lookups.Add(1) == 1 {
+		f.known.Add(1)
+	}
 	*out = fuseproto.EntryOut{NodeId: n.id}
 	n.attr(&out.Attr)
 }

@@ -56,6 +56,7 @@ func (t *table) check() error {
 	for i := range t.shards {
 		s := &t.shards[i]
 		inShard, long := 0, 0
+		var tiers [tierCount]int
 		for c := range s.chunks {
 			fill := 0
 			for j := 0; s.chunks[c] != nil && j < chunkSize; j++ {
@@ -64,6 +65,14 @@ func (t *table) check() error {
 					continue
 				}
 				fill++
+				switch {
+				case n.slot >= 0:
+					tiers[tierOPath]++
+				case n.handleLen > 0:
+					tiers[tierHandle]++
+				default:
+					tiers[tierName]++
+				}
 				slot := uint32(c*chunkSize + j)
 				k := key{n.ino, n.btime, n.mount, n.typ}
 				h := t.hashKey(k)
@@ -90,6 +99,9 @@ func (t *table) check() error {
 		}
 		if s.byKey.used != inShard || len(s.long) != long {
 			return fmt.Errorf("shard %d: %d nodes, %d in its index; %d long names, expected %d", i, inShard, s.byKey.used, len(s.long), long)
+		}
+		if s.tiers != tiers {
+			return fmt.Errorf("shard %d: nodes by tier %v, counted %v", i, tiers, s.tiers)
 		}
 		count += inShard
 	}

@@ -157,7 +157,7 @@ func (fs *FS) evict(slot int32, id uint64) bool {
 	sh, n = fs.nodes.lock(id)
 	// A node that has died meanwhile lets go of its slot outside its lock, perhaps only after this: the slot is not ours then.
 	if n != nil && s.pins.CompareAndSwap(1, 0) {
-		n.slot = -1
+		sh.setSlot(n, -1)
 		s.node.Store(0)
 		sh.mu.Unlock()
 		_ = unix.Close(int(s.fd))

@@ -133,7 +133,7 @@ func (fs *FS) enter(p *ref, parent uint64, name []byte, st *unix.Statx_t, slot i
 	taken := false
 	if fd >= 0 && n.slot < 0 {
 		fs.fds.fill(slot, fd, id)
-		n.slot = slot
+		s.setSlot(n, slot)
 		taken = true
 	}
 	s.mu.Unlock()

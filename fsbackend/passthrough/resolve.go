@@ -220,7 +220,7 @@ func (fs *FS) adopt(n *node, id uint64, slot int32, fd int, r *ref) {
 		fs.fds.putBack(slot)
 	} else {
 		fs.fds.fill(slot, fd, id)
-		n.slot = slot
+		fs.nodes.shards[id%shards].setSlot(n, slot)
 	}
 	fs.pinHot(n, r)
 }

@@ -71,6 +71,7 @@ type shard struct {
 	hint        int      // every chunk before it is full
 	gen         uint32
 	byKey       index // slot + 1
+	tiers       [tierCount]int
 	long        map[uint32]string
 	longHandles map[uint32]string
 	_           [64]byte
@@ -188,6 +189,7 @@ func (s *shard) alloc() (uint32, *node) {
 	s.fill[s.hint]++
 	s.gen = s.gen%(1<<genBits-1) + 1
 	c[i] = node{gen: s.gen, slot: -1}
+	s.tiers[tierName]++
 	return uint32(s.hint*chunkSize + i), &c[i]
 }
 
@@ -202,20 +204,22 @@ func (s *shard) release(slot uint32) {
 		s.longHandles = nil
 	}
 	c := int(slot / chunkSize)
-	s.chunks[c][slot%chunkSize].gen = 0
+	n := &s.chunks[c][slot%chunkSize]
+	s.tiers[n.tier()]--
+	n.gen = 0
 	s.fill[c]--
 	s.hint = min(s.hint, c)
 	if s.fill[c] > 0 {
 		return
 	}
 	s.chunks[c] = nil
-	n := len(s.chunks)
-	for n > 0 && s.chunks[n-1] == nil {
-		n--
+	used := len(s.chunks)
+	for used > 0 && s.chunks[used-1] == nil {
+		used--
 	}
-	s.chunks, s.fill = s.chunks[:n], s.fill[:n]
-	s.hint = min(s.hint, n)
-	if n == 0 {
+	s.chunks, s.fill = s.chunks[:used], s.fill[:used]
+	s.hint = min(s.hint, used)
+	if used == 0 {
 		s.chunks, s.fill = nil, nil
 	}
 }
@@ -284,6 +288,8 @@ func (s *shard) setName(slot uint32, n *node, parent uint64, name []byte) {
 
 // setHandle keeps a file handle in the node; a nil one drops it.
 func (s *shard) setHandle(slot uint32, n *node, h *sys.FileHandle) {
+	s.tiers[n.tier()]--
+	defer func() { s.tiers[n.tier()]++ }()
 	if n.handleLen > inlineHandle {
 		delete(s.longHandles, slot)
 	}
