@@ -1,0 +1,112 @@
+package watch
+
+import (
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// lockedBuilder is a log that is read while it is written.
+type lockedBuilder struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *lockedBuilder) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuilder) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func (l *lockedBuilder) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
+
+// churn does random things in dir; the names are few, so that they meet.
+func churn(rnd *rand.Rand, dir, outside string, ops int) {
+	path := func() string {
+		p := dir
+		for range 1 + rnd.IntN(3) {
+			p += "/" + string(rune('a'+rnd.IntN(4)))
+		}
+		return p
+	}
+	for i := range ops {
+		// Most of these fail, for their path is not there or is something else.
+		switch a, b := path(), path(); rnd.IntN(12) {
+		case 0, 1, 2:
+			_ = os.WriteFile(a, fmt.Append(nil, i), 0o644)
+		case 3, 4:
+			_ = os.Mkdir(a, 0o755)
+		case 5:
+			_ = os.Rename(a, b)
+		case 6:
+			_ = os.Rename(a, b)
+		case 7:
+			_ = os.RemoveAll(a)
+		case 8:
+			_ = os.Symlink(fmt.Sprint(i), a)
+		case 9:
+			_ = unix.Renameat2(unix.AT_FDCWD, a, unix.AT_FDCWD, b, unix.RENAME_EXCHANGE)
+		case 10:
+			_ = os.Rename(a, outside+"/x")
+		case 11:
+			_ = os.Rename(outside+"/x", a)
+		}
+	}
+}
+
+// TestRandom lets a mirror follow random changes, and compares.
+func TestRandom(t *testing.T) {
+	for seed := range uint64(40) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			base := t.TempDir()
+			dir, outside := base+"/tree", base+"/outside"
+			must(t, os.Mkdir(dir, 0o755), os.Mkdir(outside, 0o755))
+			rnd := rand.New(rand.NewPCG(seed, 1))
+			churn(rnd, dir, outside, 100)
+			m := &mirror{dir: dir, tree: make(map[string]string)}
+			m.look("/")
+			slow := seed%4 == 3
+			r := follow(t, Config{Dir: dir}, newInotify, func(ev Event) {
+				if slow && rnd.IntN(20) == 0 {
+					time.Sleep(time.Millisecond)
+				}
+				m.apply(ev)
+			})
+			for round := range 5 {
+				var wg sync.WaitGroup
+				for thread := range uint64(1 + seed%2) {
+					wg.Go(func() { churn(rand.New(rand.NewPCG(seed, 100*thread+uint64(round))), dir, outside, 400) })
+				}
+				wg.Wait()
+				truth := &mirror{dir: dir, tree: make(map[string]string)}
+				truth.look("/")
+				var got map[string]string
+				for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+					m.mu.Lock()
+					got = maps.Clone(m.tree)
+					m.mu.Unlock()
+					if maps.Equal(got, truth.tree) {
+						break
+					}
+				}
+				if !maps.Equal(got, truth.tree) {
+					t.Fatalf("round %d, %+v:\nmirror %q\ntree   %q\nevents %q", round, r.w.Stats(), got, truth.tree, texts(r.evs)[max(0, len(r.evs)-60):])
+				}
+			}
+		})
+	}
+}
