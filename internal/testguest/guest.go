@@ -45,6 +45,8 @@ type Config struct {
 	Devices []Device
 	MemMiB  int // 0 means 512
 	CPUs    int // 0 means 1; User-Mode Linux has only one
+	// Serial, if set, is the host's side of the guest's /dev/ttyS1, a descriptor that stays the caller's. User-Mode Linux alone has it.
+	Serial *os.File
 	// Shell is the tag of a share to run an interactive shell on, with the terminal of this process, instead of the agent.
 	Shell string
 }
@@ -116,6 +118,9 @@ func start(cfg Config) (*Guest, error) {
 		return nil, err
 	}
 	cmd.ExtraFiles = []*os.File{theirs} // portFD
+	if cfg.Serial != nil {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, cfg.Serial) // serialFD
+	}
 	if cfg.Shell != "" {
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	}
@@ -129,6 +134,9 @@ func start(cfg Config) (*Guest, error) {
 
 // portFD is the number that the first of exec.Cmd.ExtraFiles has in the child.
 const portFD = 3
+
+// serialFD is that of the second.
+const serialFD = portFD + 1
 
 func command(cfg Config) (*exec.Cmd, error) {
 	if cfg.MemMiB == 0 {
@@ -156,6 +164,9 @@ func umlCommand(cfg Config) (*exec.Cmd, error) {
 		"con=null", console, "ssl=null", fmt.Sprintf("ssl0=fd:%d,fd:%d", portFD, portFD),
 		"uml_dir=" + cfg.Scratch + "/", "umid=uml",
 		agentproto.ParamPort + "=/dev/ttyS0", agentproto.ParamShell + "=" + cfg.Shell,
+	}
+	if cfg.Serial != nil {
+		args = append(args, fmt.Sprintf("ssl1=fd:%d,fd:%d", serialFD, serialFD))
 	}
 	for _, d := range cfg.Devices {
 		args = append(args, "virtio_uml.device="+d.Socket+":26") // 26: virtio's device id of a file system
