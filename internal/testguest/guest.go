@@ -45,7 +45,7 @@ type Config struct {
 	Devices []Device
 	MemMiB  int // 0 means 512
 	CPUs    int // 0 means 1; User-Mode Linux has only one
-	// Serial, if set, is the host's side of the guest's /dev/ttyS1, a descriptor that stays the caller's. User-Mode Linux alone has it.
+	// Serial, if set, is the host's side of the guest's SerialDevice; it stays the caller's.
 	Serial *os.File
 	// Shell is the tag of a share to run an interactive shell on, with the terminal of this process, instead of the agent.
 	Shell string
@@ -138,6 +138,14 @@ const portFD = 3
 // serialFD is that of the second.
 const serialFD = portFD + 1
 
+// SerialDevice is what Config.Serial is in a guest.
+func SerialDevice(kind Kind) string {
+	if kind == UML {
+		return "/dev/ttyS1"
+	}
+	return "/dev/vport0p2"
+}
+
 func command(cfg Config) (*exec.Cmd, error) {
 	if cfg.MemMiB == 0 {
 		cfg.MemMiB = 512
@@ -210,6 +218,9 @@ func qemuCommand(cfg Config) *exec.Cmd {
 		"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 oops=panic %s=/dev/vport0p1 %s=%s", agentproto.ParamPort, agentproto.ParamShell, cfg.Shell),
 		"-chardev", console + ",id=console", "-serial", "chardev:console",
 		"-device", "virtio-serial-pci", "-chardev", fmt.Sprintf("socket,id=port,fd=%d", portFD), "-device", "virtserialport,chardev=port",
+	}
+	if cfg.Serial != nil {
+		args = append(args, "-chardev", fmt.Sprintf("socket,id=serial,fd=%d", serialFD), "-device", "virtserialport,chardev=serial,nr=2")
 	}
 	for i, d := range cfg.Devices {
 		args = append(args,
