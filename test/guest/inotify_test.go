@@ -48,8 +48,8 @@ type watchedConfig struct {
 	kind      testguest.Kind // UML if empty
 	agent     string         // more options
 	user      bool           // run the agent as an ordinary user
-	reads     string   // file to read at each event
-	watch     []string // below the mount
+	reads     string         // file to read at each event
+	watch     []string       // below the mount
 }
 
 // newWatched serves the share, whose files prepare makes, boots a guest, and waits until all there is ready.
@@ -92,18 +92,19 @@ func newWatched(t *testing.T, cfg watchedConfig, prepare func(w *watched)) *watc
 		reading.Wait()
 	})
 	w.mount()
-	tty := testguest.SerialDevice(cfg.kind)
-	w.sh("stty raw -echo -F %[1]s 2>/dev/null || true; chmod 666 %[1]s", tty)
-	agent := fmt.Sprintf("exec sluice-agent --mount /mnt --connect stdin %s <%s >/dev/null 2>/tmp/agent", cfg.agent, tty)
-	if cfg.user {
-		agent = "exec su user -c '" + agent + "'"
-	}
-	w.sh("( %s ) >/dev/null 2>&1 &", agent)
 	paths := []string{}
 	for _, p := range append(slices.Clone(cfg.watch), "end") {
 		paths = append(paths, "/mnt/"+p)
 	}
-	w.sh("guestprog watch %s '%s' %s >/dev/null 2>&1 &", tty, cfg.reads, strings.Join(paths, ","))
+	agent := "exec sluice-agent --mount /mnt --connect stdin " + cfg.agent
+	if cfg.user {
+		agent = "exec su user -c '" + agent + "'"
+	}
+	// Some serial ports can be opened only once.
+	w.sh(`stty raw -echo -F %[1]s 2>/dev/null || true
+		exec 3<>%[1]s
+		( %[2]s ) <&3 >/dev/null 2>/tmp/agent 3<&- &
+		guestprog watch '%[3]s' %[4]s </dev/null >&3 2>/dev/null 3<&- &`, testguest.SerialDevice(cfg.kind), agent, cfg.reads, strings.Join(paths, ","))
 	if line := w.line(); line != "ready" {
 		t.Fatalf("the watching program says %q", line)
 	}
@@ -187,9 +188,11 @@ func (w *watched) contents(of string) (held []string) {
 	w.tell(api.EventModify, "/end", "", false)
 	for {
 		line := w.line()
-		number, _, _ := strings.Cut(line, " ")
-		if number == w.end {
-			return held
+		if strings.HasPrefix(line, w.end+" ") {
+			if strings.Contains(line, "MODIFY") {
+				return held
+			}
+			continue
 		}
 		if what, content, _ := strings.Cut(line, " \""); strings.Contains(what, of) {
 			held = append(held, strings.TrimSuffix(content, "\""))
@@ -207,8 +210,11 @@ func (w *watched) happened() (events []string) {
 		what, rest, _ := strings.Cut(rest, " ")
 		cookie, rest, _ := strings.Cut(rest, " ")
 		name, _, _ := strings.Cut(rest, " ")
-		if number == w.end {
+		if number == w.end && what == "MODIFY" {
 			break
+		}
+		if number == w.end {
+			continue
 		}
 		if cookie != "0" {
 			cookies[cookie] = append(cookies[cookie], what)

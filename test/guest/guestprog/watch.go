@@ -34,12 +34,7 @@ var inotifyNames = []struct {
 
 // watch writes a line for each event: the watch's number from 0, the event's names, the cookie, the file's name, and in quotes what
 // reading file gave right then. Before them it writes "ready".
-func watch(tty, file string, paths []string) error {
-	out, err := os.OpenFile(tty, os.O_WRONLY|unix.O_NOCTTY, 0)
-	if err != nil {
-		return err
-	}
-	defer out.Close()
+func watch(file string, paths []string) error {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC)
 	if err != nil {
 		return err
@@ -56,7 +51,7 @@ func watch(tty, file string, paths []string) error {
 		}
 		numbers[int32(wd)] = i
 	}
-	if _, err := fmt.Fprintln(out, "ready"); err != nil {
+	if _, err := fmt.Println("ready"); err != nil {
 		return err
 	}
 	buf := make([]byte, 64<<10)
@@ -89,7 +84,7 @@ func watch(tty, file string, paths []string) error {
 			if name == "" {
 				name = "."
 			}
-			if _, err := fmt.Fprintf(out, "%d %s %d %s %q\n", numbers[wd], strings.Join(names, "|"), cookie, name, content); err != nil {
+			if _, err := fmt.Printf("%d %s %d %s %q\n", numbers[wd], strings.Join(names, "|"), cookie, name, content); err != nil {
 				return err
 			}
 		}
