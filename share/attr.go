@@ -9,6 +9,14 @@ import (
 
 // Getattr implements fsbackend.Backend.
 func (s *Share) Getattr(c *fsbackend.Context, in *fuseproto.GetattrIn, out *fuseproto.AttrOut) Errno {
+	if r := s.replay.Load(); r != nil {
+		return r.getattr(c, in, out)
+	}
+	return s.getattr(c, in, out)
+}
+
+// getattr is Getattr of what is not part of a replay.
+func (s *Share) getattr(c *fsbackend.Context, in *fuseproto.GetattrIn, out *fuseproto.AttrOut) Errno {
 	p, errno := s.at(in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
@@ -44,6 +52,9 @@ func (p *part) attrs(node uint64, out *fuseproto.AttrOut, errno Errno) Errno {
 
 // Setattr implements fsbackend.Setattrer.
 func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuseproto.AttrOut) Errno {
+	if errno, ok := s.replay.Load().setattr(c, in, out); ok {
+		return errno
+	}
 	p, errno := s.changed(in.NodeId)
 	if errno != fsbackend.OK {
 		return errno

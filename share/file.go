@@ -9,6 +9,9 @@ import (
 
 // Open implements fsbackend.Opener.
 func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) Errno {
+	if errno, ok := s.replay.Load().open(c, in, out); ok {
+		return errno
+	}
 	p, errno := s.at(in.NodeId)
 	switch {
 	case errno != fsbackend.OK:
@@ -42,6 +45,9 @@ func (s *Share) Release(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
 
 // Create implements fsbackend.Creater.
 func (s *Share) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbackend.Name, out *fuseproto.CreateOut) Errno {
+	if errno, ok := s.replay.Load().create(c, in, name, out); ok {
+		return errno
+	}
 	p, errno := s.directory(in.NodeId)
 	switch {
 	case errno != fsbackend.OK:

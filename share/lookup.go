@@ -11,6 +11,14 @@ import (
 
 // Lookup implements fsbackend.Backend.
 func (s *Share) Lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	if r := s.replay.Load(); r != nil {
+		return r.lookup(c, parent, name, out)
+	}
+	return s.find(c, parent, name, out)
+}
+
+// find is Lookup, of a name that is not part of a replay.
+func (s *Share) find(c *fsbackend.Context, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
 	p, errno := s.directory(parent)
 	if errno != fsbackend.OK {
 		return errno
@@ -190,6 +198,9 @@ func (p *part) findFile(c *fsbackend.Context, out *fuseproto.EntryOut) Errno {
 // Forget implements fsbackend.Backend.
 func (s *Share) Forget(node, n uint64) {
 	if node&numberMask == fuseproto.FUSE_ROOT_ID {
+		return
+	}
+	if n = s.replay.Load().forget(node, n); n == 0 {
 		return
 	}
 	if p, errno := s.at(node); errno == fsbackend.OK {

@@ -23,6 +23,9 @@ func (s *Share) makeIn(c *fsbackend.Context, dir uint64, name fsbackend.Name) (*
 
 // Mknod implements fsbackend.Maker.
 func (s *Share) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	if errno, ok := s.replay.Load().mknod(c, in, name, out); ok {
+		return errno
+	}
 	p, errno := s.makeIn(c, in.NodeId, name)
 	if errno != fsbackend.OK {
 		return errno
@@ -39,6 +42,9 @@ func (s *Share) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbacken
 
 // Mkdir implements fsbackend.Maker.
 func (s *Share) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	if errno, ok := s.replay.Load().make(c, in.NodeId, name, unix.S_IFDIR, out); ok {
+		return errno
+	}
 	p, errno := s.makeIn(c, in.NodeId, name)
 	if errno != fsbackend.OK {
 		return errno
@@ -55,6 +61,9 @@ func (s *Share) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbacken
 
 // Symlink implements fsbackend.Maker.
 func (s *Share) Symlink(c *fsbackend.Context, parent uint64, name, target fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	if errno, ok := s.replay.Load().make(c, parent, name, unix.S_IFLNK, out); ok {
+		return errno
+	}
 	p, errno := s.makeIn(c, parent, name)
 	if errno != fsbackend.OK {
 		return errno
@@ -115,6 +124,9 @@ func (s *Share) removeFrom(dir uint64, name fsbackend.Name) (*part, Errno) {
 
 // Unlink implements fsbackend.Remover.
 func (s *Share) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name) Errno {
+	if errno, ok := s.replay.Load().remove(c, parent, name); ok {
+		return errno
+	}
 	p, errno := s.removeFrom(parent, name)
 	if errno != fsbackend.OK {
 		return errno
@@ -128,6 +140,9 @@ func (s *Share) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name)
 
 // Rmdir implements fsbackend.Remover.
 func (s *Share) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) Errno {
+	if errno, ok := s.replay.Load().remove(c, parent, name); ok {
+		return errno
+	}
 	p, errno := s.removeFrom(parent, name)
 	if errno != fsbackend.OK {
 		return errno
@@ -141,6 +156,9 @@ func (s *Share) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) 
 
 // Rename implements fsbackend.Renamer.
 func (s *Share) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, newName fsbackend.Name) Errno {
+	if errno, ok := s.replay.Load().rename(c, in, oldName, newName); ok {
+		return errno
+	}
 	p, errno := s.directory(in.NodeId)
 	if errno != fsbackend.OK {
 		return errno

@@ -14,8 +14,8 @@ const (
 	indexShift = 48
 	numberMask = 1<<indexShift - 1
 
-	// maxGrafts leaves an index for directories made up.
-	maxGrafts = 1<<(64-indexShift) - 1
+	// maxGrafts leaves an index for directories made up, and one for what stands for nothing (ghostBase).
+	maxGrafts = 1<<(64-indexShift) - 2
 )
 
 // part is a backend with what the share adds to it.

@@ -57,6 +57,7 @@ func (s *Share) WantFlags(defaults uint64) uint64 {
 func (s *Share) Init(f fsbackend.Features) {
 	s.submounts.Store(f.Has(fuseproto.FUSE_SUBMOUNTS))
 	s.noOpen.Store(f.Has(fuseproto.FUSE_NO_OPEN_SUPPORT))
+	s.writeback.Store(f.Has(fuseproto.FUSE_WRITEBACK_CACHE))
 	s.all("Init", false, func(p *part) {
 		if p.Initer != nil {
 			p.Init(f)
@@ -68,6 +69,7 @@ func (s *Share) Init(f fsbackend.Features) {
 func (s *Share) Reset() {
 	s.loseNodes()
 	s.all("Reset", false, func(p *part) { p.Reset() })
+	s.replay.Load().reset()
 	s.loseNodes() // what was found meanwhile, the backends may have forgotten
 }
 

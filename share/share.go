@@ -128,7 +128,9 @@ type Share struct {
 	log    *slog.Logger
 	bugs   *ratelog.Logger // of what a backend does
 
-	submounts, noOpen atomic.Bool // FUSE_SUBMOUNTS, FUSE_NO_OPEN_SUPPORT agreed on
+	submounts, noOpen, writeback atomic.Bool // FUSE_SUBMOUNTS, FUSE_NO_OPEN_SUPPORT, FUSE_WRITEBACK_CACHE agreed on
+
+	replay atomic.Pointer[replay] // nil without EnableReplay
 
 	// mu orders changes of what positions are at, and of epoch. No call is made while it is held.
 	mu    sync.Mutex

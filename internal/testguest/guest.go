@@ -45,6 +45,8 @@ type Config struct {
 	Devices []Device
 	MemMiB  int // 0 means 512
 	CPUs    int // 0 means 1; User-Mode Linux has only one
+	// Serial, if set, is the host's side of the guest's SerialDevice; it stays the caller's.
+	Serial *os.File
 	// Shell is the tag of a share to run an interactive shell on, with the terminal of this process, instead of the agent.
 	Shell string
 }
@@ -116,6 +118,9 @@ func start(cfg Config) (*Guest, error) {
 		return nil, err
 	}
 	cmd.ExtraFiles = []*os.File{theirs} // portFD
+	if cfg.Serial != nil {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, cfg.Serial) // serialFD
+	}
 	if cfg.Shell != "" {
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	}
@@ -129,6 +134,17 @@ func start(cfg Config) (*Guest, error) {
 
 // portFD is the number that the first of exec.Cmd.ExtraFiles has in the child.
 const portFD = 3
+
+// serialFD is that of the second.
+const serialFD = portFD + 1
+
+// SerialDevice is what Config.Serial is in a guest.
+func SerialDevice(kind Kind) string {
+	if kind == UML {
+		return "/dev/ttyS1"
+	}
+	return "/dev/vport0p2"
+}
 
 func command(cfg Config) (*exec.Cmd, error) {
 	if cfg.MemMiB == 0 {
@@ -156,6 +172,9 @@ func umlCommand(cfg Config) (*exec.Cmd, error) {
 		"con=null", console, "ssl=null", fmt.Sprintf("ssl0=fd:%d,fd:%d", portFD, portFD),
 		"uml_dir=" + cfg.Scratch + "/", "umid=uml",
 		agentproto.ParamPort + "=/dev/ttyS0", agentproto.ParamShell + "=" + cfg.Shell,
+	}
+	if cfg.Serial != nil {
+		args = append(args, fmt.Sprintf("ssl1=fd:%d,fd:%d", serialFD, serialFD))
 	}
 	for _, d := range cfg.Devices {
 		args = append(args, "virtio_uml.device="+d.Socket+":26") // 26: virtio's device id of a file system
@@ -199,6 +218,9 @@ func qemuCommand(cfg Config) *exec.Cmd {
 		"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 oops=panic %s=/dev/vport0p1 %s=%s", agentproto.ParamPort, agentproto.ParamShell, cfg.Shell),
 		"-chardev", console + ",id=console", "-serial", "chardev:console",
 		"-device", "virtio-serial-pci", "-chardev", fmt.Sprintf("socket,id=port,fd=%d", portFD), "-device", "virtserialport,chardev=port",
+	}
+	if cfg.Serial != nil {
+		args = append(args, "-chardev", fmt.Sprintf("socket,id=serial,fd=%d", serialFD), "-device", "virtserialport,chardev=serial,nr=2")
 	}
 	for i, d := range cfg.Devices {
 		args = append(args,

@@ -83,8 +83,9 @@ func runTests(m *testing.M) (code int, err error) {
 			f()
 		}
 	}()
-	var guestprog, posixtest string
+	var guestprog, posixtest, agent string
 	build(&guestprog, testguest.BuildProgram, "github.com/sluicefs/sluice/test/guest/guestprog")
+	build(&agent, testguest.BuildProgram, "github.com/sluicefs/sluice/cmd/sluice-agent")
 	build(&posixtest, testguest.BuildTest, "github.com/hanwen/go-fuse/v2/posixtest")
 	if program = os.Getenv("SLUICED"); program == "" {
 		build(&program, testguest.BuildDaemon, "github.com/sluicefs/sluice/cmd/sluiced")
@@ -94,7 +95,7 @@ func runTests(m *testing.M) (code int, err error) {
 		return 1, err
 	}
 	initrd = filepath.Join(dir, "initrd")
-	if err := testguest.WriteInitramfs(initrd, kit, map[string]string{"guestprog": guestprog, "posixtest": posixtest}); err != nil {
+	if err := testguest.WriteInitramfs(initrd, kit, map[string]string{"guestprog": guestprog, "posixtest": posixtest, "sluice-agent": agent}); err != nil {
 		return 1, err
 	}
 	return m.Run(), nil

@@ -10,6 +10,7 @@
 //	guestprog locks FILE SAME   lock FILE, which SAME is too by way of another mount, against it
 //	guestprog lock FILE HOW     lock FILE as flock(2) and fcntl(2) do; with HOW "wait" and not "try", when it can be had
 //	guestprog holdlock FILE A B the same, say so on the FIFO A, and end when B says so
+//	guestprog watch FILE X,Y    say what inotify says of X and Y, and what is in FILE then
 //	guestprog hold FILE A B     open FILE with O_DIRECT, say so on the FIFO A, close it when B says so
 package main
 
@@ -57,6 +58,7 @@ func run(args []string) error {
 		"locks":    {2, func(a []string) error { return sharedLocks(a[0], a[1]) }},
 		"lock":     {2, func(a []string) error { return lockOnce(a[0], a[1] == "wait", func() error { return nil }) }},
 		"holdlock": {3, func(a []string) error { return lockOnce(a[0], false, func() error { return talk(a[1], a[2]) }) }},
+		"watch":    {2, func(a []string) error { return watch(a[0], strings.Split(a[1], ",")) }},
 		"hold":     {3, func(a []string) error { return hold(a[0], a[1], a[2]) }},
 	}
 	if len(args) == 0 {
