@@ -263,11 +263,10 @@ func (c *Client) broken(ctx context.Context, err error) error {
 	return &UnreachableError{Socket: c.socket, Connected: true, Err: err}
 }
 
-// sharePath is the path of a share, of which "." and ".." would lead elsewhere.
+// sharePath is the path of a share. One whose tag cannot be a share's might be another path.
 func sharePath(tag string) (string, error) {
-	switch tag {
-	case "", ".", "..":
-		return "", api.Errorf(api.CodeInvalid, "%q cannot be the tag of a share", tag)
+	if err := api.CheckTag(tag); err != nil {
+		return "", err
 	}
 	return "/v1/shares/" + url.PathEscape(tag), nil
 }
