@@ -101,9 +101,9 @@ func command(use, short, long, examples string, run func(*cobra.Command, []strin
 			}
 			switch {
 			case len(args) < least:
-				return usage(cmd, "%s is missing: expected %s", all[len(args)], cmd.Name()+" "+arguments)
+				return usage(cmd, "%s is missing: expected %s %s", all[len(args)], cmd.CommandPath(), arguments)
 			case len(args) > len(all) && !strings.HasSuffix(arguments, "..."):
-				return usage(cmd, "unexpected argument %q: expected %s", args[len(all)], strings.TrimSpace(cmd.Name()+" "+arguments))
+				return usage(cmd, "unexpected argument %q: expected %s", args[len(all)], strings.TrimSpace(cmd.CommandPath()+" "+arguments))
 			}
 			return nil
 		},

@@ -41,7 +41,7 @@ sluicectl events data --json | jq -r 'select(.kind == "create").path'`,
 			case err != nil:
 				return err
 			}
-			return api.Errorf(api.CodeNotFound, "the events of %s have ended: the share was removed", name(tag))
+			return api.Errorf(api.CodeNotFound, "the events of %s have ended: the share was removed, or sluiced is ending", name(tag))
 		}))
 	cmd.ValidArgsFunction = p.completeTag
 	cmd.Flags().Uint64Var(&since, "since", 0, "begin behind the event with the number `N`, if the daemon still knows those that follow; by default with what happens from now on")

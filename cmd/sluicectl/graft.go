@@ -120,7 +120,7 @@ sluicectl graft ls data --json`,
 				case err != nil:
 					return err
 				case p.json:
-					return encode(p.out, list(grafts))
+					return encode(p.out, grafts)
 				}
 				return p.writeGrafts(grafts)
 			})

@@ -96,17 +96,9 @@ sluicectl share ls --json | jq -r .[].tag`,
 				case err != nil:
 					return err
 				case p.json:
-					return encode(p.out, list(shares))
+					return encode(p.out, shares)
 				}
 				return p.writeShares(shares)
 			})
 		})
-}
-
-// list is s as JSON has it: [] and not null if there is nothing.
-func list[T any](s []T) []T {
-	if s == nil {
-		return []T{}
-	}
-	return s
 }

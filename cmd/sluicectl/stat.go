@@ -102,7 +102,6 @@ func (p *program) sample(ctx context.Context, c *client.Client, tags []string) (
 		stats.Shares = slices.DeleteFunc(stats.Shares, func(s api.ShareStats) bool { return !slices.Contains(tags, s.Tag) })
 		stats.Events = slices.DeleteFunc(stats.Events, func(e api.EventStats) bool { return !slices.Contains(tags, e.Tag) })
 	}
-	stats.Shares = list(stats.Shares)
 	slices.SortFunc(stats.Shares, func(a, b api.ShareStats) int { return cmp.Compare(a.Tag, b.Tag) })
 	return &sample{at: p.now(), stats: stats}, nil
 }
@@ -194,7 +193,7 @@ func (p *program) writeTotals(s *sample, f *statFlags) error {
 
 // rateTable makes a table of rates, of which those by opcode have other columns.
 func rateTable(all []rate, byOp bool) *table {
-	t := &table{head: []string{"SHARE", "OPS/S", "P50", "P99", "READ/S", "WRITE/S", "ERR/S", "DEPTH", "INODES", "FAULTS"}}
+	t := &table{shrink: true, head: []string{"SHARE", "OPS/S", "P50", "P99", "READ/S", "WRITE/S", "ERR/S", "DEPTH", "INODES", "FAULTS"}}
 	first, last := 1, 9
 	if byOp {
 		t.head = []string{"SHARE", "OP", "OPS/S", "P50", "P99", "READ/S", "WRITE/S", "ERR/S", "ERRORS"}

@@ -17,11 +17,19 @@ type table struct {
 	lines [][]string
 	// numbers are the columns that are aligned to the right.
 	numbers map[int]bool
+	// shrink has the first column cut before the last ones are.
+	shrink bool
 	// least is the width of numeric columns, for tables that follow each other.
 	least int
 }
 
 func (t *table) add(cells ...string) { t.lines = append(t.lines, cells) }
+
+const (
+	gap = "  " // between columns
+	// minShrunk is how wide the first column is left.
+	minShrunk = 8
+)
 
 // prepend puts a column before the others, with one value in all lines.
 func (t *table) prepend(head, cell string) {
@@ -48,6 +56,13 @@ func (t *table) write(w io.Writer, width int, head bool) error {
 			}
 		}
 	}
+	if t.shrink && width > 0 {
+		sum := 0
+		for _, n := range widths {
+			sum += n + len(gap)
+		}
+		widths[0] = min(widths[0], max(minShrunk, widths[0]-(sum-len(gap)-width)))
+	}
 	var b strings.Builder
 	if !head {
 		all = all[1:]
@@ -55,14 +70,16 @@ func (t *table) write(w io.Writer, width int, head bool) error {
 	for _, line := range all {
 		var l strings.Builder
 		for i, cell := range line {
+			if i == 0 {
+				cell = fit(cell, widths[0])
+			}
 			pad := strings.Repeat(" ", widths[i]-cells(cell))
-			switch {
-			case t.numbers[i]:
+			if t.numbers[i] {
 				l.WriteString(pad + cell)
-			default:
+			} else {
 				l.WriteString(cell + pad)
 			}
-			l.WriteString("  ")
+			l.WriteString(gap)
 		}
 		b.WriteString(fit(strings.TrimRight(l.String(), " "), width) + "\n")
 	}
