@@ -16,7 +16,7 @@ var house = Rules{
 		"daemon":  {"..."},
 
 		// The control API knows what can be asked and not who serves; its clients know the API alone.
-		"control":             {"control/api"},
+		"control":             {"control/api", "docs", "internal/listen", "internal/ratelog"},
 		"control/api":         {},
 		"control/client":      {"control/api"},
 		"control/controltest": {"control/api"},
@@ -42,6 +42,7 @@ var house = Rules{
 		"guestmem":            {"internal/sys"},
 
 		"fuseserver":             {"fuseproto", "fsbackend", "internal/sys", "internal/ratelog"},
+		"docs":                   {},
 		"fuseproto":              {},
 		"fsbackend":              {"fuseproto", "internal/sys"},
 		"fsbackend/...":          {"fsbackend", "fuseproto", "internal/sys"},
