@@ -31,7 +31,7 @@ sluicectl stat`)
 	root.CompletionOptions.DisableDefaultCmd = true
 	root.SetHelpCommand(&cobra.Command{Hidden: true}) // --help is the one way
 	root.SetFlagErrorFunc(explainFlagError)
-	root.SetUsageTemplate(usageTemplate)
+	root.SetUsageTemplate(p.usageTemplate())
 	root.SetHelpTemplate("{{with (or .Long .Short)}}{{.}}\n\n{{end}}{{.UsageString}}")
 	cobra.EnableCommandSorting = false
 
@@ -128,6 +128,14 @@ func usage(cmd *cobra.Command, format string, args ...any) error {
 }
 
 // usageTemplate is what --help shows below the description.
+func (p *program) usageTemplate() string {
+	width := p.width()
+	if width == 0 {
+		width = 100
+	}
+	return strings.ReplaceAll(usageTemplate, "FlagUsages", fmt.Sprintf("FlagUsagesWrapped %d", width))
+}
+
 const usageTemplate = `Usage:
   {{.UseLine}}
 {{if .HasAvailableSubCommands}}

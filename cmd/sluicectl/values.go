@@ -73,7 +73,7 @@ func (r *idRanges) String() string {
 	for _, m := range *r {
 		all = append(all, fmt.Sprintf("%d:%d:%d", m.Guest, m.Host, m.Count))
 	}
-	return strings.Join(all, " ")
+	return strings.Join(all, "+")
 }
 
 // Set implements pflag.Value: it adds a range.
