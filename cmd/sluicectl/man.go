@@ -66,6 +66,7 @@ func spelled(cmd *cobra.Command) (path, arguments string) {
 }
 
 func manFlags(b *strings.Builder, fs *pflag.FlagSet) {
+	fs.SortFlags = false
 	fs.VisitAll(func(f *pflag.Flag) {
 		if f.Hidden {
 			return

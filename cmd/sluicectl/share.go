@@ -60,7 +60,7 @@ sluicectl share add box --graft /tmp=,backend=mem,max-bytes=64M`,
 	fs := cmd.Flags()
 	fs.StringVar(&root, "root", "", "serve `DIR` as the root; the same as --graft /=DIR")
 	must(cmd.MarkFlagDirname("root"))
-	fs.StringArrayVar(&grafts, "graft", nil, "put SOURCE at PATH, with options of graft add as --graft /x=/srv/x:ro,nosuid: `PATH=SOURCE[:ro][,OPTION]...`; may be repeated; \\ before one of , : = \\ takes its meaning away")
+	fs.StringArrayVar(&grafts, "graft", nil, "put a graft in it, `PATH=SOURCE[:ro][,OPTION]...` with the options of graft add; may be repeated; a \\ before , : = or \\ takes its meaning away")
 	must(cmd.RegisterFlagCompletionFunc("graft", cobra.NoFileCompletions))
 	for _, o := range shareOptions {
 		o.addTo(fs, &spec)
@@ -88,7 +88,7 @@ sluicectl share rm data --force`,
 func (p *program) shareList() *cobra.Command {
 	return command("ls", "List the shares", "List the shares with their states and options.", `
 sluicectl share ls
-sluicectl share ls --json | jq -r .[].tag`,
+sluicectl share ls --json | jq -r '.[].tag'`,
 		func(cmd *cobra.Command, _ []string) error {
 			return p.ask(cmd, "list the shares", func(ctx context.Context, c *client.Client) error {
 				shares, err := c.Shares(ctx)

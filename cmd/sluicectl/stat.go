@@ -160,6 +160,7 @@ func (v *view) write(prev, cur *sample) error {
 		v.begun = true
 		return t.write(v.out, 0, head)
 	}
+	t.least = 5 // what numbers have, so that columns stay where they are
 	size := v.screen()
 	if most := max(size.height-2, 1); len(t.lines) > most {
 		rest := len(t.lines) - most + 1

@@ -22,7 +22,7 @@ func (p *program) status() *cobra.Command {
 	return command("status", "Show the daemon and its shares",
 		"Show the daemon and its shares. The exit status is 0 if the daemon answers, 3 if none is running there.", `
 sluicectl status
-sluicectl status --json | jq .shares[].state`,
+sluicectl status --json | jq '.shares[].state'`,
 		func(cmd *cobra.Command, _ []string) error {
 			var a statusAnswer
 			if err := p.ask(cmd, "tell its state", func(ctx context.Context, c *client.Client) (err error) {
