@@ -10,6 +10,7 @@ const (
 	CodeExists      = "exists"      // there is one already; 409
 	CodeBusy        = "busy"        // not in this state; 409
 	CodeUnsupported = "unsupported" // the backend, or this daemon, cannot; 501
+	CodeUnavailable = "unavailable" // not now, or not in time; 503
 	CodeInternal    = "internal"    // 500
 )
 

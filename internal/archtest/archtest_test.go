@@ -16,14 +16,15 @@ var house = Rules{
 		"daemon":  {"..."},
 
 		// The control API knows what can be asked and not who serves; its clients know the API alone.
-		"control":          {"control/api"},
-		"control/api":      {},
-		"control/client":   {"control/api"},
-		"cmd/sluicectl":    {"control/api", "control/client"},
-		"cmd/sluice-agent": {"control/api"},
-		"share/sharer":     {"control/api", "control/client"},
-		"internal/watch":   {"internal/ratelog"},
-		"internal/link":    {"internal/sys"},
+		"control":             {"control/api", "docs", "internal/listen", "internal/ratelog"},
+		"control/api":         {},
+		"control/client":      {"control/api"},
+		"control/controltest": {"control/api"},
+		"cmd/sluicectl":       {"control/api", "control/client"},
+		"cmd/sluice-agent":    {"control/api"},
+		"share/sharer":        {"control/api", "control/client"},
+		"internal/watch":      {"internal/ratelog"},
+		"internal/link":       {"internal/sys"},
 
 		"extensions":     {"fsbackend", "seccomp"},
 		"extensions/...": {"extensions", "fsbackend", "fsbackend/...", "fuseproto", "seccomp"},
@@ -41,6 +42,7 @@ var house = Rules{
 		"guestmem":            {"internal/sys"},
 
 		"fuseserver":             {"fuseproto", "fsbackend", "internal/sys", "internal/ratelog"},
+		"docs":                   {},
 		"fuseproto":              {},
 		"fsbackend":              {"fuseproto", "internal/sys"},
 		"fsbackend/...":          {"fsbackend", "fuseproto", "internal/sys"},
