@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
+	"maps"
 	"os"
+	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -50,10 +50,11 @@ type served struct {
 	srv   server
 	log   *slog.Logger
 
-	stop      context.CancelFunc
-	done      chan struct{} // closed when no session runs and none will; nil before the share is open
-	connected atomic.Bool
-	guests    atomic.Uint64
+	stop context.CancelFunc
+	done chan struct{} // closed when no session runs and none will; nil before the share is open
+
+	reading sync.RWMutex // held, to read, while srv and tree are asked for counts, and to close them
+	closed  bool
 }
 
 // workManaged is what the serving process does for a keeper: enter the sandbox and confine itself before there is anything to
@@ -173,11 +174,7 @@ func (in *inside) handle(method string, body json.RawMessage, files []*os.File) 
 		return in.states(), nil
 	case askGrafts:
 		return with(body, func(tag string) (any, error) {
-			s, err := in.find(tag)
-			if err != nil {
-				return nil, err
-			}
-			return s.grafts(), nil
+			return in.change(tag, func(s *served) (any, error) { return s.grafts(), nil })
 		})
 	case askAnnounce:
 		return with(body, func(a announcement) (any, error) { return nil, in.announce(a) })
@@ -416,23 +413,12 @@ func (in *inside) open(s *served, files []*os.File) error {
 		defer cancel()
 		cfg := in.cfg
 		cfg.Persist = !ln.Connected()
-		if err := errors.Join(sessions(ctx, cfg, ln, s, s.log), ln.Close()); err != nil {
+		if err := errors.Join(sessions(ctx, cfg, ln, s.srv, s.log), ln.Close()); err != nil {
 			s.log.Error("the share no longer serves anybody", "error", err)
 		}
 	}()
 	return nil
 }
-
-// Serve implements server, so that who is served is known.
-func (s *served) Serve(ctx context.Context, conn *net.UnixConn) error {
-	s.guests.Add(1)
-	s.connected.Store(true)
-	defer s.connected.Store(false)
-	return s.srv.Serve(ctx, conn)
-}
-
-// Close implements server.
-func (s *served) Close() error { return s.end() }
 
 // end waits for the sessions to end, and closes the share.
 func (s *served) end() error {
@@ -440,6 +426,9 @@ func (s *served) end() error {
 		s.stop()
 		<-s.done
 	}
+	s.reading.Lock()
+	defer s.reading.Unlock()
+	s.closed = true
 	return s.srv.Close()
 }
 
@@ -450,7 +439,7 @@ func (in *inside) removeShare(r shareRemoval) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.connected.Load() && !r.Force {
+	if s.srv.Stats().Connected && !r.Force {
 		return &api.Error{
 			Code: api.CodeBusy, Message: fmt.Sprintf("share %q has a guest", r.Tag),
 			Hint: "unmount it and remove the device from the VM first, or force it",
@@ -477,14 +466,61 @@ func (in *inside) close() error {
 	return errors.Join(failed...)
 }
 
-func (in *inside) states() []shareState {
+// each calls f with every share that is not being closed, by tag.
+func (in *inside) each(f func(tag string, s *served)) {
 	in.mu.Lock()
-	defer in.mu.Unlock()
-	states := []shareState{}
-	for tag, s := range in.shares {
-		states = append(states, shareState{Tag: tag, State: s.state(), Guests: s.guests.Load()})
+	shares := maps.Clone(in.shares)
+	in.mu.Unlock()
+	for _, tag := range slices.Sorted(maps.Keys(shares)) {
+		s := shares[tag]
+		s.reading.RLock()
+		if !s.closed {
+			f(tag, s)
+		}
+		s.reading.RUnlock()
 	}
+}
+
+func (in *inside) states() []shareStatus {
+	states := []shareStatus{}
+	in.each(func(tag string, s *served) {
+		counts := s.srv.Stats()
+		states = append(states, shareStatus{Tag: tag, State: shareState(counts), Guests: counts.FrontEnds})
+	})
 	return states
+}
+
+func (in *inside) stats() api.Stats {
+	stats := processStats()
+	in.each(func(tag string, s *served) { stats.Shares = append(stats.Shares, shareStats(tag, s.srv.Stats())) })
+	return stats
+}
+
+// grafts are what is grafted, the root first, and then what leaves.
+func (s *served) grafts() []api.Graft {
+	all := []api.Graft{}
+	for _, g := range s.tree.Grafts() {
+		a := api.Graft{
+			GraftSpec: api.GraftSpec{Path: g.Path}, File: g.File != "", Leaving: g.Leaving, OpenFiles: g.OpenFiles,
+			UsedBytes: g.UsedBytes, UsedInodes: g.UsedInodes,
+			Panics: g.Stats.Panics.Load(), Timeouts: g.Stats.Timeouts.Load(), Refused: g.Stats.Refused.Load(), Errors: g.Stats.Errors.Load(),
+		}
+		if spec, ok := s.specs[g.Path]; ok && !g.Leaving {
+			a.GraftSpec = spec
+		}
+		all = append(all, a)
+	}
+	return all
+}
+
+// find is the graft at path.
+func (s *served) find(path string) (api.Graft, error) {
+	for _, g := range s.grafts() {
+		if g.Path == path && !g.Leaving {
+			return g, nil
+		}
+	}
+	return api.Graft{}, api.Errorf(api.CodeNotFound, "there is no graft at %s", path)
 }
 
 func (in *inside) announce(a announcement) error {
@@ -493,7 +529,7 @@ func (in *inside) announce(a announcement) error {
 		return err
 	}
 	for _, e := range a.Events {
-		s.tree.Announce(share.ReplayEvent{ID: e.ID, Kind: e.Kind, Path: e.Path, To: e.To, Dir: e.Dir})
+		s.tree.Announce(share.ReplayEvent{ID: e.ID, Kind: share.ReplayKind(e.Kind), Path: e.Path, To: e.To, Dir: e.Dir})
 	}
 	return nil
 }

@@ -31,10 +31,11 @@ const (
 	handedLinkReport // the file of --seccomp-report, if there is one
 )
 
-// keepCaps are what the keeper does with privileges, if it has them: it opens directories, copies what is mounted there, and
-// creates sockets for others.
+// keepCaps are what the keeper does with privileges, if it has them: it opens directories, copies what is mounted there, creates
+// sockets for others, and counts the server's descriptors.
 const keepCaps = sandbox.CapSet(1)<<unix.CAP_SYS_ADMIN | sandbox.CapSet(1)<<unix.CAP_DAC_READ_SEARCH |
-	sandbox.CapSet(1)<<unix.CAP_DAC_OVERRIDE | sandbox.CapSet(1)<<unix.CAP_CHOWN | sandbox.CapSet(1)<<unix.CAP_FOWNER
+	sandbox.CapSet(1)<<unix.CAP_DAC_OVERRIDE | sandbox.CapSet(1)<<unix.CAP_CHOWN | sandbox.CapSet(1)<<unix.CAP_FOWNER |
+	sandbox.CapSet(1)<<unix.CAP_SYS_PTRACE
 
 // modes are the options' words in sandbox's own.
 var modes = map[config.Sandbox]sandbox.Mode{
@@ -157,6 +158,7 @@ func (p *program) startServer(cfg config.Config, m *managed, k *keeper) (*server
 		defer close(s.ended)
 		s.status, s.err = child.Wait(s.forward)
 	}()
+	k.server = child.PID()
 	k.line, err = link.NewKeeper(mine)
 	return s, err
 }

@@ -30,6 +30,7 @@ type keeper struct {
 	backends []string
 	sandbox  config.Sandbox
 	id       string
+	server   int // its process id
 	started  time.Time
 
 	mu     sync.Mutex
@@ -66,12 +67,12 @@ func (k *keeper) Info(context.Context) (api.Info, error) {
 	return info, nil
 }
 
-func (k *keeper) states() (map[string]shareState, error) {
-	var states []shareState
+func (k *keeper) states() (map[string]shareStatus, error) {
+	var states []shareStatus
 	if err := k.line.Call(askShares, nil, &states); err != nil {
 		return nil, err
 	}
-	m := make(map[string]shareState)
+	m := make(map[string]shareStatus)
 	for _, s := range states {
 		m[s.Tag] = s
 	}
@@ -101,7 +102,7 @@ func (k *keeper) Shares(context.Context) ([]api.Share, error) {
 }
 
 // show is the share as the API has it.
-func (s *kept) show(state shareState) api.Share {
+func (s *kept) show(state shareStatus) api.Share {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	spec := s.spec
@@ -429,6 +430,11 @@ func (k *keeper) Stats(context.Context) (stats api.Stats, err error) {
 	if err := k.line.Call(askStats, nil, &stats); err != nil {
 		return stats, err
 	}
+	fds, threads, err := countProcess(k.server)
+	if err != nil {
+		k.log.Debug("the server's descriptors cannot be counted", "error", err)
+	}
+	stats.OpenFDs, stats.Threads = fds, max(threads, stats.Threads)
 	k.mu.Lock()
 	shares := slices.Collect(maps.Values(k.shares))
 	k.mu.Unlock()

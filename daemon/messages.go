@@ -16,7 +16,7 @@ const (
 	askRemoveGraft = "remove graft" // graftName
 	askOpenShare   = "open share"   // a tag, and the socket: front-ends may come
 	askRemoveShare = "remove share" // shareRemoval
-	askShares      = "shares"       // → []shareState
+	askShares      = "shares"       // → []shareStatus
 	askGrafts      = "grafts"       // a tag → []api.Graft
 	askAnnounce    = "announce"     // announcement
 	askStats       = "stats"        // → api.Stats
@@ -57,10 +57,10 @@ type shareRemoval struct {
 	Force bool
 }
 
-// shareState is what the server knows of a share that the keeper does not.
-type shareState struct {
+// shareStatus is what the server knows of a share that the keeper does not.
+type shareStatus struct {
 	Tag    string
-	State  string
+	State  string // api.StateWaiting and the like
 	Guests uint64
 }
 

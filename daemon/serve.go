@@ -15,6 +15,8 @@ type server interface {
 	// Serve runs the session of a front-end on conn, which stays the caller's. It returns nil when the front-end has
 	// closed the connection in good order, soon after ctx is done, and otherwise what broke the session.
 	Serve(ctx context.Context, conn *net.UnixConn) error
+	// Stats returns what has been counted. It may be called at any time before Close.
+	Stats() virtiofs.Stats
 	// Close gives back what the share holds, after the last Serve. It may be called again.
 	Close() error
 }

@@ -121,6 +121,22 @@ func (r Registry) lookup(name string) (entry, bool) {
 	return r.entries[i], true
 }
 
+// Only returns a registry of those named, in this one's order.
+func (r Registry) Only(names ...string) (Registry, error) {
+	var only Registry
+	for _, name := range names {
+		if _, ok := r.lookup(name); !ok {
+			return Registry{}, fmt.Errorf("there is no extension %q: expected one of those that --list-extensions prints", name)
+		}
+	}
+	for _, e := range r.entries {
+		if slices.Contains(names, e.name) {
+			only.entries = append(only.entries, e)
+		}
+	}
+	return only, nil
+}
+
 // FlagSets asks each FlagSetter for its options, once, and returns those that have any. An option's name starts with the
 // extension's and '-', belongs to one extension only, and has no one-letter form, for those are the daemon's. Whether the daemon
 // itself has an option of such a name is for the caller to check.

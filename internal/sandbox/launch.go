@@ -255,6 +255,9 @@ func mapWithHelper(pid int, kind string, m []IDMap) error {
 	return nil
 }
 
+// PID is the child's process id.
+func (c *Child) PID() int { return c.cmd.Process.Pid }
+
 // Signal sends the child a signal.
 func (c *Child) Signal(sig os.Signal) error {
 	return c.cmd.Process.Signal(sig)
