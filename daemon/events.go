@@ -23,7 +23,6 @@ const (
 
 // eventLog is the events of one share: what its watches have seen, in one order, for any number of followers.
 type eventLog struct {
-	token    string
 	announce func([]api.Event) error // tells the server, before anybody else hears of them
 	log      *slog.Logger
 
@@ -32,19 +31,35 @@ type eventLog struct {
 	ended   chan struct{}
 
 	mu      sync.Mutex
+	token   string        // "" until something is watched
 	events  []api.Event   // the last ones, in order
 	last    uint64        // ID of the last one that there was
 	changed chan struct{} // closed when there are more
 }
 
-func newEventLog(token string, announce func([]api.Event) error, log *slog.Logger) *eventLog {
+func newEventLog(announce func([]api.Event) error, log *slog.Logger) *eventLog {
 	ctx, cancel := context.WithCancel(context.Background())
 	l := &eventLog{
-		token: token, announce: announce, log: log, pending: make(chan api.Event, pendingEvents),
+		announce: announce, log: log, pending: make(chan api.Event, pendingEvents),
 		ending: cancel, ended: make(chan struct{}), changed: make(chan struct{}),
 	}
 	go l.publish(ctx)
 	return l
+}
+
+// enable has followers know token, by a second hello if need be.
+func (l *eventLog) enable(token string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.token == "" {
+		l.token = token
+		l.wakeLocked()
+	}
+}
+
+func (l *eventLog) wakeLocked() {
+	close(l.changed)
+	l.changed = make(chan struct{})
 }
 
 // add has e published. It waits while too many do.
@@ -86,36 +101,39 @@ func (l *eventLog) publish(ctx context.Context) {
 		if n := len(l.events); n > 2*keptEvents {
 			l.events = slices.Clone(l.events[n-keptEvents:])
 		}
-		close(l.changed)
-		l.changed = make(chan struct{})
+		l.wakeLocked()
 		l.mu.Unlock()
 	}
 }
 
-// after returns the events after the one with ID since, and what is closed when there are more. Where some of them are not
+// after returns the token, the events after the one with ID since, and what is closed when there is more. Where some of them are not
 // kept any more, or never were, because since is another daemon's, a rescan of everything stands for them all.
-func (l *eventLog) after(since uint64) ([]api.Event, <-chan struct{}) {
+func (l *eventLog) after(since uint64) (token string, events []api.Event, more <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	first := l.last - uint64(len(l.events)) // ID of the one before the first kept
 	if since < first || since > l.last {
-		return []api.Event{{ID: l.last, Time: time.Now(), Kind: api.EventRescan, Path: "/", Dir: true}}, l.changed
+		return l.token, []api.Event{{ID: l.last, Time: time.Now(), Kind: api.EventRescan, Path: "/", Dir: true}}, l.changed
 	}
-	return l.events[since-first:], l.changed
+	return l.token, l.events[since-first:], l.changed
 }
 
-// follow is control.Daemon's Events.
+// follow is control.Daemon's Events. There is a second hello if the token comes late.
 func (l *eventLog) follow(ctx context.Context, since uint64, send func(api.Event) error) error {
 	l.mu.Lock()
 	if since == 0 {
 		since = l.last
 	}
 	l.mu.Unlock()
-	if err := send(api.Event{Kind: api.EventHello, Time: time.Now(), Token: l.token}); err != nil {
-		return err
-	}
+	greeted, told := false, ""
 	for {
-		events, changed := l.after(since)
+		token, events, more := l.after(since)
+		if !greeted || told != token {
+			greeted, told = true, token
+			if err := send(api.Event{Kind: api.EventHello, Time: time.Now(), Token: token}); err != nil {
+				return err
+			}
+		}
 		for _, e := range events {
 			if err := send(e); err != nil {
 				return err
@@ -126,7 +144,7 @@ func (l *eventLog) follow(ctx context.Context, since uint64, send func(api.Event
 			continue
 		}
 		select {
-		case <-changed:
+		case <-more:
 		case <-l.ended:
 			return api.Errorf(api.CodeNotFound, "the share is gone")
 		case <-ctx.Done():

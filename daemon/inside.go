@@ -176,6 +176,10 @@ func (in *inside) handle(method string, body json.RawMessage, files []*os.File) 
 		return with(body, func(tag string) (any, error) {
 			return in.change(tag, func(s *served) (any, error) { return s.grafts(), nil })
 		})
+	case askReplay:
+		return with(body, func(tag string) (any, error) {
+			return in.change(tag, func(s *served) (any, error) { return s.tree.EnableReplay(), nil })
+		})
 	case askAnnounce:
 		return with(body, func(a announcement) (any, error) { return nil, in.announce(a) })
 	case askStats:
@@ -236,7 +240,6 @@ func (in *inside) addShare(o shareOrder, files []*os.File) (any, error) {
 		}
 		return nil, err
 	}
-	token := s.tree.EnableReplay()
 	if s.srv, err = in.program.newServer(cfg, &tree{backend: s.tree, readOnly: spec.ReadOnly}, s.log); err != nil {
 		return nil, errors.Join(err, s.tree.Close())
 	}
@@ -246,7 +249,7 @@ func (in *inside) addShare(o shareOrder, files []*os.File) (any, error) {
 		return nil, errors.Join(api.Errorf(api.CodeExists, "there is a share %q already", spec.Tag), s.srv.Close())
 	}
 	in.shares[spec.Tag] = s
-	return shareAdded{Token: token}, nil
+	return nil, nil
 }
 
 // shareConfig is what a run with spec as its only share would have.
@@ -502,7 +505,7 @@ func (s *served) grafts() []api.Graft {
 	for _, g := range s.tree.Grafts() {
 		a := api.Graft{
 			GraftSpec: api.GraftSpec{Path: g.Path}, File: g.File != "", Leaving: g.Leaving, OpenFiles: g.OpenFiles,
-			UsedBytes: g.UsedBytes, UsedInodes: g.UsedInodes,
+			UsedBytes: g.UsedBytes, UsedInodes: g.UsedInodes, // TRIAL
 			Panics: g.Stats.Panics.Load(), Timeouts: g.Stats.Timeouts.Load(), Refused: g.Stats.Refused.Load(), Errors: g.Stats.Errors.Load(),
 		}
 		if spec, ok := s.specs[g.Path]; ok && !g.Leaving {

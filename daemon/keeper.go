@@ -275,8 +275,7 @@ func (k *keeper) tellShare(s *kept, grafts grafts) (err error) {
 	if len(grafts) > 0 && grafts[0].Spec.Path == "/" {
 		order.Root, files, others = &grafts[0].graftOrder, grafts[0].files(), grafts[1:]
 	}
-	var added shareAdded
-	if err := k.line.Call(askAddShare, order, &added, files...); err != nil {
+	if err := k.line.Call(askAddShare, order, nil, files...); err != nil {
 		return err
 	}
 	tag := s.spec.Tag
@@ -285,7 +284,7 @@ func (k *keeper) tellShare(s *kept, grafts grafts) (err error) {
 			err = errors.Join(err, k.line.Call(askRemoveShare, shareRemoval{Tag: tag, Force: true}, nil))
 		}
 	}()
-	s.events = newEventLog(added.Token, func(events []api.Event) error {
+	s.events = newEventLog(func(events []api.Event) error {
 		return k.line.Call(askAnnounce, announcement{Tag: tag, Events: events}, nil)
 	}, k.log.With("share", tag))
 	if order.Root != nil {
@@ -326,6 +325,12 @@ func (k *keeper) watch(s *kept, o *graftOrder) error {
 	if !o.Dir {
 		return api.Errorf(api.CodeInvalid, "watch: graft %s has no source on the host that could be watched", o.Spec.Path)
 	}
+	// Only where something is watched does the server have to think of sluice-agent.
+	var token string
+	if err := k.line.Call(askReplay, s.spec.Tag, &token); err != nil {
+		return err
+	}
+	s.events.enable(token)
 	w, err := watchGraft(o, s.events, k.log.With("share", s.spec.Tag))
 	if err != nil {
 		return api.Errorf(api.CodeInvalid, "watch: %v", err)

@@ -10,7 +10,7 @@ import (
 // What the keeper asks the server, over the link. The keeper has checked what people say; the server does as it is told.
 const (
 	askHello       = "hello"        // answered once the server is confined
-	askAddShare    = "add share"    // shareOrder; a share without grafts but its root's → shareAdded
+	askAddShare    = "add share"    // shareOrder; a share without grafts but its root's
 	askAddGraft    = "add graft"    // graftOrder, and its directory → api.Graft
 	askChangeGraft = "change graft" // graftChange → api.Graft
 	askRemoveGraft = "remove graft" // graftName
@@ -18,6 +18,7 @@ const (
 	askRemoveShare = "remove share" // shareRemoval
 	askShares      = "shares"       // → []shareStatus
 	askGrafts      = "grafts"       // a tag → []api.Graft
+	askReplay      = "replay"       // a tag: from now on sluice-agent may come → its token
 	askAnnounce    = "announce"     // announcement
 	askStats       = "stats"        // → api.Stats
 )
@@ -26,11 +27,6 @@ const (
 type shareOrder struct {
 	Spec api.ShareSpec
 	Root *graftOrder
-}
-
-// shareAdded is what the keeper has to know of a new share.
-type shareAdded struct {
-	Token string // for sluice-agent
 }
 
 // graftOrder asks for a graft.
