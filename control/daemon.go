@@ -26,7 +26,8 @@ type Daemon interface {
 	RemoveGraft(ctx context.Context, tag, path string) error
 
 	// Events calls send with each event of a share after the one with ID since (0: from now on), EventHello first, until ctx ends
-	// or send fails. Events too long ago to be there are told as one EventRescan.
+	// or send fails, which it returns, or until the share is removed (nil). Events too long ago to be there are told as one
+	// EventRescan of "/" with the ID of the latest. send may wait for a slow client, so nothing is to be locked around it.
 	Events(ctx context.Context, tag string, since uint64, send func(api.Event) error) error
 	Stats(ctx context.Context) (api.Stats, error)
 }

@@ -31,6 +31,7 @@ func getEvents(c *call) error {
 	defer stop()
 
 	s := newEventStream(c.w, c.server.limits.event, cancel)
+	defer s.end() // the answer is not to be written to later, even if the daemon panics
 	err = c.server.cfg.Daemon.Events(ctx, c.tag, since, s.send)
 	begun := s.end()
 	switch {

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -30,9 +31,8 @@ type Listener struct {
 
 // Path creates a Unix socket at path and listens on it. PATH.pid is locked first, so that of two daemons on one path the
 // second fails; a socket that a dead one left behind is replaced, anything else there is left alone. Only the daemon's
-// user may connect, and with group != "" the members of that group.
-//
-// It changes the umask of the whole process for the length of the bind, so nothing else may be creating files yet.
+// user may connect, and with group != "" the members of that group. The umask, which is the whole process's, has no say in
+// it and is left alone: sockets may be created while other goroutines create files.
 func Path(path, group string) (*Listener, error) {
 	gid := -1
 	if group != "" {
@@ -71,29 +71,36 @@ func (l *Listener) bind(path string, gid int) error {
 		}
 	}
 
-	mask := 0o077
-	if gid >= 0 {
-		mask = 0o007
-	}
 	name := path
 	if strings.HasPrefix(name, "@") {
 		name = "./" + name // net would take it for an abstract address
 	}
-	old := unix.Umask(mask)
-	ln, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: name})
-	unix.Umask(old)
+	// The mode of a socket that is not bound is what bind(2) gives the file, less the umask: nobody else ever can connect.
+	config := net.ListenConfig{Control: func(_, _ string, conn syscall.RawConn) error {
+		var err error
+		if ctlErr := conn.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); ctlErr != nil {
+			return ctlErr
+		}
+		return err
+	}}
+	ln, err := config.Listen(context.Background(), "unix", name)
 	if err != nil {
 		return fmt.Errorf("create the socket: %w", err)
 	}
-	ln.SetUnlinkOnClose(false) // it may be another's by then
-	l.ln = ln
+	l.ln = ln.(*net.UnixListener)
+	l.ln.SetUnlinkOnClose(false) // it may be another's by then
 	if l.socket, err = identify(path); err != nil {
 		return fmt.Errorf("look at the new socket: %w", err)
 	}
+	mode := os.FileMode(0o600)
 	if gid >= 0 {
+		mode = 0o660
 		if err := os.Lchown(path, -1, gid); err != nil {
 			return fmt.Errorf("give the socket to its group: %w", err)
 		}
+	}
+	if err := os.Chmod(path, mode); err != nil {
+		return fmt.Errorf("open the socket to those who may connect: %w", err)
 	}
 	return nil
 }

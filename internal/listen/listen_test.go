@@ -118,12 +118,23 @@ func TestPathAcceptsInTurn(t *testing.T) {
 	}
 }
 
-func TestPathRestoresUmask(t *testing.T) {
-	defer unix.Umask(unix.Umask(0o027))
-	path := filepath.Join(t.TempDir(), "s")
-	open(t, path)
-	if got := unix.Umask(0o027); got != 0o027 {
-		t.Errorf("umask is %#o, want 0027", got)
+// TestPathWhateverTheUmask: it decides nothing, and is the same after as before.
+func TestPathWhateverTheUmask(t *testing.T) {
+	for _, mask := range []int{0, 0o027, 0o777} {
+		path := filepath.Join(t.TempDir(), "s")
+		old := unix.Umask(mask)
+		l, err := Path(path, "")
+		got := unix.Umask(old)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		if got != mask {
+			t.Errorf("umask is %#o, want %#o", got, mask)
+		}
+		if info, err := os.Lstat(path); err != nil || info.Mode() != os.ModeSocket|0o600 {
+			t.Errorf("umask %#o: the socket is %v, %v", mask, info.Mode(), err)
+		}
 	}
 }
 
@@ -236,8 +247,8 @@ func TestPathGroup(t *testing.T) {
 	if err := unix.Lstat(path, &st); err != nil {
 		t.Fatal(err)
 	}
-	if st.Mode&0o777 != 0o770 || int(st.Gid) != gid {
-		t.Errorf("the socket has mode %#o and group %d, want 0770 and %d", st.Mode&0o777, st.Gid, gid)
+	if st.Mode&0o777 != 0o660 || int(st.Gid) != gid {
+		t.Errorf("the socket has mode %#o and group %d, want 0660 and %d", st.Mode&0o777, st.Gid, gid)
 	}
 }
 
