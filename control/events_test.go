@@ -75,10 +75,11 @@ func TestEventsStream(t *testing.T) {
 }
 
 func TestEventsEndWithTheShare(t *testing.T) {
-	r := newRig(t, nil)
+	r := newRig(t, func(_ *Config, lim *limits) { lim.event = 100 * time.Millisecond })
 	r.addShare("data")
 	next, resp := events(t, r.client, "/v1/shares/data/events")
 	next()
+	time.Sleep(150 * time.Millisecond) // the time for hello is over, and must not be that of the end
 	r.expect("DELETE", "/v1/shares/data", "", 204, nil)
 	if rest, err := io.ReadAll(resp.Body); err != nil || len(rest) != 0 {
 		t.Errorf("the stream ends with %q, %v", rest, err)

@@ -29,10 +29,7 @@ func (p *program) completing(cmd *cobra.Command, f func(context.Context, *client
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
 	defer c.Close()
-	words, err := f(ctx, c)
-	if err != nil {
-		return nil, cobra.ShellCompDirectiveNoFileComp
-	}
+	words, _ := f(ctx, c)
 	return slices.DeleteFunc(words, func(w string) bool {
 		word, _, _ := strings.Cut(w, "\t")
 		return strings.ContainsFunc(word, func(r rune) bool { return !unicode.IsPrint(r) })

@@ -32,14 +32,14 @@ sluicectl events data --json | jq -r 'select(.kind == "create").path'`,
 				case e.Kind == api.EventHello:
 					return nil
 				}
-				_, err := fmt.Fprintln(p.out, fit(eventText(&e), p.width()))
+				_, err := fmt.Fprintln(p.out, eventText(&e)) // whole: a path that is cut is none
 				return err
 			})
 			switch {
 			case errors.Is(err, context.Canceled):
 				return nil // which is how it ends
 			case err != nil:
-				return err
+				return advise(err, api.CodeNotFound, hintShares)
 			}
 			return api.Errorf(api.CodeNotFound, "the events of %s have ended: the share was removed, or sluiced is ending", name(tag))
 		}))

@@ -35,7 +35,7 @@ sluicectl graft add data /models /srv/models-2 --ro --replace`,
 			}
 			return p.ask(cmd, "add "+name(spec.Path)+" to "+name(tag), func(ctx context.Context, c *client.Client) error {
 				g, err := c.AddGraft(ctx, tag, spec, replace)
-				return p.writeGraft(tag, g, err)
+				return p.writeGraft(tag, g, advise(err, api.CodeExists, "give --replace to exchange it"))
 			})
 		}))
 	cmd.ValidArgsFunction = func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
@@ -82,7 +82,7 @@ sluicectl graft set data /models --ro=false --max-bytes 20G`,
 			}
 			return p.ask(cmd, "change "+name(spec.Path)+" in "+name(tag), func(ctx context.Context, c *client.Client) error {
 				g, err := c.ChangeGraft(ctx, tag, spec.Path, change)
-				return p.writeGraft(tag, g, err)
+				return p.writeGraft(tag, g, advise(err, api.CodeNotFound, hintGrafts))
 			})
 		}))
 	cmd.ValidArgsFunction = p.completeGraft
@@ -100,7 +100,7 @@ sluicectl graft rm data /models`,
 				return usage(cmd, "%w", err)
 			}
 			return p.ask(cmd, "remove "+name(g.Path)+" from "+name(tag), func(ctx context.Context, c *client.Client) error {
-				return c.RemoveGraft(ctx, tag, g.Path)
+				return advise(c.RemoveGraft(ctx, tag, g.Path), api.CodeNotFound, hintGrafts)
 			})
 		}))
 	cmd.ValidArgsFunction = p.completeGraft
@@ -118,7 +118,7 @@ sluicectl graft ls data --json`,
 				grafts, err := c.Grafts(ctx, tag)
 				switch {
 				case err != nil:
-					return err
+					return advise(err, api.CodeNotFound, hintShares)
 				case p.json:
 					return encode(p.out, grafts)
 				}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/sluicefs/sluice/control/api"
+	"github.com/sluicefs/sluice/control/client"
 	"github.com/sluicefs/sluice/control/controltest"
 )
 
@@ -291,6 +292,11 @@ func TestSockets(t *testing.T) {
 		if got := strings.Join(p.sockets(), " "); got != tt.expect {
 			t.Errorf("%+v: %q", tt, got)
 		}
+	}
+	p := program{uid: 1000, getenv: func(name string) string { return map[string]string{"XDG_RUNTIME_DIR": "/run/user/1000"}[name] }}
+	const want = "sluiced is not running at /run/sluice/control.sock or /run/user/1000/sluice/control.sock: start it with --control-socket, or give --socket"
+	if got := p.explain(&client.UnreachableError{Socket: systemSocket, Err: os.ErrNotExist}); got != want {
+		t.Errorf("%q, want %q", got, want)
 	}
 }
 

@@ -163,6 +163,21 @@ func (p *program) ask(cmd *cobra.Command, what string, f func(context.Context, *
 	return p.waiting(what, func() error { return f(cmd.Context(), c) })
 }
 
+// advise gives an answer with this code a hint in the words of our options.
+func advise(err error, code, hint string) error {
+	var e *api.Error
+	if !errors.As(err, &e) || e.Code != code {
+		return err
+	}
+	return &api.Error{Code: e.Code, Message: e.Message, Hint: hint}
+}
+
+// Hints at where to find what was not found.
+const (
+	hintShares = "sluicectl share ls lists those there are"
+	hintGrafts = "sluicectl status lists the shares there are, and sluicectl graft ls the grafts of one"
+)
+
 // patience is how long a call takes before it is told of.
 const patience = time.Second
 

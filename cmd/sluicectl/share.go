@@ -77,7 +77,9 @@ sluicectl share rm data
 sluicectl share rm data --force`,
 		tagged(func(cmd *cobra.Command, tag string, _ []string) error {
 			return p.ask(cmd, "remove the share "+name(tag), func(ctx context.Context, c *client.Client) error {
-				return c.RemoveShare(ctx, tag, force)
+				err := c.RemoveShare(ctx, tag, force)
+				err = advise(err, api.CodeBusy, "disconnect it, or give --force")
+				return advise(err, api.CodeNotFound, hintShares)
 			})
 		}))
 	cmd.ValidArgsFunction = p.completeTag

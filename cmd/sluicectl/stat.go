@@ -95,7 +95,7 @@ func (p *program) sample(ctx context.Context, c *client.Client, tags []string) (
 	}
 	for _, tag := range tags {
 		if !slices.ContainsFunc(stats.Shares, func(s api.ShareStats) bool { return s.Tag == tag }) {
-			return nil, &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("no share %q", tag), Hint: "sluicectl share ls lists those there are"}
+			return nil, &api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("no share %q", tag), Hint: hintShares}
 		}
 	}
 	if len(tags) > 0 {

@@ -214,8 +214,9 @@ func TestContext(t *testing.T) {
 		result <- err
 	}()
 	cancel()
-	if err := <-result; !errors.Is(err, context.Canceled) {
-		t.Errorf("%v, want context.Canceled", err)
+	err := <-result
+	if e := (*client.UnreachableError)(nil); !errors.Is(err, context.Canceled) || errors.As(err, &e) {
+		t.Errorf("%v, want context.Canceled and nothing else", err)
 	}
 }
 
@@ -309,7 +310,7 @@ func TestForeign(t *testing.T) {
 		{"no answer", func(http.ResponseWriter) { panic(http.ErrAbortHandler) }, "went away before it had answered", true},
 		{"an endless error", func(w http.ResponseWriter) {
 			w.WriteHeader(500)
-			for range 1 << 10 {
+			for {
 				if _, err := w.Write(make([]byte, 1<<10)); err != nil {
 					return
 				}
