@@ -1,7 +1,7 @@
 package fsbackend
 
-// Statser says what it holds, for people who watch. Stats may be called at any time before Close, from any thread; it does
-// not sleep and holds up no other call.
+// Statser says what it holds, for people who watch. Stats may be called at any time, during Close and after it too, from any
+// thread; it does not sleep and holds up no other call.
 type Statser interface {
 	Stats() Stats
 }

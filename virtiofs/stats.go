@@ -36,7 +36,7 @@ type QueueStats struct {
 	Notifications uint64
 }
 
-// Stats returns the present values. It may be called from any thread until Close, and holds up no request: each queue's lock
+// Stats returns the present values. It may be called from any thread at any time, and holds up no request: each queue's lock
 // is taken for a few instructions.
 func (d *Device) Stats() Stats {
 	s := Stats{

@@ -82,6 +82,19 @@ func TestStatsOfLocks(t *testing.T) {
 	}
 }
 
+func TestStatsAfterClose(t *testing.T) {
+	fs, err := New(Config{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := fs.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s := fs.Stats(); s.FDs.Open != 0 || s.FDs.Lock != 0 {
+		t.Errorf("%+v after Close", s)
+	}
+}
+
 // Gauges are read while nodes come and go. They may be behind, but never below what is there all the time.
 func TestStatsRace(t *testing.T) {
 	each(t, func(t *testing.T, cfg Config) {
