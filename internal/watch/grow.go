@@ -48,13 +48,13 @@ func (t *tracker) visit(n *node, tell bool) []*node {
 	}
 	dir := os.NewFile(uintptr(fd), fmt.Sprintf("/proc/self/fd/%d", fd))
 	defer dir.Close()
-	wd, err := t.src.watch(fd)
+	wd, err := t.src.watch(fd, treeMask)
 	if err != nil {
 		t.unwatchable(n, err)
 		return nil
 	}
-	if known := t.wds[wd]; known != nil {
-		if t.isAt(known, fd) {
+	if known := t.wds[wd]; known != nil || wd == t.above {
+		if wd == t.above || t.isAt(known, fd) {
 			// Two places of one directory, by a bind mount; it is told of at the first.
 			t.beyond(noAccess, n, "", true)
 			return nil

@@ -9,14 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mask is what is asked of each directory. IN_EXCL_UNLINK: a file that is open and gone has no name to tell.
-const mask = unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_MODIFY | unix.IN_CLOSE_WRITE |
+// treeMask is what is asked of each directory. IN_EXCL_UNLINK: a file that is open and gone has no name to tell.
+const treeMask = unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_MODIFY | unix.IN_CLOSE_WRITE |
 	unix.IN_ATTRIB | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ONLYDIR | unix.IN_EXCL_UNLINK
+
+// aboveMask is what is asked of the directory that the tree has its name in.
+const aboveMask = unix.IN_CREATE | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_MOVED_TO | unix.IN_ONLYDIR
 
 // source is where records come from: inotify, or a test.
 type source interface {
 	// watch adds the directory fd. A directory that is watched already gives the watch descriptor it has.
-	watch(fd int) (int32, error)
+	watch(fd int, mask uint32) (int32, error)
 	unwatch(wd int32)
 	// read waits for records until the deadline, and then says os.ErrDeadlineExceeded.
 	read(b []byte) (int, error)
@@ -42,7 +45,7 @@ func newInotify() (source, error) {
 }
 
 // watch goes by /proc/self/fd: it is this directory that is watched, whatever has its path now.
-func (i *inotify) watch(fd int) (int32, error) {
+func (i *inotify) watch(fd int, mask uint32) (int32, error) {
 	wd, err := unix.InotifyAddWatch(i.fd, fmt.Sprintf("/proc/self/fd/%d", fd), mask)
 	if err != nil {
 		return -1, err

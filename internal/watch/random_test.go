@@ -104,9 +104,24 @@ func TestRandom(t *testing.T) {
 					}
 				}
 				if !maps.Equal(got, truth.tree) {
-					t.Fatalf("round %d, %+v:\nmirror %q\ntree   %q\nevents %q", round, r.w.Stats(), got, truth.tree, texts(r.evs)[max(0, len(r.evs)-60):])
+					t.Fatalf("round %d, %+v:\n%s\nevents %q", round, r.w.Stats(), difference(got, truth.tree), texts(r.evs)[max(0, len(r.evs)-60):])
 				}
 			}
 		})
 	}
+}
+
+func difference(got, want map[string]string) string {
+	var s strings.Builder
+	for p, c := range want {
+		if got[p] != c {
+			fmt.Fprintf(&s, "%s is %q, the mirror has %q\n", p, c, got[p])
+		}
+	}
+	for p, c := range got {
+		if _, ok := want[p]; !ok {
+			fmt.Fprintf(&s, "%s is not there, the mirror has %q\n", p, c)
+		}
+	}
+	return s.String()
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -46,6 +47,7 @@ type tracker struct {
 	root    *node
 	rootFD  int // O_PATH; -1
 	wds     map[int32]*node
+	above   int32 // watch of the directory that the tree has its name in; -1
 	bytes   int64
 	moves   []*move
 	writing list.List  // of *writing, by due
@@ -111,18 +113,18 @@ func (t *tracker) open(ctx context.Context) error {
 	t.ctx = ctx
 	t.close()
 	begun := time.Now()
-	fd, err := unix.Open(t.cfg.Dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
 	src, err := t.newSrc()
 	if err != nil {
-		unix.Close(fd)
 		return err
 	}
 	t.srcMu.Lock()
-	t.rootFD, t.src = fd, src
+	t.src = src
 	t.srcMu.Unlock()
+	t.watchAbove()
+	if t.rootFD, err = unix.Open(t.cfg.Dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+		t.close()
+		return err
+	}
 	t.root = &node{wd: -1}
 	t.wds = make(map[int32]*node)
 	t.bytes = 0
@@ -138,15 +140,36 @@ func (t *tracker) open(ctx context.Context) error {
 	return nil
 }
 
+// watchAbove watches the name of the tree. That the tree itself is removed the kernel does not say while somebody has it open,
+// as who serves it has.
+func (t *tracker) watchAbove() {
+	t.above = -1
+	path := filepath.Clean(t.cfg.Dir)
+	if filepath.Dir(path) == path {
+		return
+	}
+	fd, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if wd, err := t.src.watch(fd, aboveMask); err == nil {
+		t.above = wd
+	}
+}
+
 // close lets go of the tree and of what is known of it.
 func (t *tracker) close() {
 	t.srcMu.Lock()
 	if t.src != nil {
 		_ = t.src.close()
-		unix.Close(t.rootFD)
 	}
-	t.src, t.rootFD = nil, -1
+	t.src = nil
 	t.srcMu.Unlock()
+	if t.rootFD >= 0 {
+		unix.Close(t.rootFD)
+		t.rootFD = -1
+	}
 	for e := t.writing.Front(); e != nil; e = e.Next() {
 		if w := e.Value.(*writing); w.held != nil {
 			t.queue.release(w.held)
@@ -290,6 +313,11 @@ func (t *tracker) handle(r record, now time.Time) {
 		t.lose()
 		return
 	}
+	if r.wd == t.above && r.name == filepath.Base(t.cfg.Dir) {
+		t.queue.rescan("/")
+		t.lose()
+		return
+	}
 	n := t.wds[r.wd]
 	if n == nil {
 		return
@@ -301,20 +329,17 @@ func (t *tracker) handle(r record, now time.Time) {
 	if t.cfg.File != "" && r.name != t.cfg.File {
 		return
 	}
-	// What left this place did so before what happens there now.
-	if i := slices.IndexFunc(t.moves, func(m *move) bool { return m.place == place{n, r.name} }); i >= 0 {
-		t.endMove(i)
-	}
+	t.endMoveFrom(place{n, r.name})
 	e := n.entries[r.name]
 	switch {
 	case r.mask&unix.IN_CREATE != 0:
-		t.create(n, r.name, now)
+		t.create(n, r.name, r.mask&unix.IN_ISDIR != 0, now)
 	case r.mask&unix.IN_MOVED_FROM != 0:
 		if e != nil {
 			t.moveFrom(&move{place: place{n, r.name}, cookie: r.cookie, entry: e, due: now.Add(moveHold)})
 		}
 	case r.mask&unix.IN_MOVED_TO != 0:
-		t.moveTo(place{n, r.name}, r.cookie, now)
+		t.moveTo(place{n, r.name}, r, now)
 	case r.mask&unix.IN_DELETE != 0:
 		if e != nil {
 			t.remove(n, r.name)
@@ -351,10 +376,12 @@ func (t *tracker) handleSelf(n *node, mask uint32) {
 }
 
 // create is IN_CREATE.
-func (t *tracker) create(n *node, name string, now time.Time) {
+func (t *tracker) create(n *node, name string, dir bool, now time.Time) {
 	e := n.entries[name]
 	if e == nil {
-		t.discover(n, name, true, false, now)
+		if !t.discover(n, name, true, false, now) {
+			t.assume(n, name, dir, true, now)
+		}
 		return
 	}
 	// It was found when the directory was listed, and has been told already; if it is another one by now, more is to come.
@@ -367,29 +394,48 @@ func (t *tracker) create(n *node, name string, now time.Time) {
 	}
 }
 
-// discover tells of what is at a place that the reader knows nothing of (fresh), or something else. settled says that its content is complete.
-func (t *tracker) discover(n *node, name string, fresh, settled bool, now time.Time) {
+// discover tells of what is at a place that the reader knows nothing of (fresh), or something else; settled says that its content
+// is complete. It returns false if there is nothing.
+func (t *tracker) discover(n *node, name string, fresh, settled bool, now time.Time) bool {
 	path, ok := n.path(name)
 	if !ok {
 		t.beyond(maxPath, n, "", true)
-		return
+		return true
 	}
 	st, err := statBeneath(t.rootFD, path)
 	if err != nil {
-		// It is gone or in another place already, and an event to come says so.
-		return
+		return false
 	}
 	e := t.admit(n, name, typeOf(st.Mode), st.Size)
 	if e == nil {
-		return
+		return true
 	}
 	if e.typ == regular && !settled && st.Nlink == 1 {
 		t.begin(n, name, e, true, fresh, now)
-		return
+		return true
 	}
 	t.queue.create(path, e.typ == directory, fresh)
 	if e.typ == directory {
 		t.watch(n, name, e, true)
+	}
+	return true
+}
+
+// assume tells of what has been at a place, but no longer is: it, or a directory that it is in, has been renamed since, or it is
+// gone. The events that say so are still to come, and mean nothing without this one.
+func (t *tracker) assume(n *node, name string, dir, fresh bool, now time.Time) {
+	typ := regular
+	if dir {
+		typ = directory
+	}
+	e := t.admit(n, name, typ, 0)
+	switch path, ok := n.path(name); {
+	case e == nil || !ok:
+	case dir:
+		t.queue.create(path, true, fresh)
+		t.doubt(n, name)
+	default:
+		t.begin(n, name, e, true, fresh, now)
 	}
 }
 
@@ -564,6 +610,12 @@ func (t *tracker) drop(e *entry) {
 
 // prune forgets a directory's watch and everything below it.
 func (t *tracker) prune(n *node) {
+	// What left it did so before; later its path may be that of another.
+	for i := len(t.moves) - 1; i >= 0; i-- {
+		if i < len(t.moves) && t.moves[i].dir == n {
+			t.endMove(i)
+		}
+	}
 	if n.wd >= 0 {
 		t.src.unwatch(n.wd)
 		t.forget(n)
@@ -597,17 +649,26 @@ func (t *tracker) endMove(i int) {
 	t.gone(m.place, m.entry)
 }
 
+// endMoveFrom is called before something happens at p: what left it did so before.
+func (t *tracker) endMoveFrom(p place) {
+	if i := slices.IndexFunc(t.moves, func(m *move) bool { return m.place == p }); i >= 0 {
+		t.endMove(i)
+	}
+}
+
 // moveTo is IN_MOVED_TO.
-func (t *tracker) moveTo(to place, cookie uint32, now time.Time) {
+func (t *tracker) moveTo(to place, r record, now time.Time) {
 	old := to.dir.entries[to.name]
-	i := slices.IndexFunc(t.moves, func(m *move) bool { return m.cookie == cookie })
+	i := slices.IndexFunc(t.moves, func(m *move) bool { return m.cookie == r.cookie })
 	if i < 0 {
 		// From outside, or from where it was not told of.
 		if old != nil {
 			delete(to.dir.entries, to.name)
 			t.drop(old)
 		}
-		t.discover(to.dir, to.name, old == nil, true, now)
+		if !t.discover(to.dir, to.name, old == nil, true, now) {
+			t.assume(to.dir, to.name, r.mask&unix.IN_ISDIR != 0, old == nil, now)
+		}
 		return
 	}
 	m := t.moves[i]
@@ -627,28 +688,33 @@ func (t *tracker) moveTo(to place, cookie uint32, now time.Time) {
 		t.doubt(to.dir, to.name)
 		return
 	}
-	t.holdCreates(now)
 	e := m.entry
+	if st, err := statBeneath(t.rootFD, path); err == nil && e.writing != nil && typeOf(st.Mode) == other {
+		// It was only assumed to be a file.
+		e.typ = other
+		t.complete(e.writing)
+	}
+	t.holdCreates(now)
 	if e.typ == directory && !e.watched() && old != nil && old.watched() {
-		// It was found at its new place before the rename was read.
-		t.drop(e)
-	} else {
-		if old != nil {
-			t.drop(old)
-		}
-		if to.dir.entries == nil {
-			to.dir.entries = make(map[string]*entry)
-		}
-		to.dir.entries[to.name] = e
-		if e.dir != nil {
-			e.dir.parent, e.dir.name = to.dir, to.name
-		}
-		if e.writing != nil {
-			e.writing.dir, e.writing.name = to.dir, to.name
-		}
-		if e.typ == directory && !e.watched() {
-			t.doubt(to.dir, to.name)
-		}
+		// It was found at its new place, and told of there, before the rename was read.
+		t.gone(m.place, e)
+		return
+	}
+	if old != nil {
+		t.drop(old)
+	}
+	if to.dir.entries == nil {
+		to.dir.entries = make(map[string]*entry)
+	}
+	to.dir.entries[to.name] = e
+	if e.dir != nil {
+		e.dir.parent, e.dir.name = to.dir, to.name
+	}
+	if e.writing != nil {
+		e.writing.dir, e.writing.name = to.dir, to.name
+	}
+	if e.typ == directory && !e.watched() {
+		t.doubt(to.dir, to.name)
 	}
 	t.queue.rename(from, path, e.typ == directory, now)
 	// Two that were exchanged are told as two renames, and what is at the first place now is in neither.
@@ -699,6 +765,7 @@ func (t *tracker) settleDoubt(p place) {
 	if !ok {
 		return
 	}
+	t.endMoveFrom(p)
 	e := p.dir.entries[p.name]
 	st, err := statBeneath(t.rootFD, path)
 	switch {

@@ -16,8 +16,8 @@
 // # What is not told
 //
 // inotify knows nothing of writes through a shared mapping, and does not say who made a change: what a guest does through the
-// daemon comes back as an event, and who replays events has to ignore what the guest knows already. An ancestor of the tree that is
-// renamed goes unnoticed; the tree is watched on. Symbolic links are told of and not followed.
+// daemon comes back as an event, and who replays events has to ignore what the guest knows already. A directory above the tree's parent
+// that is renamed goes unnoticed; the tree is watched on. Symbolic links are told of and not followed.
 package watch
 
 import (
