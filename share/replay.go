@@ -429,7 +429,7 @@ func (r *replay) gone(c *fsbackend.Context, a *armed, out *fuseproto.EntryOut) {
 	if i, ok := r.knows(a.from, 0); ok && r.lend(c, i, out) {
 		return
 	}
-	number := ghostBase | (1 + r.ghosts.Add(1))&numberMask
+	number := ghostBase | (1+r.ghosts.Add(1))&numberMask
 	mode := uint32(unix.S_IFREG | 0o644)
 	if a.event.Dir {
 		mode = unix.S_IFDIR | 0o755
@@ -498,42 +498,49 @@ func (r *replay) lookupReplaced(c *fsbackend.Context, a *armed, out *fuseproto.E
 	return unix.ENOENT
 }
 
-// make answers what makes name in the directory parent with the file of that type that the host has made.
+// make answers what makes name in the directory parent.
 func (r *replay) make(c *fsbackend.Context, parent uint64, name fsbackend.Name, typ uint32, out *fuseproto.EntryOut) (errno Errno, ok bool) {
+	a, ok := r.change(c)
+	if !ok {
+		return 0, false
+	}
+	return r.made(c, &a, parent, name, typ, out), true
+}
+
+// made answers with the file of that type that the host has made.
+func (r *replay) made(c *fsbackend.Context, a *armed, parent uint64, name fsbackend.Name, typ uint32, out *fuseproto.EntryOut) Errno {
+	if a.event.Kind != ReplayCreate || !a.from.is(parent, name) {
+		return ReplayRefused
+	}
+	errno := r.share.find(c, parent, name, out)
+	switch {
+	case errno != fsbackend.OK:
+		return errno
+	case out.NodeId == 0:
+		return unix.ENOENT
+	case out.Mode&unix.S_IFMT != typ&unix.S_IFMT:
+		r.share.Forget(out.NodeId, 1)
+		*out = fuseproto.EntryOut{}
+		return ReplayRefused
+	}
+	r.learn(parent, name, out)
+	r.done(c, a)
+	return fsbackend.OK
+}
+
+// create is CREATE. A guest that writes back its cache does so through any handle for writing: there none may be dead.
+func (r *replay) create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbackend.Name, out *fuseproto.CreateOut) (errno Errno, ok bool) {
 	a, ok := r.change(c)
 	switch {
 	case !ok:
 		return 0, false
-	case a.event.Kind != ReplayCreate || !a.from.is(parent, name):
+	case in.Flags&unix.O_EXCL == 0 || r.share.writeback.Load():
 		return ReplayRefused, true
 	}
-	errno = r.share.find(c, parent, name, out)
-	switch {
-	case errno != fsbackend.OK:
-		return errno, true
-	case out.NodeId == 0:
-		return unix.ENOENT, true
-	case out.Mode&unix.S_IFMT != typ&unix.S_IFMT:
-		r.share.Forget(out.NodeId, 1)
-		*out = fuseproto.EntryOut{}
-		return ReplayRefused, true
-	}
-	r.learn(parent, name, out)
-	r.done(c, &a)
-	return fsbackend.OK, true
-}
-
-// create is CREATE. Where the guest writes back its cache it does so through any handle for writing, so there none can be dead.
-func (r *replay) create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbackend.Name, out *fuseproto.CreateOut) (errno Errno, ok bool) {
-	if in.Flags&unix.O_EXCL == 0 || r.share.writeback.Load() {
-		_, ok = r.change(c)
-		return ReplayRefused, ok
-	}
-	errno, ok = r.make(c, in.NodeId, name, unix.S_IFREG, &out.EntryOut)
-	if ok && errno == fsbackend.OK {
+	if errno = r.made(c, &a, in.NodeId, name, unix.S_IFREG, &out.EntryOut); errno == fsbackend.OK {
 		out.Fh = deadHandle
 	}
-	return errno, ok
+	return errno, true
 }
 
 // mknod is MKNOD.
