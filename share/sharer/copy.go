@@ -209,12 +209,13 @@ func (c *copies) syncData(ctx context.Context, source, guest string, v *volume) 
 	if !strings.HasPrefix(data, "..") || filepath.Base(data) != data || data == ".." || data == dataLink {
 		return fmt.Errorf("%s of volume %s is a link to %q: expected the name of a directory beside it that begins with two dots", dataLink, source, data)
 	}
+	// It is in the guest, in part or whole, but nothing names it yet.
+	v.old[data] = true
 	if err := c.tree(ctx, filepath.Join(source, data), path.Join(guest, data)); err != nil {
 		return err
 	}
 	// If it was taken away meanwhile, not all of it may have been seen.
 	if now, err := os.Readlink(filepath.Join(source, dataLink)); err != nil || now != data {
-		v.old[data] = true
 		return errors.Join(errChanging, err)
 	}
 	if err := c.agent.Symlink(ctx, data, path.Join(guest, dataLink)); err != nil {

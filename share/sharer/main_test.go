@@ -66,6 +66,19 @@ func inPrivateMounts(t *testing.T) bool {
 	return false
 }
 
+// mountAt mounts something until the test ends.
+func mountAt(t *testing.T, source, target, fstype string, flags uintptr, data string) {
+	t.Helper()
+	if err := unix.Mount(source, target, fstype, flags, data); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := (linux{}).unmount(target); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // errInjected is what a step that is made to fail says.
 var errInjected = errors.New("injected failure")
 

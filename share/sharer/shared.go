@@ -79,7 +79,7 @@ type journal struct {
 
 // writeJournal records what is shared.
 func (s *Sandbox) writeJournal() error {
-	content, err := json.Marshal(journal{Version: 1, Sandbox: s.config.ID, Shared: s.shared})
+	content, err := json.Marshal(journal{Version: 1, Sandbox: s.config.ID, Shared: append([]*shared{}, s.shared...)})
 	if err != nil {
 		return err
 	}
