@@ -137,7 +137,7 @@ func (r *report) slice(n *node, v reflect.Value, at, header string) {
 
 // number sets v, of which only the range can be wrong.
 func (r *report) number(n *node, v reflect.Value, at string) {
-	i, err := strconv.ParseInt(strings.TrimPrefix(n.text, "+"), 0, 64)
+	i, err := strconv.ParseInt(n.text, 0, 64)
 	switch {
 	case err != nil:
 		r.at(n.line, at, "%s: expected a whole number of 64 bits", err)

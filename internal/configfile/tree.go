@@ -83,13 +83,9 @@ func (t *tree) header(e *unstable.Node) *node {
 			key = join(key, name)
 		}
 		at = at.entry(name, line)
-		last := it.IsLast()
-		switch {
-		case last && e.Kind == unstable.ArrayTable:
+		if it.IsLast() && e.Kind == unstable.ArrayTable {
 			at.kind = unstable.Array
 			at.items = append(at.items, &node{kind: unstable.InlineTable, line: line})
-		case last:
-			at.kind, at.line = unstable.InlineTable, line
 		}
 		if n := len(at.items); n > 0 {
 			at = at.items[n-1]
