@@ -76,24 +76,21 @@ func (l *line) send(f *frame, files []*os.File) error {
 	if len(data) > MaxFrame {
 		return fmt.Errorf("a message of %d bytes: expected at most %d", len(data), MaxFrame)
 	}
-	var fds []int
-	for _, f := range files {
-		fds = append(fds, int(f.Fd()))
-	}
-	var rights []byte
-	if len(fds) > 0 {
-		rights = unix.UnixRights(fds...)
-	}
-	header := binary.NativeEndian.AppendUint32(nil, uint32(len(data)))
+	data = append(binary.NativeEndian.AppendUint32(nil, uint32(len(data))), data...)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	n, _, err := l.conn.WriteMsgUnix(header, rights, nil)
-	if err == nil && n < headerSize {
-		_, err = l.conn.Write(header[n:])
+	if len(files) > 0 {
+		var fds []int
+		for _, f := range files {
+			fds = append(fds, int(f.Fd()))
+		}
+		n, _, err := l.conn.WriteMsgUnix(data[:headerSize], unix.UnixRights(fds...), nil)
+		if err != nil {
+			return err
+		}
+		data = data[n:]
 	}
-	if err == nil {
-		_, err = l.conn.Write(data)
-	}
+	_, err = l.conn.Write(data) // the server may make no other call
 	return err
 }
 
