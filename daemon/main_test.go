@@ -16,6 +16,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/sluicefs/sluice/internal/config"
+	"github.com/sluicefs/sluice/virtiofs"
 )
 
 // TestMain makes the test binary a sluiced with a fakeServer when a script runs it by that name.
@@ -54,6 +55,9 @@ func newFakeServer(cfg config.Config, _ *tree, log *slog.Logger) (server, error)
 	log.Debug("serving", "max-fds", cfg.Share.MaxFDs, "max-inodes", cfg.Share.MaxInodes)
 	return fakeServer{log}, nil
 }
+
+// Stats implements server.
+func (s fakeServer) Stats() virtiofs.Stats { return virtiofs.Stats{} }
 
 // Serve ends in good order with the connection, in an error after "break" and "gone", and never after "hang"; "create" makes a file.
 func (s fakeServer) Serve(ctx context.Context, conn *net.UnixConn) error {
