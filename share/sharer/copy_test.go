@@ -420,9 +420,14 @@ func TestOverflow(t *testing.T) {
 	root := t.TempDir()
 	s, g := copying(t, Config{KubeletRoot: root})
 	vol := newConfigMap(t, root, k8sConfigMap, "vol", map[string]string{"a": "1"})
+	other := newConfigMap(t, root, k8sConfigMap, "other", map[string]string{"a": "1"})
 	watching(t, s)
 	f := mustShare(t, s, "c", &Mount{Source: vol.dir, Destination: "/etc/config"})
+	fOther := mustShare(t, s, "c", &Mount{Source: other.dir, Destination: "/etc/other"})
 	g.until(t, "the copy", g.has(f.GuestPath, map[string]string{"a": "1"}))
+	// Once this arrives, the other volume is watched.
+	other.update(map[string]string{"a": "2"})
+	g.until(t, "the copy", g.has(fOther.GuestPath, map[string]string{"a": "2"}))
 
 	// While a call of the agent hangs nobody reads the queue.
 	hold := make(chan struct{})
@@ -442,12 +447,12 @@ func TestOverflow(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	vol.update(map[string]string{"a": "3"})
+	other.update(map[string]string{"a": "3"}) // which nobody is told
 	g.mu.Lock()
 	g.hold = nil
 	g.mu.Unlock()
 	close(hold)
-	g.until(t, "what was lost", g.has(f.GuestPath, map[string]string{"a": "3"}))
+	g.until(t, "what was lost", g.has(fOther.GuestPath, map[string]string{"a": "3"}))
 	g.until(t, "a rescan", func() bool { return s.rescans.Load() > 0 })
 }
 
@@ -470,6 +475,11 @@ func TestWatchOnce(t *testing.T) {
 	began := time.Now()
 	for range 2 {
 		s.StopFileEventWatcher(t.Context())
+		s.watch.mu.Lock()
+		if s.watch.cancel != nil {
+			t.Error("it still runs")
+		}
+		s.watch.mu.Unlock()
 	}
 	if err := <-first; err != nil || time.Since(began) > time.Second {
 		t.Errorf("stopped after %v: %v", time.Since(began), err)

@@ -208,10 +208,9 @@ func (g *grafts) follow(ctx context.Context) error {
 	wait := followWait
 	for {
 		err := g.daemon.Events(ctx, g.tag, since, func(e api.Event) error {
-			wait = followWait
 			switch e.Kind {
 			case api.EventHello:
-				return nil
+				return nil // a daemon that says no more than this is not asked more often
 			case api.EventLimit:
 				g.s.watchLimited.Add(1)
 				g.s.log.Warn("volume is above a limit: its content stays current, but changes are not told as events", "path", e.Path)
@@ -219,7 +218,7 @@ func (g *grafts) follow(ctx context.Context) error {
 				g.s.rescans.Add(1)
 			}
 			g.s.events.Add(1)
-			since = e.ID
+			since, wait = e.ID, followWait
 			return nil
 		})
 		if ctx.Err() != nil {

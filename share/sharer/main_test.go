@@ -26,7 +26,7 @@ import (
 )
 
 var (
-	_ Grafter = (control.Daemon)(nil)
+	_ Grafter = control.Daemon(nil)
 	_ Grafter = (*client.Client)(nil)
 )
 

@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/control/client"
 	"github.com/sluicefs/sluice/control/controltest"
@@ -56,18 +58,32 @@ func TestLifecycle(t *testing.T) {
 		"grafts": func(t *testing.T) Backend { return Grafts{Daemon: newDaemon(t), Tag: guestTag} },
 		"copy":   func(t *testing.T) Backend { return Copy{Agent: newGuest(t)} },
 	} {
-		t.Run(name, func(t *testing.T) { lifecycle(t, backend(t)) })
+		t.Run(name, func(t *testing.T) { lifecycle(t, backend(t), t.TempDir()) })
 	}
 }
 
 func TestLifecycleWithBindMounts(t *testing.T) {
-	if inPrivateMounts(t) {
-		lifecycle(t, BindMounts{})
+	if !inPrivateMounts(t) {
+		return
+	}
+	lifecycle(t, BindMounts{}, t.TempDir())
+	// As on most hosts, where all mounts propagate.
+	propagates := t.TempDir()
+	mountAt(t, "none", propagates, "tmpfs", 0, "")
+	if err := (linux{}).mount("none", propagates, unix.MS_SHARED); err != nil {
+		t.Fatal(err)
+	}
+	lifecycle(t, BindMounts{}, filepath.Join(propagates, "sandboxes"))
+	if left := mountsBelow(t, propagates); len(left) != 1 {
+		t.Errorf("mounts %v", left)
 	}
 }
 
-func lifecycle(t *testing.T, b Backend) {
-	dir, host := stage(t), t.TempDir()
+func lifecycle(t *testing.T, b Backend, host string) {
+	dir := stage(t)
+	if err := os.MkdirAll(host, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	s := newTestSandbox(t, Config{Backend: b, HostDir: host, SandboxBindMounts: []string{filepath.Join(dir, "certs")}}, linux{})
 	ctx := t.Context()
 	m := Mount{Source: filepath.Join(dir, "data"), Destination: "/data"}
@@ -90,6 +106,11 @@ func lifecycle(t *testing.T, b Backend) {
 		}
 		if ready == nothing {
 			t.Error("Prepare does nothing")
+		}
+		if _, ok := b.(BindMounts); ok {
+			if got, err := os.ReadFile(filepath.Join(host, "pod1/shared/sandbox-mounts/certs/ca")); err != nil || string(got) != "ca" {
+				t.Errorf("the daemon sees %q, %v", got, err)
+			}
 		}
 		first := mustShare(t, s, "c", &m)
 		shared := state()
@@ -426,8 +447,12 @@ func TestRecordLost(t *testing.T) {
 	for name, lose := range map[string]func(string) error{
 		"gone":    os.Remove,
 		"garbled": func(name string) error { return os.WriteFile(name, []byte(`{"version":1,`), 0o600) },
-		"other":   func(name string) error { return os.WriteFile(name, []byte(`{"version":1,"sandbox":"x","shared":[null]}`), 0o600) },
-		"null":    func(name string) error { return os.WriteFile(name, []byte(`{"version":1,"sandbox":"pod1","shared":[null,{}]}`), 0o600) },
+		"other": func(name string) error {
+			return os.WriteFile(name, []byte(`{"version":1,"sandbox":"x","shared":[null]}`), 0o600)
+		},
+		"null": func(name string) error {
+			return os.WriteFile(name, []byte(`{"version":1,"sandbox":"pod1","shared":[null,{}]}`), 0o600)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir, host := stage(t), t.TempDir()
