@@ -1,4 +1,4 @@
-# make            build bin/sluiced and bin/sluicectl
+# make            build bin/sluiced, bin/sluicectl and bin/sluice-agent
 # make test       install what is missing, then all checks and tests, those in real guests too
 # make demo       pass files to and from a real guest and compare them
 # make guest SHARE=DIR [GUEST=uml]    a shell in a guest with DIR at /mnt
@@ -21,13 +21,17 @@ GUEST_TESTS := ./test/...
 all: build
 
 # One static file. libseccomp is a C library, so this takes a C compiler; `make build-nocgo` does without both, and without seccomp.
-build: bin/sluiced bin/sluicectl
+build: bin/sluiced bin/sluicectl bin/sluice-agent
 bin/sluiced: FORCE
 	@pkg-config --exists libseccomp || { echo "libseccomp is missing: run 'make setup', or 'make build-nocgo' for a sluiced without seccomp" >&2; exit 1; }
 	CGO_ENABLED=1 $(GO) build -trimpath $(STATIC) -o $@ ./cmd/sluiced
 
 bin/sluicectl: FORCE
 	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/sluicectl
+
+# For guests, which may be small.
+bin/sluice-agent: FORCE
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $@ ./cmd/sluice-agent
 
 build-nocgo:
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/nocgo/ ./cmd/sluiced
