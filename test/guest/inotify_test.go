@@ -303,15 +303,18 @@ func TestInotify(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := tt.cfg
-			cfg.watch = []string{"d", "d/f", "e", "e/w", "e/wd"}
+			cfg.watch = []string{"d", "d/f", "e", "e/w", "e/wd", "e/mv"}
 			w := newWatched(t, cfg, func(w *watched) {
 				w.check(os.MkdirAll(w.path("d/sub/deep"), 0o755))
 				w.check(os.MkdirAll(w.path("e/wd"), 0o755))
 				w.put("e/w", "")
+				w.put("e/mv", "")
 				w.put("d/f", "one")
 				w.put("d/sub/x", "")
 			})
 			w.look("find /mnt >/dev/null; cat /mnt/d/f")
+			fds := func() string { return w.look("ls /proc/$(pidof sluice-agent)/fd | wc -l") }
+			before := fds()
 
 			w.put("d/f", "two")
 			w.expect("modify", func() { w.tell(api.EventModify, "/d/f", "", false) }, "0 MODIFY f", "1 MODIFY .")
@@ -370,6 +373,10 @@ func TestInotify(t *testing.T) {
 			w.expect("rmdir of what is watched", func() { w.tell(api.EventDelete, "/e/wd", "", true) },
 				"4 DELETE_SELF .", "4 IGNORED .", "2 DELETE|ISDIR wd")
 
+			w.check(os.Rename(w.path("e/mv"), w.path("d/mv")))
+			w.expect("move of what is watched", func() { w.tell(api.EventRename, "/e/mv", "/d/mv", false) },
+				"2 MOVED_FROM mv", "0 MOVED_TO mv", "5 MOVE_SELF .")
+
 			// An editor's way: a new file takes the place of the one that is watched.
 			w.put("d/f~", "three")
 			w.check(os.Rename(w.path("d/f~"), w.path("d/f")))
@@ -380,6 +387,9 @@ func TestInotify(t *testing.T) {
 			}
 			if got := w.sh("cat /tmp/agent"); got != "" {
 				t.Errorf("the agent complains: %s", got)
+			}
+			if after := fds(); after != before {
+				t.Errorf("the agent has %s descriptors, and had %s", after, before)
 			}
 		})
 	}
