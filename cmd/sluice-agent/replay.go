@@ -139,10 +139,14 @@ func clean(p string) bool {
 	return path.IsAbs(p) && path.Clean(p) == p && strings.IndexByte(p, 0) < 0 && len(p) < 1<<16
 }
 
-// gone makes errSkip of an error that says that the host has gone on: later events tell of that.
+// gone makes errSkip of an error that says that the host has gone on, and has other files there, or none: later events tell of that.
 func gone(err error) error {
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ESTALE) {
-		return fmt.Errorf("%w: %w", errSkip, err)
+	for _, overtaken := range []unix.Errno{
+		unix.ENOENT, unix.ESTALE, unix.ENOTDIR, unix.EISDIR, unix.ENOTEMPTY, unix.EEXIST, unix.EINVAL, refused,
+	} {
+		if errors.Is(err, overtaken) {
+			return fmt.Errorf("%w: %w", errSkip, err)
+		}
 	}
 	return err
 }

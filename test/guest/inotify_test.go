@@ -2,12 +2,14 @@ package guest_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -682,6 +684,74 @@ func TestInotifyGrafts(t *testing.T) {
 	}, "2 ATTRIB .", "2 DELETE_SELF .", "2 IGNORED .", "3 DELETE single", "3 CREATE single", "3 OPEN single", "3 CLOSE_WRITE single")
 	if got := w.look("cat /mnt/single"); got != "three" {
 		t.Errorf("the guest reads %q", got)
+	}
+	if got := w.sh("cat /tmp/agent"); got != "" {
+		t.Errorf("the agent complains: %s", got)
+	}
+}
+
+// TestInotifyStorm has the host change names faster than the agent can tell of it, and the same in a tree that nobody serves: in
+// the end both are the same, and so is what the guest sees.
+func TestInotifyStorm(t *testing.T) {
+	t.Parallel()
+	w := newWatched(t, watchedConfig{kind: testguest.QEMU, watch: []string{"d", "d/0", "d/1"}}, func(w *watched) {
+		for _, dir := range []string{"d/0", "d/1"} {
+			w.check(os.MkdirAll(w.path(dir), 0o755))
+		}
+	})
+	w.look("ls -lR /mnt")
+	model := filepath.Join(w.scratch, "model")
+	w.check(os.MkdirAll(filepath.Join(model, "0"), 0o755))
+	w.check(os.MkdirAll(filepath.Join(model, "1"), 0o755))
+	rnd := rand.New(rand.NewPCG(3, 4))
+	rounds := size{400, 4000}
+	for i := range rounds.n() {
+		name := func() string { return fmt.Sprintf("%d/%d", rnd.IntN(2), rnd.IntN(6)) }
+		a, b := name(), name()
+		at := func(tree, name string) string { return filepath.Join(tree, name) }
+		info, err := os.Lstat(at(model, a))
+		isDir := err == nil && info.IsDir()
+		change := func(f func(tree string) error) (done bool) {
+			err := f(model)
+			if other := f(w.path("d")); (err == nil) != (other == nil) {
+				t.Fatalf("change %d of %s: %v, and %v where nobody serves it", i, a, other, err)
+			}
+			return err == nil
+		}
+		switch n := rnd.IntN(10); {
+		case err != nil && n < 8:
+			if change(func(tree string) error { return os.WriteFile(at(tree, a), fmt.Append(nil, i), 0o644) }) {
+				w.tell(api.EventCreate, "/d/"+a, "", false)
+			}
+		case err != nil:
+			if change(func(tree string) error { return os.Mkdir(at(tree, a), 0o755) }) {
+				w.tell(api.EventCreate, "/d/"+a, "", true)
+			}
+		case n < 3:
+			if change(func(tree string) error { return os.Remove(at(tree, a)) }) {
+				w.tell(api.EventDelete, "/d/"+a, "", isDir)
+			}
+		case n < 7:
+			if a != b && change(func(tree string) error { return os.Rename(at(tree, a), at(tree, b)) }) {
+				w.tell(api.EventRename, "/d/"+a, "/d/"+b, isDir)
+			}
+		case !isDir:
+			if change(func(tree string) error { return os.WriteFile(at(tree, a), bytes.Repeat(fmt.Append(nil, i), n), 0o644) }) {
+				w.tell(api.EventModify, "/d/"+a, "", false)
+			}
+		}
+		if i%40 == 0 {
+			w.sh("cat $(find /mnt/d -type f) >/dev/null || true") // so that there is something to be mistaken about
+		}
+	}
+	w.happened()
+	want := digest(t, model)
+	if got := digest(t, w.path("d")); got != want {
+		t.Errorf("the host has %s, want %s", got, want)
+	}
+	w.sh("sleep 1.1") // the guest's cache holds no longer
+	if got := w.sh("guestprog sum /mnt/d"); got != want {
+		t.Errorf("the guest has %s, want %s", got, want)
 	}
 	if got := w.sh("cat /tmp/agent"); got != "" {
 		t.Errorf("the agent complains: %s", got)
