@@ -45,5 +45,6 @@
 //	position.go  the tree of positions; lookup.go walks it
 //	madeup.go    directories that no backend has
 //	guard.go     calls that may not hang or panic; session.go Init, Reset, Close
+//	replay.go    answers to a helper in the guest that has inotify fire there
 //	attr.go, dir.go, file.go, names.go, xattr.go    requests by subject, as fuseserver's ops_*.go
 package share

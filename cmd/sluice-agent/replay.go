@@ -139,10 +139,14 @@ func clean(p string) bool {
 	return path.IsAbs(p) && path.Clean(p) == p && strings.IndexByte(p, 0) < 0 && len(p) < 1<<16
 }
 
-// gone makes errSkip of an error that says that the host has gone on: later events tell of that.
+// gone makes errSkip of an error that says that the host has gone on, and has other files there, or none: later events tell of that.
 func gone(err error) error {
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ESTALE) {
-		return fmt.Errorf("%w: %w", errSkip, err)
+	for _, overtaken := range []unix.Errno{
+		unix.ENOENT, unix.ESTALE, unix.ENOTDIR, unix.EISDIR, unix.ENOTEMPTY, unix.EEXIST, unix.EINVAL, refused,
+	} {
+		if errors.Is(err, overtaken) {
+			return fmt.Errorf("%w: %w", errSkip, err)
+		}
 	}
 	return err
 }
@@ -365,10 +369,10 @@ func (r *replayer) rename(e *api.Event, dir int, name string) error {
 		if err := r.arm(toDir, e.ID, "-to"); err != nil {
 			return err
 		}
-		// The kernel may know the new name for the renamed file already, and would have nothing to do. What makes a name exclusively
-		// has it ask the server first, which answers with what was there before; the making itself fails.
+		// A kernel before 6.3 that knows the new name for the renamed file already would have nothing to do. One that is to make a name
+		// asks the server first, which answers with what was there before; the making itself fails.
 		_ = again(func() error { return unix.Mkdirat(toDir, to, 0o700) })
-		// The old name, for a directory, is to be found while no other name of it is locked.
+		// A directory that the kernel knows by its new name gets its old one back here. In the midst of a rename that fails.
 		var st unix.Stat_t
 		if err := again(func() error { return unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW) }); err != nil {
 			return err

@@ -2,12 +2,14 @@ package guest_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -45,11 +47,12 @@ type watchedConfig struct {
 	cache     fuseserver.CachePolicy
 	readOnly  bool // of the graft
 	writeback bool
-	kind      testguest.Kind // UML if empty
-	agent     string         // more options
-	user      bool           // run the agent as an ordinary user
-	reads     string         // file to read at each event
-	watch     []string       // below the mount
+	grafts    func(w *watched) []share.Graft // beside the root
+	kind      testguest.Kind                 // UML if empty
+	agent     string                         // more options
+	user      bool                           // run the agent as an ordinary user
+	reads     string                         // file to read at each event
+	watch     []string                       // below the mount
 }
 
 // newWatched serves the share, whose files prepare makes, boots a guest, and waits until all there is ready.
@@ -120,7 +123,11 @@ func (w *watched) serve(cfg watchedConfig) {
 	log := slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
 	files, err := passthrough.New(passthrough.Config{Dir: w.share})
 	w.check(err)
-	w.s, err = share.New(share.Config{Grafts: []share.Graft{{Path: "/", Backend: files, ReadOnly: cfg.readOnly}}, Log: log})
+	grafts := []share.Graft{{Path: "/", Backend: files, ReadOnly: cfg.readOnly}}
+	if cfg.grafts != nil {
+		grafts = append(grafts, cfg.grafts(w)...)
+	}
+	w.s, err = share.New(share.Config{Grafts: grafts, Log: log})
 	w.check(err)
 	w.token = w.s.EnableReplay()
 	answers, err := fuseserver.New(fuseserver.Config{Backend: w.s, Log: log, Cache: cfg.cache, Writeback: cfg.writeback})
@@ -213,7 +220,7 @@ func (w *watched) happened() (events []string) {
 		if number == w.end && what == "MODIFY" {
 			break
 		}
-		if number == w.end {
+		if number == w.end || name == "end" {
 			continue
 		}
 		if cookie != "0" {
@@ -298,14 +305,18 @@ func TestInotify(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := tt.cfg
-			cfg.watch = []string{"d", "d/f", "e"}
+			cfg.watch = []string{"d", "d/f", "e", "e/w", "e/wd", "e/mv"}
 			w := newWatched(t, cfg, func(w *watched) {
 				w.check(os.MkdirAll(w.path("d/sub/deep"), 0o755))
-				w.check(os.MkdirAll(w.path("e"), 0o755))
+				w.check(os.MkdirAll(w.path("e/wd"), 0o755))
+				w.put("e/w", "")
+				w.put("e/mv", "")
 				w.put("d/f", "one")
 				w.put("d/sub/x", "")
 			})
 			w.look("find /mnt >/dev/null; cat /mnt/d/f")
+			fds := func() string { return w.look("ls /proc/$(pidof sluice-agent)/fd | wc -l") }
+			before := fds()
 
 			w.put("d/f", "two")
 			w.expect("modify", func() { w.tell(api.EventModify, "/d/f", "", false) }, "0 MODIFY f", "1 MODIFY .")
@@ -345,7 +356,7 @@ func TestInotify(t *testing.T) {
 			w.expect("move of a directory", func() { w.tell(api.EventRename, "/d/dir", "/e/dir", true) }, "0 MOVED_FROM|ISDIR dir", "2 MOVED_TO|ISDIR dir")
 			w.look("touch /tmp/t; [ -d /mnt/e/dir ]; [ ! -e /mnt/d/dir ]; [ $(cat /mnt/e/moved) = content ]")
 			w.check(os.Rename(w.path("e/dir"), w.path("d/again")))
-			w.look("ls /mnt/d/again")
+			w.look("cd /mnt/d/again; sleep 1000 >/dev/null 2>&1 &") // and cannot forget it
 			w.expect("move of a directory that is known", func() { w.tell(api.EventRename, "/e/dir", "/d/again", true) },
 				"2 MOVED_FROM|ISDIR dir", "0 MOVED_TO|ISDIR again")
 
@@ -355,6 +366,18 @@ func TestInotify(t *testing.T) {
 			w.expect("rmdir", func() { w.tell(api.EventDelete, "/d/again", "", true) }, "0 DELETE|ISDIR again")
 			w.expect("delete of what the guest does not know", func() { w.tell(api.EventDelete, "/d/unheard", "", false) }, "0 DELETE unheard")
 			w.look("[ ! -e /mnt/d/seen ]; [ ! -e /mnt/d/again ]; [ ! -e /mnt/d/unheard ]")
+
+			w.check(os.Remove(w.path("e/w")))
+			w.check(os.Remove(w.path("e/wd")))
+			w.look("sleep 1.1") // what the guest knows holds no more
+			w.expect("delete of what is watched", func() { w.tell(api.EventDelete, "/e/w", "", false) },
+				"3 ATTRIB .", "3 DELETE_SELF .", "3 IGNORED .", "2 DELETE w")
+			w.expect("rmdir of what is watched", func() { w.tell(api.EventDelete, "/e/wd", "", true) },
+				"4 DELETE_SELF .", "4 IGNORED .", "2 DELETE|ISDIR wd")
+
+			w.check(os.Rename(w.path("e/mv"), w.path("d/mv")))
+			w.expect("move of what is watched", func() { w.tell(api.EventRename, "/e/mv", "/d/mv", false) },
+				"2 MOVED_FROM mv", "0 MOVED_TO mv", "5 MOVE_SELF .")
 
 			// An editor's way: a new file takes the place of the one that is watched.
 			w.put("d/f~", "three")
@@ -366,6 +389,9 @@ func TestInotify(t *testing.T) {
 			}
 			if got := w.sh("cat /tmp/agent"); got != "" {
 				t.Errorf("the agent complains: %s", got)
+			}
+			if after := fds(); after != before {
+				t.Errorf("the agent has %s descriptors, and had %s", after, before)
 			}
 		})
 	}
@@ -614,5 +640,120 @@ func TestInotifyLatency(t *testing.T) {
 		if median > 100*time.Millisecond {
 			t.Errorf("%s takes %v, want at most 100 ms", kind, median)
 		}
+	}
+}
+
+// TestInotifyGrafts changes files in grafts: a directory, which is a mount of its own to the guest, and a single file.
+func TestInotifyGrafts(t *testing.T) {
+	t.Parallel()
+	elsewhere := func(w *watched, name string) string { return filepath.Join(w.scratch, "elsewhere", name) }
+	passes := func(w *watched) *passthrough.FS {
+		files, err := passthrough.New(passthrough.Config{Dir: filepath.Join(w.scratch, "elsewhere")})
+		w.check(err)
+		return files
+	}
+	w := newWatched(t, watchedConfig{
+		watch: []string{"g/.", "g/f", "single", "."}, // only what leads into it makes the kernel mount a graft
+		grafts: func(w *watched) []share.Graft {
+			return []share.Graft{
+				{Path: "/g", Backend: passes(w), ReadOnly: true},
+				{Path: "/single", Backend: passes(w), File: "f", ReadOnly: true},
+			}
+		},
+	}, func(w *watched) {
+		w.check(os.Mkdir(elsewhere(w, ""), 0o755))
+		w.check(os.WriteFile(elsewhere(w, "f"), []byte("one"), 0o644))
+	})
+	if got := w.look("cat /mnt/g/f /mnt/single"); got != "oneone" {
+		t.Fatalf("the guest reads %q", got)
+	}
+	w.check(os.WriteFile(elsewhere(w, "f"), []byte("two"), 0o644))
+	w.expect("modify in a graft", func() { w.tell(api.EventModify, "/g/f", "", false) }, "0 MODIFY f", "1 MODIFY .")
+	w.expect("modify of a graft", func() { w.tell(api.EventModify, "/single", "", false) }, "3 MODIFY single", "2 MODIFY .")
+	if got := w.look("cat /mnt/g/f /mnt/single"); got != "twotwo" {
+		t.Errorf("the guest reads %q", got)
+	}
+	w.check(os.WriteFile(elsewhere(w, "new"), nil, 0o644))
+	w.expect("create in a graft", func() { w.tell(api.EventCreate, "/g/new", "", false) }, "0 CREATE new", "0 OPEN new", "0 CLOSE_WRITE new")
+	// The single file is replaced: its graft follows the name, and who watches it must hear that it is another.
+	w.check(os.WriteFile(elsewhere(w, "f~"), []byte("three"), 0o644))
+	w.check(os.Rename(elsewhere(w, "f~"), elsewhere(w, "f")))
+	w.expect("a graft that is replaced", func() {
+		w.tell(api.EventDelete, "/single", "", false)
+		w.tell(api.EventCreate, "/single", "", false)
+	}, "2 ATTRIB .", "2 DELETE_SELF .", "2 IGNORED .", "3 DELETE single", "3 CREATE single", "3 OPEN single", "3 CLOSE_WRITE single")
+	if got := w.look("cat /mnt/single"); got != "three" {
+		t.Errorf("the guest reads %q", got)
+	}
+	if got := w.sh("cat /tmp/agent"); got != "" {
+		t.Errorf("the agent complains: %s", got)
+	}
+}
+
+// TestInotifyStorm has the host change names faster than the agent can tell of it, and the same in a tree that nobody serves: in
+// the end both are the same, and so is what the guest sees.
+func TestInotifyStorm(t *testing.T) {
+	t.Parallel()
+	w := newWatched(t, watchedConfig{kind: testguest.QEMU, watch: []string{"d", "d/0", "d/1"}}, func(w *watched) {
+		for _, dir := range []string{"d/0", "d/1"} {
+			w.check(os.MkdirAll(w.path(dir), 0o755))
+		}
+	})
+	w.look("ls -lR /mnt")
+	model := filepath.Join(w.scratch, "model")
+	w.check(os.MkdirAll(filepath.Join(model, "0"), 0o755))
+	w.check(os.MkdirAll(filepath.Join(model, "1"), 0o755))
+	rnd := rand.New(rand.NewPCG(3, 4))
+	rounds := size{400, 4000}
+	for i := range rounds.n() {
+		name := func() string { return fmt.Sprintf("%d/%d", rnd.IntN(2), rnd.IntN(6)) }
+		a, b := name(), name()
+		at := func(tree, name string) string { return filepath.Join(tree, name) }
+		info, err := os.Lstat(at(model, a))
+		isDir := err == nil && info.IsDir()
+		change := func(f func(tree string) error) (done bool) {
+			err := f(model)
+			if other := f(w.path("d")); (err == nil) != (other == nil) {
+				t.Fatalf("change %d of %s: %v, and %v where nobody serves it", i, a, other, err)
+			}
+			return err == nil
+		}
+		switch n := rnd.IntN(10); {
+		case err != nil && n < 8:
+			if change(func(tree string) error { return os.WriteFile(at(tree, a), fmt.Append(nil, i), 0o644) }) {
+				w.tell(api.EventCreate, "/d/"+a, "", false)
+			}
+		case err != nil:
+			if change(func(tree string) error { return os.Mkdir(at(tree, a), 0o755) }) {
+				w.tell(api.EventCreate, "/d/"+a, "", true)
+			}
+		case n < 3:
+			if change(func(tree string) error { return os.Remove(at(tree, a)) }) {
+				w.tell(api.EventDelete, "/d/"+a, "", isDir)
+			}
+		case n < 7:
+			if a != b && change(func(tree string) error { return os.Rename(at(tree, a), at(tree, b)) }) {
+				w.tell(api.EventRename, "/d/"+a, "/d/"+b, isDir)
+			}
+		case !isDir:
+			if change(func(tree string) error { return os.WriteFile(at(tree, a), bytes.Repeat(fmt.Append(nil, i), n), 0o644) }) {
+				w.tell(api.EventModify, "/d/"+a, "", false)
+			}
+		}
+		if i%40 == 0 {
+			w.sh("cat $(find /mnt/d -type f) >/dev/null || true") // so that there is something to be mistaken about
+		}
+	}
+	w.happened()
+	want := digest(t, model)
+	if got := digest(t, w.path("d")); got != want {
+		t.Errorf("the host has %s, want %s", got, want)
+	}
+	w.sh("sleep 1.1") // the guest's cache holds no longer
+	if got := w.sh("guestprog sum /mnt/d"); got != want {
+		t.Errorf("the guest has %s, want %s", got, want)
+	}
+	if got := w.sh("cat /tmp/agent"); got != "" {
+		t.Errorf("the agent complains: %s", got)
 	}
 }
