@@ -87,6 +87,32 @@ func TestEventsEndWithTheShare(t *testing.T) {
 	r.expect("GET", "/v1/shares/data/events", "", 404, nil)
 }
 
+// breaking is a daemon whose streams break off.
+type breaking struct{ Daemon }
+
+func (breaking) Events(_ context.Context, _ string, _ uint64, send func(api.Event) error) error {
+	if err := send(api.Event{Kind: api.EventHello}); err != nil {
+		return err
+	}
+	return errors.New("the server is gone")
+}
+
+// TestEventsThatBreakOff: what is not the end does not look like it.
+func TestEventsThatBreakOff(t *testing.T) {
+	r := newRig(t, func(cfg *Config, _ *limits) { cfg.Daemon = breaking{cfg.Daemon} })
+	resp, err := r.client.Get("http://sluice/v1/shares/data/events")
+	if err == nil {
+		_, err = io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+	}
+	if err == nil {
+		t.Error("a stream that broke off ends as if it were whole")
+	}
+	if !strings.Contains(r.log.String(), "the server is gone") {
+		t.Error("why is not in the log")
+	}
+}
+
 func TestEventsEndWithTheServer(t *testing.T) {
 	r := newRig(t, nil)
 	r.addShare("data")

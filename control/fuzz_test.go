@@ -72,7 +72,6 @@ func (b brief) Events(ctx context.Context, tag string, _ uint64, send func(api.E
 // deadlines is a ResponseRecorder that takes deadlines like a connection.
 type deadlines struct{ *httptest.ResponseRecorder }
 
-func (deadlines) SetReadDeadline(time.Time) error  { return nil }
 func (deadlines) SetWriteDeadline(time.Time) error { return nil }
 
 // FuzzRequest has bytes as a request of an operator and of a guest. No answer is a panic's, errors are api.Errors, and what

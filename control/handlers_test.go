@@ -252,7 +252,7 @@ func TestTimeLimits(t *testing.T) {
 	}
 }
 
-// TestDaemonMayTakeLongerThanTheBody: the limit of reading a request once ended the daemon's work on it.
+// TestDaemonMayTakeLongerThanTheBody: the limit of reading a request is not that of the daemon's work on it.
 func TestDaemonMayTakeLongerThanTheBody(t *testing.T) {
 	r := newRig(t, func(_ *Config, lim *limits) { lim.read, lim.header = 100*time.Millisecond, 100*time.Millisecond })
 	release := r.daemon.Hang("AddShare")

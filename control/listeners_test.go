@@ -1,6 +1,7 @@
 package control
 
 import (
+	"context"
 	"io"
 	"net"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/mdlayher/vsock"
 
+	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/control/controltest"
 )
 
@@ -168,10 +170,21 @@ func TestServeAndClose(t *testing.T) {
 	}
 }
 
+// entered is a daemon that says when a share is about to be added.
+type entered struct {
+	Daemon
+	in chan struct{}
+}
+
+func (e entered) AddShare(ctx context.Context, spec api.ShareSpec) (api.Share, error) {
+	close(e.in)
+	return e.Daemon.AddShare(ctx, spec)
+}
+
 // TestServeEndsGracefully: what was begun is answered.
 func TestServeEndsGracefully(t *testing.T) {
-	r := newRig(t, nil)
-	entered := make(chan struct{})
+	in := make(chan struct{})
+	r := newRig(t, func(cfg *Config, _ *limits) { cfg.Daemon = entered{cfg.Daemon, in} })
 	release := r.daemon.Hang("AddShare")
 	type result struct {
 		status int
@@ -179,7 +192,7 @@ func TestServeEndsGracefully(t *testing.T) {
 	}
 	done := make(chan result, 1)
 	go func() {
-		resp, err := r.client.Post("http://sluice/v1/shares", "", &signalReader{strings.NewReader(`{"tag":"x"}`), entered})
+		resp, err := r.client.Post("http://sluice/v1/shares", "", strings.NewReader(`{"tag":"x"}`))
 		if err != nil {
 			done <- result{err: err}
 			return
@@ -188,7 +201,7 @@ func TestServeEndsGracefully(t *testing.T) {
 		_, err = io.Copy(io.Discard, resp.Body)
 		done <- result{resp.StatusCode, err}
 	}()
-	within(t, "the request", entered)
+	within(t, "the request", in)
 	ended := make(chan struct{})
 	go func() {
 		_ = r.stop()
@@ -200,20 +213,6 @@ func TestServeEndsGracefully(t *testing.T) {
 		t.Errorf("the request in flight got %d, %v", res.status, res.err)
 	}
 	within(t, "the end", ended)
-}
-
-// A signalReader says when it has been read to its end.
-type signalReader struct {
-	io.Reader
-	done chan struct{}
-}
-
-func (r *signalReader) Read(p []byte) (int, error) {
-	n, err := r.Reader.Read(p)
-	if err == io.EOF {
-		close(r.done)
-	}
-	return n, err
 }
 
 // TestFailingListener: one that fails ends Serve, which says so.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -21,7 +22,35 @@ import (
 	"github.com/sluicefs/sluice/control/controltest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// TestMain fails the package on a goroutine, or a file descriptor, that is left over.
+func TestMain(m *testing.M) {
+	// The poller's own descriptors stay: have them opened before counting.
+	r, w, err := os.Pipe()
+	if err != nil {
+		panic(err)
+	}
+	_ = r.Close()
+	_ = w.Close()
+	before := openFDs()
+	code := m.Run()
+	if err := goleak.Find(); err != nil && code == 0 {
+		println(err.Error())
+		code = 1
+	}
+	if after := openFDs(); after != before && code == 0 {
+		println("file descriptors before and after:", before, after)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func openFDs() int {
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		panic(err)
+	}
+	return len(entries)
+}
 
 // A logBuffer is a log that a test reads.
 type logBuffer struct {

@@ -259,10 +259,6 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		c.replyError(err)
 		return
 	}
-	// When it passes while the daemon works, net/http takes the client for gone.
-	if err := http.NewResponseController(w).SetReadDeadline(time.Time{}); err != nil {
-		return // it is
-	}
 	switch {
 	case rt == nil && len(methods) == 0:
 		c.replyError(&api.Error{Code: api.CodeNotFound, Message: fmt.Sprintf("no path %q", r.URL.Path), Hint: "see GET /v1/openapi.yaml for those there are"})
