@@ -255,7 +255,7 @@ func (q *queue) parkLocked(t *task, m *guestmem.Map) *task {
 		t.cancel = t.own
 	}
 	q.parked = append(q.parked, t)
-	l.hand(t)
+	pool.hand(t)
 	return pool.get()
 }
 
@@ -302,7 +302,7 @@ func (q *queue) retry(t *task) {
 		q.device.pool.put(t)
 		return
 	}
-	t.lane.hand(t)
+	q.device.pool.hand(t)
 }
 
 // endRestsLocked ends what waits for locks of others, who may take for ever, with an errno that lockers know.
