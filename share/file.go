@@ -9,7 +9,7 @@ import (
 
 // Open implements fsbackend.Opener.
 func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) Errno {
-	p, errno := s.at(c, in.NodeId)
+	p, errno := s.named(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
 	}

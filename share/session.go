@@ -140,5 +140,8 @@ func (s *Share) Reset() {
 
 // Close implements fsbackend.Backend. A part whose Reset never ended is left as it is.
 func (s *Share) Close() error {
+	for _, p := range s.snapshot() {
+		p.lose()
+	}
 	return errors.Join(s.closeAll()...)
 }

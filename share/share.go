@@ -326,7 +326,7 @@ func (s *Share) opened(c *fsbackend.Context, node, fh uint64) (*part, Errno) {
 	return p, errno
 }
 
-// named is at for what has to do with names: there are none in a graft that was removed, open or not.
+// named is at for what has to do with names, and for what opens more: there is neither in a graft that was removed, open or not.
 func (s *Share) named(c *fsbackend.Context, node uint64) (*part, Errno) {
 	p, errno := s.find(c, node)
 	if errno == fsbackend.OK && p.leaving.Load() {
