@@ -73,11 +73,20 @@ func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuse
 	var v visit
 	p.enter(c, &in.InHeader, &v)
 	if errno = p.chmod(c, in); errno == fsbackend.OK {
-		errno = p.Setattr(c, in, out)
+		errno = p.setattr(c, in, out)
 	}
 	p.leave(c, &in.InHeader, &v)
 	in.Fh, in.Owner, in.Mode = fh, owner, mode
 	return p.attrs(in.NodeId, out, s.known(errno, unix.EPERM))
+}
+
+// setattr is the backend's; only what changes the size is metered.
+func (p *part) setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuseproto.AttrOut) Errno {
+	if in.Valid&fuseproto.FATTR_SIZE == 0 {
+		return p.Setattr(c, in, out)
+	}
+	f := file{in.NodeId, in.Fh, in.Valid&fuseproto.FATTR_FH != 0}
+	return p.change(c, f, nothing, func() Errno { return p.Setattr(c, in, out) })
 }
 
 // chmod makes the mode in a SETATTR the backend's: the guest can neither see nor change the execute bits of a graft without.
@@ -170,14 +179,18 @@ func (s *Share) Statfs(c *fsbackend.Context, node uint64, out *fuseproto.StatfsO
 		return errno
 	}
 	defer p.done()
+	q := p.metered()
 	if p.StatFSer == nil {
 		out.Bsize, out.Frsize, out.NameLen = 4096, 4096, unix.NAME_MAX
-		return fsbackend.OK
+	} else {
+		var v visit
+		p.enterNode(c, &v)
+		errno = p.Statfs(c, node&numberMask, out)
+		p.leaveNode(c, &v)
 	}
-	var v visit
-	p.enterNode(c, &v)
-	errno = p.Statfs(c, node&numberMask, out)
-	p.leaveNode(c, &v)
+	if errno == fsbackend.OK && q != nil {
+		q.statfs(out, p.StatFSer != nil)
+	}
 	return errno
 }
 

@@ -105,6 +105,7 @@ func (s *Share) publish(p *part, replace bool, session uint64) (again bool, err 
 	}
 	if inSession {
 		s.walk(p.info.Path)
+		s.startCount(p)
 	}
 	return false, nil
 }
@@ -236,32 +237,35 @@ func (s *Share) change(path string, c *Change) error {
 	if !s.dynamic {
 		return ErrFixed
 	}
+	fresh := false
 	s.mu.Lock()
 	g, err := s.graftAt(path)
 	if err == nil {
 		policy := c.apply(*g.policy.Load())
 		if err = policy.validate(); err == nil {
 			g.policy.Store(&policy)
+			if fresh = policy.limited() && g.metered() == nil; fresh {
+				g.quota.Store(newQuota(g))
+			}
 		}
 	}
 	s.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	if c.ReadOnly != nil && *c.ReadOnly {
-		return g.settle()
+	if fresh || c.ReadOnly != nil && *c.ReadOnly {
+		err = g.settle()
 	}
-	return nil
+	if fresh {
+		s.startCount(g) // what began before is not counted on its own
+	}
+	return err
 }
 
 // settle waits for the changes under way.
 func (p *part) settle() error {
-	deadline := time.Now().Add(patience)
-	for wait := 50 * time.Microsecond; p.changing(); wait = min(2*wait, 20*time.Millisecond) {
-		if time.Now().After(deadline) {
-			return ErrUnsettled
-		}
-		time.Sleep(wait)
+	if !waitFor(func() bool { return !p.changing() }, time.Now().Add(patience)) {
+		return ErrUnsettled
 	}
 	return nil
 }
@@ -276,7 +280,11 @@ type GraftState struct {
 	Leaving bool
 	// OpenFiles are handles of files and directories that the guest has; they are only counted in a Dynamic share.
 	OpenFiles int64
-	Stats     *fsbackend.PartStats
+	// UsedBytes and UsedInodes are what counts against MaxBytes and MaxInodes, if there are such. Counting says that they are
+	// still being counted, and grow.
+	UsedBytes, UsedInodes uint64
+	Counting              bool
+	Stats                 *fsbackend.PartStats
 }
 
 // Grafts returns what is grafted, by path, and then what leaves.
@@ -286,10 +294,16 @@ func (s *Share) Grafts() []GraftState {
 		if isMadeUp(p) {
 			continue
 		}
-		states = append(states, GraftState{
+		state := GraftState{
 			Path: p.info.Path, Extension: p.info.Name, File: string(p.file), Policy: *p.policy.Load(),
 			Leaving: p.leaving.Load(), OpenFiles: p.handles.count(), Stats: &p.info.Stats,
-		})
+		}
+		if q := p.metered(); q != nil {
+			q.mu.Lock()
+			state.UsedBytes, state.UsedInodes, state.Counting = uint64(max(q.bytes, 0)), uint64(max(q.inodes, 0)), q.counting || !q.counted
+			q.mu.Unlock()
+		}
+		states = append(states, state)
 	}
 	slices.SortStableFunc(states, func(a, b GraftState) int {
 		if a.Leaving != b.Leaving {

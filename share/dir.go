@@ -102,7 +102,7 @@ func (s *Share) Readdirplus(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsb
 	}
 	out.Translate = nil // of another request that ended in a panic
 	policy := p.policy.Load()
-	if p.base != 0 || p.mapped || p.unsafe || policy.masks() {
+	if p.base != 0 || p.mapped || p.noSUID(policy) || policy.masks() {
 		out.Translate = p.edit
 	}
 	if policy.Cache != nil {

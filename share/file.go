@@ -29,7 +29,7 @@ func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.
 		var v visit
 		p.enter(c, &in.InHeader, &v)
 		if errno = p.refuseDevice(c, policy, in); errno == fsbackend.OK {
-			errno = s.known(p.Open(c, in, out), fsbackend.OK)
+			errno = s.known(p.open(c, in, out), fsbackend.OK)
 		}
 		p.leave(c, &in.InHeader, &v)
 	}
@@ -38,6 +38,14 @@ func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.
 		policy.open(out, fsbackend.CachePolicy.FileFlags)
 	}
 	return errno
+}
+
+// open is the backend's; what makes the file empty is metered.
+func (p *part) open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) Errno {
+	if in.Flags&unix.O_TRUNC == 0 {
+		return p.Open(c, in, out)
+	}
+	return p.change(c, file{node: in.NodeId}, nothing, func() Errno { return p.Open(c, in, out) })
 }
 
 // refuseDevice answers EACCES to OPEN of a device where there are to be none. Linux does not ask: it opens its own.
@@ -60,14 +68,35 @@ func (s *Share) Release(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
 		return
 	}
 	defer p.done()
-	defer p.released(in.NodeId & numberMask)
+	defer func() {
+		p.released(in.NodeId & numberMask)
+		if q := p.metered(); q != nil {
+			q.reap(in.NodeId & numberMask)
+		}
+	}()
 	if p.Opener == nil {
 		return
 	}
 	var v visit
 	p.enterFile(c, &in.InHeader, &in.Fh, &v)
-	p.Release(c, in)
+	p.release(c, in)
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
+}
+
+// release is the backend's. File systems give back then what they have set aside for more writes.
+func (p *part) release(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
+	q := p.metered()
+	if q == nil || !c.MayBlock {
+		p.Release(c, in)
+		return
+	}
+	f := file{in.NodeId, in.Fh, true}
+	if _, errno := q.begin(c, f, nothing); errno != fsbackend.OK {
+		p.Release(c, in)
+		return
+	}
+	defer q.end(c, file{node: in.NodeId}, 0)
+	p.Release(c, in)
 }
 
 // Create implements fsbackend.Creater.
@@ -93,7 +122,7 @@ func (s *Share) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsback
 	in.Mode = p.created(mode, unix.S_IFREG)
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Create(c, in, name, out)
+	errno = p.create(c, in.NodeId, name, 0, &out.EntryOut, func() Errno { return p.Create(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
 	in.Mode = mode
 	if errno == unix.ENOSYS && !s.alone {
@@ -227,7 +256,7 @@ func (s *Share) Tmpfile(c *fsbackend.Context, in *fuseproto.CreateIn, out *fusep
 	in.Mode = p.created(mode, unix.S_IFREG)
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Tmpfile(c, in, out)
+	errno = p.create(c, in.NodeId, nil, 0, &out.EntryOut, func() Errno { return p.Tmpfile(c, in, out) })
 	p.leave(c, &in.InHeader, &v)
 	in.Mode = mode
 	return s.created(p, out, s.known(errno, unix.EOPNOTSUPP))
@@ -262,7 +291,17 @@ func (s *Share) Write(c *fsbackend.Context, in *fuseproto.WriteIn, src *fsbacken
 	}
 	var v visit
 	p.enterFile(c, &in.InHeader, &in.Fh, &v)
-	n, errno := p.Write(c, in, src)
+	var n uint32
+	errno = p.change(c, file{in.NodeId, in.Fh, true}, func(a *fuseproto.Attr) int64 {
+		off := in.Offset
+		if in.Flags&unix.O_APPEND != 0 {
+			off = max(off, a.Size)
+		}
+		return growth(a, off, uint64(in.Size))
+	}, func() (errno Errno) {
+		n, errno = p.Write(c, in, src)
+		return errno
+	})
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return n, s.known(errno, unix.EINVAL)
 }
@@ -369,7 +408,12 @@ func (s *Share) Fallocate(c *fsbackend.Context, in *fuseproto.FallocateIn) Errno
 	}
 	var v visit
 	p.enterFile(c, &in.InHeader, &in.Fh, &v)
-	errno = p.Fallocate(c, in)
+	errno = p.change(c, file{in.NodeId, in.Fh, true}, func(a *fuseproto.Attr) int64 {
+		if in.Mode&(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_COLLAPSE_RANGE|unix.FALLOC_FL_INSERT_RANGE) != 0 {
+			return 0
+		}
+		return growth(a, in.Offset, in.Length)
+	}, func() Errno { return p.Fallocate(c, in) })
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return s.known(errno, unix.EOPNOTSUPP)
 }
@@ -442,7 +486,17 @@ func (s *Share) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeI
 	in.FhIn, in.NodeIdOut, in.FhOut = fhIn&numberMask, node&numberMask, fhOut&numberMask
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	n, errno := p.CopyFileRange(c, in)
+	var n uint64
+	errno = p.change(c, file{in.NodeIdOut, in.FhOut, true}, func(a *fuseproto.Attr) int64 {
+		length := in.Len
+		if from, errno := p.look(c, file{in.NodeId, in.FhIn, true}); errno == fsbackend.OK {
+			length = min(length, from.Size-min(from.Size, in.OffIn))
+		}
+		return growth(a, in.OffOut, length)
+	}, func() (errno Errno) {
+		n, errno = p.CopyFileRange(c, in)
+		return errno
+	})
 	p.leave(c, &in.InHeader, &v)
 	in.FhIn, in.NodeIdOut, in.FhOut = fhIn, node, fhOut
 	return n, s.known(errno, unix.EOPNOTSUPP)

@@ -183,11 +183,12 @@ func (s *Share) closeAll() []error {
 	s.mu.Lock()
 	parts, closing := s.list, s.closing
 	s.mu.Unlock()
+	deadline := time.Now().Add(patience)
 	errs := make(map[*part]chan error)
 	var open []*part
 	for _, p := range parts {
 		errs[p] = make(chan error, 1)
-		if !p.counted || p.finish() || !p.leaving.Load() {
+		if p.awaitFinish(deadline) {
 			open = append(open, p)
 		}
 	}

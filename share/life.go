@@ -1,8 +1,10 @@
 package share
 
 import (
+	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/sluicefs/sluice/fsbackend"
 )
@@ -74,6 +76,22 @@ func (p *part) changing() bool { return p.calls.Load()/oneChange > 0 }
 
 // finish says whether p has gone: nothing keeps it, and nothing begins any more. It is true once.
 func (p *part) finish() bool { return p.calls.CompareAndSwap(0, gone) }
+
+// awaitFinish is finish for who may wait for calls that end soon.
+func (p *part) awaitFinish(deadline time.Time) bool {
+	return !p.counted || waitFor(p.finish, deadline)
+}
+
+// waitFor asks done again and again until it is, or the deadline has passed.
+func waitFor(done func() bool, deadline time.Time) bool {
+	for wait := 50 * time.Microsecond; !done(); wait = min(2*wait, 20*time.Millisecond) {
+		if time.Now().After(deadline) {
+			return false
+		}
+		time.Sleep(wait)
+	}
+	return true
+}
 
 // looked counts lookups of the guest.
 func (p *part) looked(n uint64) {
@@ -165,6 +183,9 @@ func (p *part) lose() {
 	if had {
 		p.done()
 	}
+	if q := p.metered(); q != nil {
+		q.lose()
+	}
 }
 
 // burial is the end of a part that has gone.
@@ -209,7 +230,13 @@ func (s *Share) bury(b *burial) {
 	p.info.SetGone()
 	s.onGone(&p.info)
 	var err error
-	<-s.aside(p, "Close", func() { err = p.Close() })
+	if !<-s.aside(p, "Close", func() { err = p.Close() }) {
+		err = errors.New("the backend panicked")
+	}
+	// Somebody may have the part in hand for long; no call reads these any more.
+	p.Resolved = nil
+	p.dirs.Store(nil)
+	p.quota.Store(nil)
 	if err != nil {
 		s.log.Warn("close of a removed graft failed", "extension", p.info.Name, "path", p.info.Path, "error", err)
 	}
@@ -236,6 +263,9 @@ func (s *Share) Forget(node, n uint64) {
 		return // the root's lookup is the share's own answer
 	}
 	p.Forget(number, n)
+	if q := p.metered(); q != nil {
+		q.reap(number)
+	}
 }
 
 // forgetGhost counts a FORGET of a part that has gone; with the last, its index is free.

@@ -44,7 +44,7 @@ func (s *Share) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbacken
 	}
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Mknod(c, in, name, out)
+	errno = p.create(c, in.NodeId, name, 0, out, func() Errno { return p.Mknod(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
 	in.Mode = mode
 	return s.entry(p, out, s.known(errno, unix.EPERM))
@@ -62,7 +62,7 @@ func (s *Share) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbacken
 	}
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Mkdir(c, in, name, out)
+	errno = p.create(c, in.NodeId, name, 0, out, func() Errno { return p.Mkdir(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
 	return s.entry(p, out, s.known(errno, unix.EPERM))
 }
@@ -79,7 +79,7 @@ func (s *Share) Symlink(c *fsbackend.Context, parent uint64, name, target fsback
 	}
 	var v visit
 	p.enterNode(c, &v)
-	errno = p.Symlink(c, parent&numberMask, name, target, out)
+	errno = p.create(c, parent&numberMask, name, blockSize, out, func() Errno { return p.Symlink(c, parent&numberMask, name, target, out) })
 	p.leaveNode(c, &v)
 	return s.entry(p, out, s.known(errno, unix.EPERM))
 }
@@ -108,6 +108,9 @@ func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.
 	var v visit
 	p.enter(c, &in.InHeader, &v)
 	errno = p.Link(c, in, name, out)
+	if q := p.metered(); q != nil && errno == fsbackend.OK {
+		q.named(in.Oldnodeid)
+	}
 	p.leave(c, &in.InHeader, &v)
 	in.Oldnodeid = old
 	return s.entry(p, out, s.known(errno, unix.EPERM))
@@ -139,7 +142,7 @@ func (s *Share) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name)
 	defer p.doneChange()
 	var v visit
 	p.enterNode(c, &v)
-	errno = p.Unlink(c, parent&numberMask, name)
+	errno = p.unlink(c, parent&numberMask, name, func() Errno { return p.Unlink(c, parent&numberMask, name) })
 	p.leaveNode(c, &v)
 	return s.known(errno, unix.EPERM)
 }
@@ -153,9 +156,21 @@ func (s *Share) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) 
 	defer p.doneChange()
 	var v visit
 	p.enterNode(c, &v)
-	errno = p.Rmdir(c, parent&numberMask, name)
+	errno = p.unlink(c, parent&numberMask, name, func() Errno { return p.Rmdir(c, parent&numberMask, name) })
 	p.leaveNode(c, &v)
 	return s.known(errno, unix.EPERM)
+}
+
+// rename is the backend's; it may be the end of what newName was, and makes a file of its own with RENAME_WHITEOUT.
+func (p *part) rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, newName fsbackend.Name) Errno {
+	rename := func() Errno { return p.Rename(c, in, oldName, newName) }
+	switch {
+	case p.metered() == nil || in.Flags&unix.RENAME_EXCHANGE != 0:
+		return rename()
+	case in.Flags&unix.RENAME_WHITEOUT == 0:
+		return p.unlink(c, in.Newdir, newName, rename)
+	}
+	return p.create(c, in.NodeId, nil, 0, nil, func() Errno { return p.unlink(c, in.Newdir, newName, rename) })
 }
 
 // Rename implements fsbackend.Renamer.
@@ -195,7 +210,7 @@ func (s *Share) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, n
 	in.Newdir &= numberMask
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Rename(c, in, oldName, newName)
+	errno = p.rename(c, in, oldName, newName)
 	p.leave(c, &in.InHeader, &v)
 	in.Newdir = newdir
 	if in.Flags != 0 {

@@ -21,7 +21,8 @@ type part struct {
 	shown  *fsbackend.Part // info, or the root's for directories made up
 	base   uint64          // the index where it is in a number
 	policy atomic.Pointer[Policy]
-	unsafe bool // the session leaves to the backend what it cannot do: to clear set-id bits
+	quota  atomic.Pointer[quota] // nil: nothing is counted
+	unsafe atomic.Bool           // the session leaves to the backend what it cannot do: to clear set-id bits
 	uids   IDMap
 	gids   IDMap
 	mapped bool           // uids or gids is not identity
@@ -55,6 +56,10 @@ func (s *Share) newPart(g *Graft) *part {
 	}
 	policy := g.Policy
 	p.policy.Store(&policy)
+	if policy.limited() {
+		p.counted = true
+		p.quota.Store(newQuota(p))
+	}
 	p.shown = &p.info
 	p.info.Name, p.info.Path = g.Extension, g.Path
 	p.info.Isolated, p.info.Slow, p.info.Timeout = g.Isolated, g.Slow || p.Resolved.Slow, g.Timeout
@@ -166,7 +171,7 @@ func (p *part) mayCreate(c *fsbackend.Context) Errno {
 }
 
 // noSUID says whether set-id bits and file capabilities are hidden: also where nobody would clear them.
-func (p *part) noSUID(policy *Policy) bool { return policy.NoSUID || p.unsafe }
+func (p *part) noSUID(policy *Policy) bool { return policy.NoSUID || p.unsafe.Load() }
 
 // shownMode makes the mode that the guest sees of the backend's.
 func (p *part) shownMode(mode uint32) uint32 {
@@ -190,7 +195,7 @@ func (p *part) ino(ino uint64) uint64 {
 // attr makes the guest's attributes of the backend's.
 func (p *part) attr(a *fuseproto.Attr) {
 	a.Ino = p.ino(a.Ino)
-	if policy := p.policy.Load(); p.unsafe || policy.masks() {
+	if policy := p.policy.Load(); p.noSUID(policy) || policy.masks() {
 		a.Rdev = policy.device(a.Mode, a.Rdev)
 		a.Mode = p.shownMode(a.Mode)
 	}

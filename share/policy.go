@@ -84,8 +84,8 @@ func mask(mode uint32, noSUID, noExec bool) uint32 {
 	return mode
 }
 
-// masks says whether attributes are not shown as they are.
-func (p *Policy) masks() bool { return p.NoSUID || p.NoDev || p.NoExec }
+// masks says whether attributes are not shown as they are, but for set-id bits.
+func (p *Policy) masks() bool { return p.NoDev || p.NoExec }
 
 // isDevice says whether mode is of a device that NoDev is about; whiteouts are none.
 func isDevice(mode, rdev uint32) bool {

@@ -88,7 +88,7 @@ var ErrUnfit = errors.New("the backend cannot do what the share has agreed on wi
 // adapt finds out how p lives with flags that are in force.
 func (p *part) adapt(flags uint64) error {
 	lacks := flags &^ p.wants(flags)
-	p.unsafe = lacks&fuseproto.FUSE_HANDLE_KILLPRIV_V2 != 0
+	p.unsafe.Store(lacks&fuseproto.FUSE_HANDLE_KILLPRIV_V2 != 0)
 	switch lacks &^= adaptable; {
 	case lacks == 0:
 		return nil
@@ -108,6 +108,11 @@ func (s *Share) Init(f fsbackend.Features) {
 	parts := s.list
 	s.mu.Unlock()
 	s.all(parts, "Init", false, func(p *part) { p.init(f) })
+	for _, p := range parts {
+		if q := p.metered(); q != nil && !q.isCounted() && !p.dead.Load() {
+			s.startCount(p)
+		}
+	}
 }
 
 // init tells p of a session.
@@ -140,6 +145,10 @@ func (s *Share) Reset() {
 
 // Close implements fsbackend.Backend. A part whose Reset never ended is left as it is.
 func (s *Share) Close() error {
+	s.mu.Lock()
+	s.sessions++ // ends what counts files
+	s.features = nil
+	s.mu.Unlock()
 	for _, p := range s.snapshot() {
 		p.lose()
 	}

@@ -74,7 +74,9 @@ func (s *Share) Setxattr(c *fsbackend.Context, in *fuseproto.SetxattrIn, name fs
 	}
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Setxattr(c, in, name, value)
+	errno = p.change(c, file{node: in.NodeId}, func(*fuseproto.Attr) int64 {
+		return int64(len(name)+len(value)+2*blockSize-1) &^ (blockSize - 1)
+	}, func() Errno { return p.Setxattr(c, in, name, value) })
 	p.leave(c, &in.InHeader, &v)
 	return s.known(errno, unix.EOPNOTSUPP)
 }
@@ -94,7 +96,7 @@ func (s *Share) Removexattr(c *fsbackend.Context, node uint64, name fsbackend.Na
 	}
 	var v visit
 	p.enterNode(c, &v)
-	errno = p.Removexattr(c, node&numberMask, name)
+	errno = p.change(c, file{node: node & numberMask}, nothing, func() Errno { return p.Removexattr(c, node&numberMask, name) })
 	p.leaveNode(c, &v)
 	return s.known(errno, unix.EOPNOTSUPP)
 }
