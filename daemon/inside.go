@@ -505,7 +505,7 @@ func (s *served) grafts() []api.Graft {
 	for _, g := range s.tree.Grafts() {
 		a := api.Graft{
 			GraftSpec: api.GraftSpec{Path: g.Path}, File: g.File != "", Leaving: g.Leaving, OpenFiles: g.OpenFiles,
-			UsedBytes: g.UsedBytes, UsedInodes: g.UsedInodes, // TRIAL
+			UsedBytes: g.UsedBytes, UsedInodes: g.UsedInodes,
 			Panics: g.Stats.Panics.Load(), Timeouts: g.Stats.Timeouts.Load(), Refused: g.Stats.Refused.Load(), Errors: g.Stats.Errors.Load(),
 		}
 		if spec, ok := s.specs[g.Path]; ok && !g.Leaving {

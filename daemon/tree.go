@@ -98,7 +98,7 @@ func (o *opener) openTree(places []place) (_ *tree, err error) {
 
 // open returns the graft for m, whose source is at p.
 func (o *opener) open(m *bundle.Mount, p place) (g share.Graft, err error) {
-	g = share.Graft{Path: m.Path, ReadOnly: m.ReadOnly, UIDMap: idMap(m.UIDMap), GIDMap: idMap(m.GIDMap)}
+	g = share.Graft{Path: m.Path, Policy: share.Policy{ReadOnly: m.ReadOnly}, UIDMap: idMap(m.UIDMap), GIDMap: idMap(m.GIDMap)}
 	choice, err := o.registry.Select(extensions.Request{
 		Spec: o.what.bundle.Spec, Mount: m.Spec, MountPath: p.path, ReadOnly: m.ReadOnly, Backend: m.Backend,
 	})

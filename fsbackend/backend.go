@@ -54,6 +54,9 @@ type Context struct {
 	MayBlock bool
 	// Cancel is closed when nobody waits for the answer any more. It is nil where MayBlock is false.
 	Cancel <-chan struct{}
+	// Part is what PartOf has answered for this request, whose thread it runs on; nil where nobody has asked. If the node
+	// belongs to another part by now, the call is ESTALE.
+	Part *Part
 }
 
 // Secctx is one security attribute of a new file: an extended attribute's name and value.

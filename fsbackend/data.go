@@ -233,6 +233,8 @@ type DirList struct {
 
 	// Lookups are the nodeids that entries count a lookup of, kept only behind a Gate: the reply may never be seen.
 	Lookups []uint64
+	// Looked counts the entries that have been added with a nodeid, ever.
+	Looked uint64
 
 	entry fuseproto.EntryOut // of the entry being added, here so that Translate costs no allocation
 	buf   [direntplusSize + 256 + 8]byte
@@ -298,6 +300,9 @@ func (l *DirList) add(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, na
 		if node != 0 {
 			l.Lookups = append(l.Lookups, node)
 		}
+	}
+	if node != 0 {
+		l.Looked++
 	}
 	return true
 }

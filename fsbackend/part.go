@@ -32,6 +32,8 @@ type Part struct {
 
 	// Stats counts what went wrong.
 	Stats PartStats
+
+	gone atomic.Bool
 }
 
 // PartStats counts what went wrong in a part.
@@ -41,3 +43,17 @@ type PartStats struct {
 	Refused  atomic.Uint64 // requests answered EIO without a call, because too many calls hang
 	Errors   atomic.Uint64 // calls that returned EIO, and replies that broke the contract
 }
+
+// Changing is a Divided whose parts may come and go while it is in use.
+type Changing interface {
+	Divided
+	// OnGone has f called, once for each part that has gone for good: PartOf no longer returns it, no call of it runs, and none
+	// will. f must not wait for a call of the backend. Call OnGone before the first request.
+	OnGone(f func(*Part))
+}
+
+// SetGone says that the part has gone; its owner calls it before what OnGone was given.
+func (p *Part) SetGone() { p.gone.Store(true) }
+
+// Gone says whether the part has gone: nothing is to be kept for it any more.
+func (p *Part) Gone() bool { return p.gone.Load() }

@@ -13,7 +13,7 @@ func opOpendir(s *Server, r *Request) Errno {
 	}
 	o := out[fuseproto.OpenOut](r)
 	errno := s.backend.Opendir(&r.ctx, in[fuseproto.OpenIn](r), o)
-	fillOpen(o, policies[s.cfg.Cache].dirFlags)
+	fillOpen(o, s.cfg.Cache.DirFlags())
 	return errno
 }
 

@@ -28,12 +28,12 @@ func opOpen(s *Server, r *Request) Errno {
 		if r.session.Has(fuseproto.FUSE_NO_OPEN_SUPPORT) {
 			return syscall.ENOSYS
 		}
-		fillOpen(o, policies[s.cfg.Cache].fileFlags)
+		fillOpen(o, s.cfg.Cache.FileFlags())
 		return fsbackend.OK
 	}
 	in.Flags = s.openFlags(in.Flags) &^ (unix.O_CREAT | unix.O_EXCL | unix.O_NOCTTY)
 	errno := s.backend.Open(&r.ctx, in, o)
-	fillOpen(o, policies[s.cfg.Cache].fileFlags)
+	fillOpen(o, s.cfg.Cache.FileFlags())
 	return errno
 }
 
@@ -67,7 +67,7 @@ func opTmpfile(s *Server, r *Request) Errno {
 }
 
 func (s *Server) created(r *Request, o *fuseproto.CreateOut, errno Errno) Errno {
-	fillOpen(&o.OpenOut, policies[s.cfg.Cache].fileFlags)
+	fillOpen(&o.OpenOut, s.cfg.Cache.FileFlags())
 	return s.entry(r, &o.EntryOut, errno)
 }
 

@@ -25,6 +25,7 @@ func newBugs(log *slog.Logger) *bugs {
 
 // partState is what a Server keeps for one part.
 type partState struct {
+	part *fsbackend.Part
 	bugs *bugs
 
 	// mu is held for a few instructions at a time.
@@ -39,8 +40,34 @@ func (s *Server) state(p *fsbackend.Part) *partState {
 	if v, ok := s.parts.Load(p); ok {
 		return v.(*partState)
 	}
-	v, _ := s.parts.LoadOrStore(p, &partState{bugs: newBugs(s.cfg.Log)})
+	v, _ := s.parts.LoadOrStore(p, &partState{part: p, bugs: newBugs(s.cfg.Log)})
+	if p != nil && p.Gone() {
+		s.parts.Delete(p) // gone may have been here before
+	}
 	return v.(*partState)
+}
+
+// OnGone has f called when one of the backend's parts has gone for good (fsbackend.Changing). Call it before the first
+// request.
+func (s *Server) OnGone(f func(*fsbackend.Part)) {
+	s.onGone = f
+}
+
+// gone forgets p. FORGETs that it did not live to hear of are for the backend to know all the same: it counts them.
+func (s *Server) gone(p *fsbackend.Part) {
+	if v, ok := s.parts.LoadAndDelete(p); ok {
+		st := v.(*partState)
+		st.mu.Lock()
+		left, session := st.forgets, st.session
+		st.forgets = nil
+		st.mu.Unlock()
+		if session == s.session.Load() {
+			for _, one := range left {
+				s.forgetNow(nil, one.Nodeid, one.Nlookup)
+			}
+		}
+	}
+	s.onGone(p)
 }
 
 // bugsOf returns the log for p's bugs and what says there whose they are; nil is the whole backend.
@@ -160,6 +187,8 @@ func (s *Server) forgetPart(p *fsbackend.Part, node, n uint64) {
 	}
 	kept, wake := s.state(key).keep(s.session.Load(), fuseproto.ForgetOne{Nodeid: node, Nlookup: n})
 	switch {
+	case !kept && key != nil && key.Gone():
+		s.forgetNow(nil, node, n)
 	case !kept:
 		p.Stats.Refused.Add(1)
 		log, who := s.bugsOf(p)
@@ -180,6 +209,9 @@ func (s *Server) forgetNow(p *fsbackend.Part, node, n uint64) {
 func (st *partState) keep(session *session, one fuseproto.ForgetOne) (kept, wake bool) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	if st.part != nil && st.part.Gone() {
+		return false, false
+	}
 	if st.session != session {
 		st.session, st.forgets = session, st.forgets[:0]
 	}
@@ -215,7 +247,14 @@ func (s *Server) RunForgets(p *fsbackend.Part) {
 			if s.session.Load() != session {
 				break // the backend has forgotten everything
 			}
-			s.forgetNow(s.divided.PartOf(one.Nodeid), one.Nodeid, one.Nlookup)
+			at := s.divided.PartOf(one.Nodeid)
+			if at != p && at.Isolated {
+				if p == nil || !p.Gone() {
+					continue // the index is another part's by now, whose threads these are not: the guest has lied
+				}
+				at = nil // there is only a count left to be kept
+			}
+			s.forgetNow(at, one.Nodeid, one.Nlookup)
 		}
 	}
 }

@@ -67,6 +67,7 @@ func (s *Server) undo(r *Request, errno Errno) {
 	defer s.caught(r.part, r.Opcode())
 	enter(r.part)
 	defer leave(r.part)
+	r.ctx.Part = nil // what the call has found may be in another part
 	r.op.undo(s, r)
 }
 

@@ -169,7 +169,7 @@ func (s *Server) Begin(r *Request, readable, writable []unix.Iovec, readableLen,
 	} else {
 		r.head, r.body = writable, nil
 	}
-	r.ctx = fsbackend.Context{}
+	r.ctx = fsbackend.Context{Part: r.part}
 	if len(r.args) >= inHeaderSize {
 		r.ctx.Caller = r.header().Caller
 	}

@@ -58,8 +58,8 @@ func (c Config) Validate() error {
 	if c.Backend == nil {
 		return errors.New("configure FUSE server: no backend")
 	}
-	if !c.Cache.valid() {
-		return fmt.Errorf("configure FUSE server: %v is no cache policy", c.Cache)
+	if err := c.Cache.Validate(); err != nil {
+		return fmt.Errorf("configure FUSE server: %w", err)
 	}
 	return nil
 }
@@ -90,6 +90,7 @@ type Server struct {
 	divided fsbackend.Divided          // nil where the backend is not
 	parts   sync.Map                   // *fsbackend.Part → *partState
 	later   func(part *fsbackend.Part) // see OnForgets
+	onGone  func(*fsbackend.Part)
 
 	// counters are everyone's, shared the one that those without their own use.
 	countersMu sync.Mutex
@@ -119,11 +120,15 @@ func New(cfg Config) (*Server, error) {
 		backend: fsbackend.Resolve(cfg.Backend),
 		log:     ratelog.New(cfg.Log, 10*time.Second, 5),
 		bugs:    newBugs(cfg.Log),
-		valid:   policies[cfg.Cache].valid,
+		valid:   cfg.Cache.Valid(),
 	}
 	s.want = s.wantFlags()
 	s.shared = s.NewCounters()
 	s.divided, _ = cfg.Backend.(fsbackend.Divided)
+	if c, ok := cfg.Backend.(fsbackend.Changing); ok {
+		c.OnGone(s.gone)
+	}
+	s.onGone = func(*fsbackend.Part) {}
 	s.later = s.RunForgets
 	s.retry = func() {}
 	return s, nil

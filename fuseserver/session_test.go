@@ -292,7 +292,7 @@ func TestCachePolicy(t *testing.T) {
 		file, dir uint32
 	}{{"auto", 1, 0, 0}, {"never", 0, 1, 0}, {"metadata", 86400, 1, 10}, {"always", 86400, 2, 10}}
 	for _, tt := range tests {
-		policy, err := ParseCachePolicy(tt.name)
+		policy, err := fsbackend.ParseCachePolicy(tt.name)
 		if err != nil || policy.String() != tt.name {
 			t.Fatalf("parse %q: %v, %v", tt.name, policy, err)
 		}
@@ -320,7 +320,7 @@ func TestCachePolicy(t *testing.T) {
 			t.Errorf("%s: CREATE has flags %#x, expected %#x", tt.name, got, tt.file)
 		}
 	}
-	if _, err := ParseCachePolicy("sometimes"); err == nil {
+	if _, err := fsbackend.ParseCachePolicy("sometimes"); err == nil {
 		t.Error("no error for an unknown policy")
 	}
 	if _, err := New(Config{Backend: newStub(), Cache: 4}); err == nil {

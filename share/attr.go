@@ -17,10 +17,11 @@ func (s *Share) Getattr(c *fsbackend.Context, in *fuseproto.GetattrIn, out *fuse
 
 // getattr is Getattr of what is not part of a replay.
 func (s *Share) getattr(c *fsbackend.Context, in *fuseproto.GetattrIn, out *fuseproto.AttrOut) Errno {
-	p, errno := s.at(in.NodeId)
+	p, errno := s.at(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	fh := in.Fh_
 	if in.Flags_&fuseproto.FUSE_GETATTR_FH != 0 {
 		if fh>>indexShift != in.NodeId>>indexShift {
@@ -42,6 +43,7 @@ func (p *part) attrs(node uint64, out *fuseproto.AttrOut, errno Errno) Errno {
 		return errno
 	}
 	p.attr(&out.Attr)
+	p.policy.Load().fill(&out.AttrValid, &out.AttrValidNsec)
 	if p.info.Isolated && node&numberMask == fuseproto.FUSE_ROOT_ID {
 		p.seen.Lock()
 		p.seen.Attr = out.Attr
@@ -55,10 +57,11 @@ func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuse
 	if errno, ok := s.replay.Load().setattr(c, in, out); ok {
 		return errno
 	}
-	p, errno := s.changed(in.NodeId)
+	p, errno := toChange(s.at(c, in.NodeId))
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.doneChange()
 	fh := in.Fh
 	if in.Valid&fuseproto.FATTR_FH != 0 && fh>>indexShift != in.NodeId>>indexShift {
 		return unix.EBADF
@@ -66,7 +69,7 @@ func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuse
 	if p.Setattrer == nil {
 		return s.lacks(unix.EPERM)
 	}
-	owner := in.Owner
+	owner, mode := in.Owner, in.Mode
 	if p.mapped {
 		uid, hasUID := p.uids.host(owner.Uid)
 		gid, hasGID := p.gids.host(owner.Gid)
@@ -80,18 +83,49 @@ func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuse
 	}
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Setattr(c, in, out)
+	if errno = p.chmod(c, in); errno == fsbackend.OK {
+		errno = p.setattr(c, in, out)
+	}
 	p.leave(c, &in.InHeader, &v)
-	in.Fh, in.Owner = fh, owner
+	in.Fh, in.Owner, in.Mode = fh, owner, mode
 	return p.attrs(in.NodeId, out, s.known(errno, unix.EPERM))
+}
+
+// setattr is the backend's; only what changes the size is metered.
+func (p *part) setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuseproto.AttrOut) Errno {
+	if in.Valid&fuseproto.FATTR_SIZE == 0 {
+		return p.Setattr(c, in, out)
+	}
+	f := file{in.NodeId, in.Fh, in.Valid&fuseproto.FATTR_FH != 0}
+	return p.change(c, f, nothing, func() Errno { return p.Setattr(c, in, out) })
+}
+
+// chmod makes the mode in a SETATTR the backend's: the guest can neither see nor change the execute bits of a graft without.
+// What has its bits hidden by NoSUID, and is given a mode, has them no longer, as with any chmod that does not name them.
+func (p *part) chmod(c *fsbackend.Context, in *fuseproto.SetattrIn) Errno {
+	policy := p.policy.Load()
+	if in.Valid&fuseproto.FATTR_MODE == 0 || !policy.NoExec && !p.noSUID(policy) {
+		return fsbackend.OK
+	}
+	var out fuseproto.AttrOut
+	if errno := p.Getattr(c, &fuseproto.GetattrIn{InHeader: in.InHeader}, &out); errno != fsbackend.OK {
+		return errno
+	}
+	typ := out.Mode & unix.S_IFMT
+	in.Mode = p.created(in.Mode, typ)
+	if policy.NoExec && typ == unix.S_IFREG {
+		in.Mode |= out.Mode & execBits
+	}
+	return fsbackend.OK
 }
 
 // Statx implements fsbackend.Statxer.
 func (s *Share) Statx(c *fsbackend.Context, in *fuseproto.StatxIn, out *fuseproto.StatxOut) Errno {
-	p, errno := s.at(in.NodeId)
+	p, errno := s.at(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	fh, hasFh := in.Fh, in.GetattrFlags&fuseproto.FUSE_GETATTR_FH != 0
 	if hasFh && fh>>indexShift != in.NodeId>>indexShift {
 		return unix.EBADF
@@ -120,6 +154,13 @@ func (s *Share) Statx(c *fsbackend.Context, in *fuseproto.StatxIn, out *fuseprot
 	if p.mapped {
 		out.Uid, out.Gid = p.uids.guest(out.Uid), p.gids.guest(out.Gid)
 	}
+	policy := p.policy.Load()
+	policy.fill(&out.AttrValid, &out.AttrValidNsec)
+	mode := uint32(out.Mode)
+	out.Mode = uint16(p.shownMode(mode))
+	if policy.NoDev && isDevice(mode, unixDev(out.RdevMajor, out.RdevMinor)) {
+		out.RdevMajor, out.RdevMinor = 0, noDevice
+	}
 	return fsbackend.OK
 }
 
@@ -144,31 +185,37 @@ func (s *Share) statx(c *fsbackend.Context, in *fuseproto.StatxIn, out *fuseprot
 
 // Statfs implements fsbackend.StatFSer.
 func (s *Share) Statfs(c *fsbackend.Context, node uint64, out *fuseproto.StatfsOut) Errno {
-	p, errno := s.at(node)
+	p, errno := s.at(c, node)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
+	q := p.metered()
 	if p.StatFSer == nil {
 		out.Bsize, out.Frsize, out.NameLen = 4096, 4096, unix.NAME_MAX
-		return fsbackend.OK
+	} else {
+		var v visit
+		p.enterNode(c, &v)
+		errno = p.Statfs(c, node&numberMask, out)
+		p.leaveNode(c, &v)
 	}
-	var v visit
-	p.enterNode(c, &v)
-	errno = p.Statfs(c, node&numberMask, out)
-	p.leaveNode(c, &v)
+	if errno == fsbackend.OK && q != nil {
+		q.statfs(out, p.StatFSer != nil)
+	}
 	return errno
 }
 
 // Access implements fsbackend.Accesser.
 func (s *Share) Access(c *fsbackend.Context, in *fuseproto.AccessIn) Errno {
-	p, errno := s.at(in.NodeId)
+	p, errno := s.at(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	if p.Accesser == nil && s.alone {
 		return unix.ENOSYS
 	}
-	if p.readOnly && in.Mask&unix.W_OK != 0 {
+	if p.policy.Load().ReadOnly && in.Mask&unix.W_OK != 0 {
 		return unix.EROFS
 	}
 	if p.Accesser == nil {
@@ -183,12 +230,16 @@ func (s *Share) Access(c *fsbackend.Context, in *fuseproto.AccessIn) Errno {
 
 // Readlink implements fsbackend.Readlinker.
 func (s *Share) Readlink(c *fsbackend.Context, node uint64, dst *fsbackend.Sink) Errno {
-	p, errno := s.at(node)
+	p, errno := s.at(c, node)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	if p.Readlinker == nil {
 		return s.lacks(unix.EINVAL)
+	}
+	if p.policy.Load().NoSymfollow {
+		return unix.ELOOP
 	}
 	var v visit
 	p.enterNode(c, &v)
@@ -196,3 +247,6 @@ func (s *Share) Readlink(c *fsbackend.Context, node uint64, dst *fsbackend.Sink)
 	p.leaveNode(c, &v)
 	return s.known(errno, unix.EINVAL)
 }
+
+// unixDev is a device number as fuse_attr has it, as far as isDevice needs it.
+func unixDev(major, minor uint32) uint32 { return major | minor }

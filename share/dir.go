@@ -12,35 +12,46 @@ import (
 
 // Offsets from madeUpOffset on are those of names that the share adds to a directory, behind all that its backend has.
 // Backends' own are below, but for what some give to a last entry (ext4: 1<<63 - 1), which becomes madeUpOffset.
-const (
-	madeUpOffset     = 0x7fff_ffff_ffff_f000
-	maxMadeUpEntries = 1<<63 - 1 - madeUpOffset
-)
+const madeUpOffset = 0x7fff_ffff_0000_0000
 
 // Opendir implements fsbackend.DirReader.
 func (s *Share) Opendir(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) Errno {
-	p, errno := s.directory(in.NodeId)
+	p, errno := s.directory(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	if p.DirReader == nil {
-		if p.dir(in.NodeId&numberMask) == nil {
-			return s.lacks(unix.EOPNOTSUPP)
-		}
-		out.Fh = p.base // what the share adds can be listed
-		return fsbackend.OK
+	defer p.done()
+	onWay := p.dir(in.NodeId&numberMask) != nil
+	switch {
+	case p.DirReader != nil:
+		var v visit
+		p.enter(c, &in.InHeader, &v)
+		errno = p.Opendir(c, in, out)
+		p.leave(c, &in.InHeader, &v)
+	case !onWay:
+		return s.lacks(unix.EOPNOTSUPP)
 	}
-	var v visit
-	p.enter(c, &in.InHeader, &v)
-	errno = p.Opendir(c, in, out)
-	p.leave(c, &in.InHeader, &v)
-	return s.handle(p, &out.Fh, s.known(errno, fsbackend.OK))
+	// Without the backend, what the share adds can be listed.
+	if errno = s.handle(p, &out.Fh, s.known(errno, fsbackend.OK)); errno != fsbackend.OK {
+		return errno
+	}
+	p.opened(in.NodeId & numberMask)
+	if onWay && s.dynamic {
+		out.OpenFlags = out.OpenFlags&^fsbackend.CacheFlags | fsbackend.CacheDecided // what is in it may change at any time
+	}
+	p.policy.Load().open(out, fsbackend.CachePolicy.DirFlags)
+	return fsbackend.OK
 }
 
 // Releasedir implements fsbackend.DirReader.
 func (s *Share) Releasedir(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
-	p, errno := s.opened(in.NodeId, in.Fh)
-	if errno != fsbackend.OK || p.DirReader == nil {
+	p, errno := s.opened(c, in.NodeId, in.Fh)
+	if errno != fsbackend.OK {
+		return
+	}
+	defer p.done()
+	defer p.released(in.NodeId & numberMask)
+	if p.DirReader == nil {
 		return
 	}
 	var v visit
@@ -51,10 +62,11 @@ func (s *Share) Releasedir(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
 
 // Readdir implements fsbackend.DirReader.
 func (s *Share) Readdir(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) Errno {
-	p, errno := s.opened(in.NodeId, in.Fh)
+	p, errno := s.opened(c, in.NodeId, in.Fh)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	if pos := p.dir(in.NodeId & numberMask); pos != nil {
 		return s.listWay(c, p, pos, in, out)
 	}
@@ -70,10 +82,11 @@ func (s *Share) Readdir(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsbacke
 
 // Readdirplus implements fsbackend.DirPlusReader.
 func (s *Share) Readdirplus(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) Errno {
-	p, errno := s.opened(in.NodeId, in.Fh)
+	p, errno := s.opened(c, in.NodeId, in.Fh)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	pos := p.dir(in.NodeId & numberMask)
 	switch {
 	case pos != nil:
@@ -88,13 +101,19 @@ func (s *Share) Readdirplus(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsb
 		return errno
 	}
 	out.Translate = nil // of another request that ended in a panic
-	if p.base != 0 || p.mapped {
+	policy := p.policy.Load()
+	if p.base != 0 || p.mapped || p.noSUID(policy) || policy.masks() {
 		out.Translate = p.edit
 	}
+	if policy.Cache != nil {
+		out.EntryValid, out.AttrValid = policy.Cache.Valid(), policy.Cache.Valid()
+	}
+	looked := out.Looked
 	var v visit
 	p.enterFile(c, &in.InHeader, &in.Fh, &v)
 	errno = p.Readdirplus(c, in, out)
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
+	p.looked(out.Looked - looked)
 	out.Translate = nil
 	if errno == unix.ENOSYS && !s.alone && p.DirReader != nil {
 		_, errno = s.listNames(c, p, nil, in, out)
@@ -113,8 +132,15 @@ func (s *Share) listWay(c *fsbackend.Context, p *part, pos *position, in *fusepr
 	if in.Offset > madeUpOffset {
 		first = in.Offset - madeUpOffset
 	}
-	for i := first; i < uint64(len(pos.order)); i++ {
-		child := pos.order[i]
+	var slots []*position
+	if kids := pos.children.Load(); kids != nil {
+		slots = kids.slots
+	}
+	for i := first; i < uint64(len(slots)); i++ {
+		child := slots[i]
+		if child == nil {
+			continue
+		}
 		s.learn(c, child)
 		if !addName(out, child.ino.Load(), madeUpOffset+1+i, child.typ.Load(), []byte(child.name)) {
 			break
@@ -125,12 +151,14 @@ func (s *Share) listWay(c *fsbackend.Context, p *part, pos *position, in *fusepr
 
 // learn finds out what a mount point is to be listed with that nobody has looked up yet, where it is cheap.
 func (s *Share) learn(c *fsbackend.Context, pos *position) {
-	g := pos.graft
-	if g == nil || g.file != nil || g.info.Isolated || g.info.Slow || pos.ino.Load() != g.base|fuseproto.FUSE_ROOT_ID {
+	g := pos.graft.Load()
+	if g == nil || g.file != nil || g.info.Isolated || g.info.Slow || pos.ino.Load() != g.base|rootID || !g.enterCall() {
 		return
 	}
+	defer g.done()
 	var out fuseproto.EntryOut
 	if s.lookupMount(c, g, &out) == fsbackend.OK {
+		g.unlooked(1) // the guest is not given the node
 		pos.ino.Store(out.Ino)
 	}
 }
@@ -214,8 +242,8 @@ func copyNames(pos *position, buf []byte, in *fuseproto.ReadIn, out *fsbackend.D
 		buf = buf[(direntHeader+length+7)&^7:]
 		if pos != nil {
 			off = min(off, madeUpOffset)
-			if child := pos.children[string(name)]; child != nil {
-				if child.graft == nil && typ == unix.DT_DIR {
+			if child := pos.child(string(name)); child != nil {
+				if child.graft.Load() == nil && typ == unix.DT_DIR {
 					child.ino.Store(ino)
 				}
 				in.Offset = off

@@ -12,35 +12,94 @@ func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.
 	if errno, ok := s.replay.Load().open(c, in, out); ok {
 		return errno
 	}
-	p, errno := s.at(in.NodeId)
-	switch {
-	case errno != fsbackend.OK:
+	p, errno := s.named(c, in.NodeId)
+	if errno != fsbackend.OK {
 		return errno
-	case p.readOnly && fsbackend.OpensForWriting(in.Flags):
-		return unix.EROFS
+	}
+	defer p.done()
+	switch {
 	case p.Opener == nil && s.noOpen.Load():
 		return unix.ENOSYS // agreed on only where there is nothing but the root
-	case p.Opener == nil:
-		out.Fh = p.base
+	case fsbackend.OpensForWriting(in.Flags):
+		if !p.beginChange() {
+			return unix.EROFS
+		}
+		defer p.endChange()
+	}
+	policy := p.policy.Load()
+	errno = fsbackend.OK
+	if p.Opener != nil {
+		var v visit
+		p.enter(c, &in.InHeader, &v)
+		if errno = p.refuseDevice(c, policy, in); errno == fsbackend.OK {
+			errno = s.known(p.open(c, in, out), fsbackend.OK)
+		}
+		p.leave(c, &in.InHeader, &v)
+	}
+	if errno = s.handle(p, &out.Fh, errno); errno == fsbackend.OK {
+		p.opened(in.NodeId & numberMask)
+		policy.open(out, fsbackend.CachePolicy.FileFlags)
+	}
+	return errno
+}
+
+// open is the backend's; what makes the file empty is metered.
+func (p *part) open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) Errno {
+	if in.Flags&unix.O_TRUNC == 0 {
+		return p.Open(c, in, out)
+	}
+	return p.change(c, file{node: in.NodeId}, nothing, func() Errno { return p.Open(c, in, out) })
+}
+
+// refuseDevice answers EACCES to OPEN of a device where there are to be none. Linux does not ask: it opens its own.
+func (p *part) refuseDevice(c *fsbackend.Context, policy *Policy, in *fuseproto.OpenIn) Errno {
+	if !policy.NoDev {
 		return fsbackend.OK
 	}
-	var v visit
-	p.enter(c, &in.InHeader, &v)
-	errno = p.Open(c, in, out)
-	p.leave(c, &in.InHeader, &v)
-	return s.handle(p, &out.Fh, s.known(errno, fsbackend.OK))
+	var out fuseproto.AttrOut
+	errno := p.Getattr(c, &fuseproto.GetattrIn{InHeader: in.InHeader}, &out)
+	if errno == fsbackend.OK && isDevice(out.Mode, out.Rdev) {
+		return unix.EACCES
+	}
+	return errno
 }
 
 // Release implements fsbackend.Opener.
 func (s *Share) Release(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
-	p, errno := s.opened(in.NodeId, in.Fh)
-	if errno != fsbackend.OK || p.Opener == nil {
+	p, errno := s.opened(c, in.NodeId, in.Fh)
+	if errno != fsbackend.OK {
+		return
+	}
+	defer p.done()
+	defer func() {
+		p.released(in.NodeId & numberMask)
+		if q := p.metered(); q != nil {
+			q.reap(in.NodeId & numberMask)
+		}
+	}()
+	if p.Opener == nil {
 		return
 	}
 	var v visit
 	p.enterFile(c, &in.InHeader, &in.Fh, &v)
-	p.Release(c, in)
+	p.release(c, in)
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
+}
+
+// release is the backend's. File systems give back then what they have set aside for more writes.
+func (p *part) release(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
+	q := p.metered()
+	if q == nil || !c.MayBlock {
+		p.Release(c, in)
+		return
+	}
+	f := file{in.NodeId, in.Fh, true}
+	if _, errno := q.begin(c, f, nothing); errno != fsbackend.OK {
+		p.Release(c, in)
+		return
+	}
+	defer q.end(c, file{node: in.NodeId}, 0)
+	p.Release(c, in)
 }
 
 // Create implements fsbackend.Creater.
@@ -48,13 +107,11 @@ func (s *Share) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsback
 	if errno, ok := s.replay.Load().create(c, in, name, out); ok {
 		return errno
 	}
-	p, errno := s.directory(in.NodeId)
-	switch {
-	case errno != fsbackend.OK:
+	p, errno := toChange(s.directory(c, in.NodeId))
+	if errno != fsbackend.OK {
 		return errno
-	case p.readOnly:
-		return unix.EROFS
 	}
+	defer p.doneChange()
 	if pos := p.onWay(in.NodeId, name); pos != nil {
 		return s.createPosition(c, in, pos, out)
 	}
@@ -67,10 +124,13 @@ func (s *Share) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsback
 		}
 		return s.make(c, in, name, out)
 	}
+	mode := in.Mode
+	in.Mode = p.created(mode, unix.S_IFREG)
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Create(c, in, name, out)
+	errno = p.create(c, in.NodeId, name, 0, &out.EntryOut, func() Errno { return p.Create(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
+	in.Mode = mode
 	if errno == unix.ENOSYS && !s.alone {
 		return s.make(c, in, name, out)
 	}
@@ -82,21 +142,32 @@ func (s *Share) created(p *part, out *fuseproto.CreateOut, errno Errno) Errno {
 	if errno = s.entry(p, &out.EntryOut, errno); errno != fsbackend.OK {
 		return errno
 	}
-	return s.handle(p, &out.Fh, errno)
+	if errno = s.handle(p, &out.Fh, errno); errno == fsbackend.OK {
+		p.opened(out.NodeId & numberMask)
+		p.policy.Load().open(&out.OpenOut, fsbackend.CachePolicy.FileFlags)
+	}
+	return errno
 }
 
 // createPosition is CREATE of a name that is taken by pos: at most, a file is opened. It is what a guest asks that has
 // not seen the file, when it was not there yet.
 func (s *Share) createPosition(c *fsbackend.Context, in *fuseproto.CreateIn, pos *position, out *fuseproto.CreateOut) Errno {
-	g := pos.graft
+	g := pos.graft.Load()
 	switch {
 	case in.Flags&unix.O_EXCL != 0:
 		return unix.EEXIST
 	case g == nil || g.file == nil:
 		return unix.EISDIR
+	case !g.enterCall():
+		return unix.ENOENT // removed or replaced since
+	}
+	defer g.done()
+	switch {
+	case g.leaving.Load():
+		return unix.ENOENT
 	case g.dead.Load():
 		return unix.EIO
-	case g.readOnly && fsbackend.OpensForWriting(in.Flags):
+	case g.policy.Load().ReadOnly && fsbackend.OpensForWriting(in.Flags):
 		return unix.EROFS
 	case !c.MayBlock:
 		return fsbackend.ErrMayBlock // two calls cannot both be without effect
@@ -104,6 +175,8 @@ func (s *Share) createPosition(c *fsbackend.Context, in *fuseproto.CreateIn, pos
 	if !g.info.Isolated {
 		g.begin()
 		defer g.end()
+		defer func(p *fsbackend.Part) { c.Part = p }(c.Part)
+		c.Part = nil // this part is another one
 		return s.openFile(c, g, in, out)
 	}
 	own, opened := *in, new(fuseproto.CreateOut)
@@ -174,31 +247,34 @@ func (s *Share) make(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbacken
 
 // Tmpfile implements fsbackend.Tmpfiler.
 func (s *Share) Tmpfile(c *fsbackend.Context, in *fuseproto.CreateIn, out *fuseproto.CreateOut) Errno {
-	p, errno := s.directory(in.NodeId)
-	switch {
-	case errno != fsbackend.OK:
+	p, errno := toChange(s.directory(c, in.NodeId))
+	if errno != fsbackend.OK {
 		return errno
-	case p.readOnly:
-		return unix.EROFS
-	case p.Tmpfiler == nil:
+	}
+	defer p.doneChange()
+	if p.Tmpfiler == nil {
 		return s.lacks(unix.EOPNOTSUPP)
 	}
 	if errno := p.mayCreate(c); errno != fsbackend.OK {
 		return errno
 	}
+	mode := in.Mode
+	in.Mode = p.created(mode, unix.S_IFREG)
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Tmpfile(c, in, out)
+	errno = p.create(c, in.NodeId, nil, 0, &out.EntryOut, func() Errno { return p.Tmpfile(c, in, out) })
 	p.leave(c, &in.InHeader, &v)
+	in.Mode = mode
 	return s.created(p, out, s.known(errno, unix.EOPNOTSUPP))
 }
 
 // Read implements fsbackend.Reader.
 func (s *Share) Read(c *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.Sink) Errno {
-	p, errno := s.opened(in.NodeId, in.Fh)
+	p, errno := s.opened(c, in.NodeId, in.Fh)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	if p.Reader == nil {
 		return s.lacks(unix.EINVAL)
 	}
@@ -211,28 +287,38 @@ func (s *Share) Read(c *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.
 
 // Write implements fsbackend.Writer.
 func (s *Share) Write(c *fsbackend.Context, in *fuseproto.WriteIn, src *fsbackend.Source) (uint32, Errno) {
-	p, errno := s.opened(in.NodeId, in.Fh)
-	switch {
-	case errno != fsbackend.OK:
+	p, errno := toChange(s.opened(c, in.NodeId, in.Fh))
+	if errno != fsbackend.OK {
 		return 0, errno
-	case p.readOnly:
-		return 0, unix.EROFS
-	case p.Writer == nil:
+	}
+	defer p.doneChange()
+	if p.Writer == nil {
 		return 0, s.lacks(unix.EINVAL)
 	}
 	var v visit
 	p.enterFile(c, &in.InHeader, &in.Fh, &v)
-	n, errno := p.Write(c, in, src)
+	var n uint32
+	errno = p.change(c, file{in.NodeId, in.Fh, true}, func(a *fuseproto.Attr) int64 {
+		off := in.Offset
+		if in.Flags&unix.O_APPEND != 0 {
+			off = max(off, a.Size)
+		}
+		return growth(a, off, uint64(in.Size))
+	}, func() (errno Errno) {
+		n, errno = p.Write(c, in, src)
+		return errno
+	})
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return n, s.known(errno, unix.EINVAL)
 }
 
 // Flush implements fsbackend.Flusher.
 func (s *Share) Flush(c *fsbackend.Context, in *fuseproto.FlushIn) Errno {
-	p, errno := s.opened(in.NodeId, in.Fh)
+	p, errno := s.opened(c, in.NodeId, in.Fh)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	if p.Flusher == nil {
 		return s.lacks(fsbackend.OK)
 	}
@@ -254,10 +340,11 @@ func (s *Share) Fsyncdir(c *fsbackend.Context, in *fuseproto.FsyncIn) Errno {
 }
 
 func (s *Share) fsync(c *fsbackend.Context, in *fuseproto.FsyncIn, call func(fsbackend.Fsyncer, *fsbackend.Context, *fuseproto.FsyncIn) Errno) Errno {
-	p, errno := s.opened(in.NodeId, in.Fh)
+	p, errno := s.opened(c, in.NodeId, in.Fh)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	if p.Fsyncer == nil {
 		return s.lacks(fsbackend.OK)
 	}
@@ -270,16 +357,20 @@ func (s *Share) fsync(c *fsbackend.Context, in *fuseproto.FsyncIn, call func(fsb
 
 // Syncfs implements fsbackend.Syncfser. A guest that knows nothing of submounts has but one file system to write.
 func (s *Share) Syncfs(c *fsbackend.Context, node uint64) Errno {
-	p, errno := s.at(node)
+	p, errno := s.at(c, node)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	errno = s.syncfs(c, p, node)
 	if node != fuseproto.FUSE_ROOT_ID || s.submounts.Load() {
 		return errno
 	}
-	for _, other := range s.parts[1:] {
+	for _, other := range s.snapshot()[1:] {
 		var one Errno
+		if !other.enterCall() {
+			continue
+		}
 		switch {
 		case other.info.Isolated:
 			one = s.across(c, other, func(c *fsbackend.Context) Errno {
@@ -292,6 +383,7 @@ func (s *Share) Syncfs(c *fsbackend.Context, node uint64) Errno {
 			one = s.syncfs(c, other, fuseproto.FUSE_ROOT_ID)
 			other.end()
 		}
+		other.done()
 		if errno == fsbackend.OK {
 			errno = one
 		}
@@ -312,28 +404,33 @@ func (s *Share) syncfs(c *fsbackend.Context, p *part, node uint64) Errno {
 
 // Fallocate implements fsbackend.Fallocater.
 func (s *Share) Fallocate(c *fsbackend.Context, in *fuseproto.FallocateIn) Errno {
-	p, errno := s.opened(in.NodeId, in.Fh)
-	switch {
-	case errno != fsbackend.OK:
+	p, errno := toChange(s.opened(c, in.NodeId, in.Fh))
+	if errno != fsbackend.OK {
 		return errno
-	case p.readOnly:
-		return unix.EROFS
-	case p.Fallocater == nil:
+	}
+	defer p.doneChange()
+	if p.Fallocater == nil {
 		return s.lacks(unix.EOPNOTSUPP)
 	}
 	var v visit
 	p.enterFile(c, &in.InHeader, &in.Fh, &v)
-	errno = p.Fallocate(c, in)
+	errno = p.change(c, file{in.NodeId, in.Fh, true}, func(a *fuseproto.Attr) int64 {
+		if in.Mode&(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_COLLAPSE_RANGE|unix.FALLOC_FL_INSERT_RANGE) != 0 {
+			return 0
+		}
+		return growth(a, in.Offset, in.Length)
+	}, func() Errno { return p.Fallocate(c, in) })
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
 	return s.known(errno, unix.EOPNOTSUPP)
 }
 
 // Lseek implements fsbackend.Lseeker.
 func (s *Share) Lseek(c *fsbackend.Context, in *fuseproto.LseekIn, out *fuseproto.LseekOut) Errno {
-	p, errno := s.opened(in.NodeId, in.Fh)
+	p, errno := s.opened(c, in.NodeId, in.Fh)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	if p.Lseeker == nil {
 		if s.alone {
 			return unix.ENOSYS
@@ -371,25 +468,41 @@ func (s *Share) seek(c *fsbackend.Context, in *fuseproto.LseekIn, out *fuseproto
 
 // CopyFileRange implements fsbackend.CopyFileRanger.
 func (s *Share) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeIn) (uint64, Errno) {
-	if _, errno := s.opened(in.NodeId, in.FhIn); errno != fsbackend.OK {
+	p, errno := s.opened(c, in.NodeId, in.FhIn)
+	if errno != fsbackend.OK {
 		return 0, errno
 	}
-	p, errno := s.opened(in.NodeIdOut, in.FhOut)
+	defer p.done()
 	switch {
-	case errno != fsbackend.OK:
-		return 0, errno
+	case in.FhOut>>indexShift != in.NodeIdOut>>indexShift:
+		return 0, unix.EBADF
 	case in.NodeId>>indexShift != in.NodeIdOut>>indexShift:
+		if errno := s.exists((*Share).find, in.NodeIdOut); errno != fsbackend.OK {
+			return 0, errno
+		}
 		return 0, unix.EXDEV
-	case p.readOnly:
+	case !p.beginChange():
 		return 0, unix.EROFS
-	case p.CopyFileRanger == nil:
+	}
+	defer p.endChange()
+	if p.CopyFileRanger == nil {
 		return 0, s.lacks(unix.EOPNOTSUPP)
 	}
 	fhIn, node, fhOut := in.FhIn, in.NodeIdOut, in.FhOut
 	in.FhIn, in.NodeIdOut, in.FhOut = fhIn&numberMask, node&numberMask, fhOut&numberMask
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	n, errno := p.CopyFileRange(c, in)
+	var n uint64
+	errno = p.change(c, file{in.NodeIdOut, in.FhOut, true}, func(a *fuseproto.Attr) int64 {
+		length := in.Len
+		if from, errno := p.look(c, file{in.NodeId, in.FhIn, true}); errno == fsbackend.OK {
+			length = min(length, from.Size-min(from.Size, in.OffIn))
+		}
+		return growth(a, in.OffOut, length)
+	}, func() (errno Errno) {
+		n, errno = p.CopyFileRange(c, in)
+		return errno
+	})
 	p.leave(c, &in.InHeader, &v)
 	in.FhIn, in.NodeIdOut, in.FhOut = fhIn, node, fhOut
 	return n, s.known(errno, unix.EOPNOTSUPP)
@@ -398,13 +511,19 @@ func (s *Share) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeI
 // Ioctl implements fsbackend.Ioctler. On a read-only part only those go that are declared to return something and take
 // nothing.
 func (s *Share) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, dst *fsbackend.Sink) (int32, Errno) {
-	p, errno := s.opened(in.NodeId, in.Fh)
-	switch {
-	case errno != fsbackend.OK:
+	p, errno := s.opened(c, in.NodeId, in.Fh)
+	if errno != fsbackend.OK {
 		return 0, errno
-	case p.readOnly && fsbackend.IoctlMayChange(in.Cmd):
-		return 0, unix.EROFS
-	case p.Ioctler == nil:
+	}
+	defer p.done()
+	switch {
+	case fsbackend.IoctlMayChange(in.Cmd):
+		if !p.beginChange() {
+			return 0, unix.EROFS
+		}
+		defer p.endChange()
+	}
+	if p.Ioctler == nil {
 		return 0, s.lacks(unix.ENOTTY)
 	}
 	var v visit
@@ -426,10 +545,12 @@ func (s *Share) Setlk(c *fsbackend.Context, in *fuseproto.LkIn) Errno {
 
 // lock makes a call about locks. A part that has none to give says so in the word that programs know from file systems like it.
 func (s *Share) lock(c *fsbackend.Context, in *fuseproto.LkIn, call func(fsbackend.Locker) Errno) Errno {
-	p, errno := s.opened(in.NodeId, in.Fh)
-	switch {
-	case errno != fsbackend.OK:
+	p, errno := s.opened(c, in.NodeId, in.Fh)
+	if errno != fsbackend.OK {
 		return errno
+	}
+	defer p.done()
+	switch {
 	case p.Locker == nil:
 		return s.lacks(unix.ENOLCK)
 	}

@@ -82,7 +82,13 @@ func (s *Share) across(c *fsbackend.Context, p *part, call func(*fsbackend.Conte
 	}
 	own := fsbackend.Context{Caller: c.Caller, SuppGroups: slices.Clone(c.SuppGroups), MayBlock: true, Cancel: c.Cancel}
 	errno := unix.EIO
-	done := s.aside(p, "on behalf of another part", func() { errno = call(&own) })
+	if !p.enterCall() {
+		return unix.ENOENT
+	}
+	done := s.aside(p, "on behalf of another part", func() {
+		defer p.done()
+		errno = call(&own)
+	})
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	select {
@@ -97,31 +103,44 @@ func (s *Share) across(c *fsbackend.Context, p *part, call func(*fsbackend.Conte
 	p.info.Stats.Timeouts.Add(1)
 	p.overdue.Add(1)
 	go func() {
-		if <-done && errno == fsbackend.OK {
+		// Where p has gone since, its backend has taken everything back.
+		if <-done && errno == fsbackend.OK && p.enterCall() {
 			s.contained(p, "undo", undo)
+			p.done()
 		}
 		p.overdue.Add(-1)
 	}()
 	return unix.EIO
 }
 
-// all makes a call of every part. Isolated ones get patience; one that fails is dead: a part that has not forgotten a
+// all makes a call of every one of parts. Isolated ones get patience; one that fails is dead: a part that has not forgotten a
 // session, or does not know of one, must not serve it. The dead hear of nothing but their Close, and of that only if nothing
 // still runs in them.
-func (s *Share) all(what string, last bool, call func(*part)) {
-	skip := func(p *part) bool { return p.hung.Load() || p.dead.Load() && !last }
+func (s *Share) all(parts []*part, what string, last bool, call func(*part)) {
 	type under struct {
 		p    *part
 		done <-chan bool
 	}
 	var aside []under
-	for _, p := range s.parts {
-		if p.info.Isolated && !skip(p) {
-			aside = append(aside, under{p, s.aside(p, what, func() { call(p) })})
+	begin := func(p *part) bool {
+		if p.hung.Load() || p.dead.Load() && !last {
+			return false
+		}
+		return last || p.enterCall()
+	}
+	run := func(p *part) {
+		if !last {
+			defer p.done()
+		}
+		call(p)
+	}
+	for _, p := range parts {
+		if p.info.Isolated && begin(p) {
+			aside = append(aside, under{p, s.aside(p, what, func() { run(p) })})
 		}
 	}
-	for _, p := range s.parts {
-		if !p.info.Isolated && !skip(p) && !s.contained(p, what, func() { call(p) }) {
+	for _, p := range parts {
+		if !p.info.Isolated && begin(p) && !s.contained(p, what, func() { run(p) }) {
 			p.dead.Store(true)
 		}
 	}
@@ -135,16 +154,21 @@ func (s *Share) all(what string, last bool, call func(*part)) {
 			select {
 			case ok = <-u.done: // it was in time, only not the first to be waited for
 			default:
-				u.p.hung.Store(true)
-				u.p.info.Stats.Timeouts.Add(1)
-				s.log.Error("extension did not come back from a call: its part answers EIO from now on", "extension", u.p.info.Name,
-					"path", u.p.info.Path, "call", what, "after", patience)
+				s.hangs(u.p, what)
 			}
 		}
 		if !ok {
 			u.p.dead.Store(true)
 		}
 	}
+}
+
+// hangs notes that a call of a session has not come back.
+func (s *Share) hangs(p *part, what string) {
+	p.hung.Store(true)
+	p.info.Stats.Timeouts.Add(1)
+	s.log.Error("extension did not come back from a call: its part answers EIO from now on", "extension", p.info.Name,
+		"path", p.info.Path, "call", what, "after", patience)
 }
 
 // closed is a time that has passed.
@@ -154,22 +178,39 @@ var closed = func() <-chan time.Time {
 	return c
 }()
 
-// closeAll is all for Close, whose errors count.
+// closeAll is all for Close, whose errors count. It also waits for those that are being closed already.
 func (s *Share) closeAll() []error {
-	errs := make([]chan error, len(s.parts))
-	for i := range errs {
-		errs[i] = make(chan error, 1)
+	s.mu.Lock()
+	parts, closing := s.list, s.closing
+	s.mu.Unlock()
+	deadline := time.Now().Add(patience)
+	errs := make(map[*part]chan error)
+	var open []*part
+	for _, p := range parts {
+		errs[p] = make(chan error, 1)
+		if p.awaitFinish(deadline) {
+			open = append(open, p)
+		}
 	}
-	s.all("Close", true, func(p *part) { errs[p.base>>indexShift] <- p.Close() })
+	s.all(open, "Close", true, func(p *part) { errs[p] <- p.Close() })
 	var failed []error
-	for i, p := range s.parts {
+	for _, p := range parts {
 		select {
-		case err := <-errs[i]:
+		case err := <-errs[p]:
 			if err != nil {
 				failed = append(failed, fmt.Errorf("close %s: %w", p.title(), err))
 			}
 		default:
 			failed = append(failed, fmt.Errorf("close %s: given up, because a call of it panicked or has never come back", p.title()))
+		}
+	}
+	expired := time.After(patience)
+	for _, b := range closing {
+		select {
+		case <-b.done:
+		case <-expired:
+			expired = closed
+			failed = append(failed, fmt.Errorf("close %s: given up, because it has not come back from Close", b.p.title()))
 		}
 	}
 	return failed

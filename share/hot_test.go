@@ -74,7 +74,7 @@ func TestHotOpsDoNotAllocate(t *testing.T) {
 	put(t, s, "f", "")
 	single := newMem(t)
 	put(t, single, "f", "")
-	makeDirs(t, s.parts[0].Backend, "way")
+	makeDirs(t, s.root.Backend, "way")
 	files := newShare(t, Graft{Path: "/", Backend: newMem(t)}, Graft{Path: "/f", Backend: single, File: "f"})
 	c := &fsbackend.Context{MayBlock: true}
 	var out fuseproto.EntryOut

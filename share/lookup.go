@@ -14,19 +14,29 @@ func (s *Share) Lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name,
 	if r := s.replay.Load(); r != nil {
 		return r.lookup(c, parent, name, out)
 	}
-	return s.find(c, parent, name, out)
+	return s.lookUp(c, parent, name, out)
 }
 
-// find is Lookup, of a name that is not part of a replay.
-func (s *Share) find(c *fsbackend.Context, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
-	p, errno := s.directory(parent)
+// lookUp is Lookup, of a name that is not part of a replay.
+func (s *Share) lookUp(c *fsbackend.Context, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	p, errno := s.directory(c, parent)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.done()
 	if pos := p.onWay(parent, name); pos != nil {
 		return s.lookupPosition(c, p, parent, name, pos, out)
 	}
-	return s.entry(p, out, p.lookup(c, parent, name, out))
+	return s.lookupName(c, p, parent, name, out)
+}
+
+// lookupName looks up what is no position. Where one may come, that there is nothing now must not be remembered.
+func (s *Share) lookupName(c *fsbackend.Context, p *part, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
+	errno := p.lookup(c, parent, name, out)
+	if s.dynamic && errno == fsbackend.OK && out.NodeId == 0 {
+		return unix.ENOENT
+	}
+	return s.entry(p, out, errno)
 }
 
 // lookup is the backend's.
@@ -38,22 +48,47 @@ func (p *part) lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name, 
 	return errno
 }
 
-// lookupPosition looks pos up, which is name in the directory parent of p.
+// lookupPosition looks pos up, which is name in the directory parent of p. Where grafts come and go, the guest has to ask
+// each time.
 func (s *Share) lookupPosition(c *fsbackend.Context, p *part, parent uint64, name fsbackend.Name, pos *position, out *fuseproto.EntryOut) Errno {
 	var errno Errno
-	switch g := pos.graft; {
-	case g == nil:
-		errno = s.lookupWay(c, p, parent, name, pos, out)
-	case g.file == nil:
-		errno = s.lookupMount(c, g, out)
-	default:
-		errno = s.lookupFile(c, g, out)
+	for again := true; again; {
+		switch g := pos.graft.Load(); {
+		case pos.gone.Load():
+			return s.lookupName(c, p, parent, name, out)
+		case g == nil:
+			errno, again = s.lookupWay(c, p, parent, name, pos, out), false
+		default:
+			errno, again = s.lookupGraft(c, g, out)
+		}
 	}
 	if errno == fsbackend.OK && out.NodeId != 0 {
 		pos.ino.Store(out.Ino)
 		pos.typ.Store(out.Mode & unix.S_IFMT >> 12)
+		if s.dynamic {
+			out.EntryValid, out.EntryValidNsec = 0, 1
+		}
 	}
 	return errno
+}
+
+// lookupGraft looks up what g shows the guest, unless g has been replaced or removed since: look at the position again then.
+func (s *Share) lookupGraft(c *fsbackend.Context, g *part, out *fuseproto.EntryOut) (errno Errno, again bool) {
+	if !g.enterCall() {
+		return 0, true
+	}
+	defer g.done()
+	switch {
+	case g.leaving.Load():
+		return 0, true
+	case g.file == nil:
+		return s.lookupMount(c, g, out), false
+	}
+	errno = s.lookupFile(c, g, out)
+	if out.NodeId != 0 && out.EntryValid == 0 {
+		out.EntryValidNsec = 1 // the host may put another one there at any time
+	}
+	return errno, false
 }
 
 // lookupWay finds a directory on the way in its backend, and records its number if that has changed; where it is none,
@@ -81,7 +116,7 @@ func (s *Share) lookupWay(c *fsbackend.Context, p *part, parent uint64, name fsb
 		held := new(fuseproto.EntryOut)
 		errno = p.lookup(c, parent, name, held)
 		if errno == fsbackend.OK && held.NodeId == number {
-			if !s.record(pos, number, epoch) {
+			if !s.record(pos, p, number, epoch) {
 				p.Forget(number, 1) // the session that asks is over
 			}
 			return s.entry(p, out, fsbackend.OK)
@@ -101,10 +136,14 @@ func (s *Share) lookupWay(c *fsbackend.Context, p *part, parent uint64, name fsb
 
 // lookupMadeUp answers with the directory that stands in for pos.
 func (s *Share) lookupMadeUp(p *part, pos *position, epoch uint64, out *fuseproto.EntryOut) Errno {
-	if pos.node.Load() != 0 && p == pos.home {
-		s.record(pos, 0, epoch)
+	if pos.node.Load() != 0 && p == pos.home.Load() {
+		s.record(pos, p, 0, epoch)
 	}
-	*out = fuseproto.EntryOut{NodeId: s.parts[len(s.shown)].base | pos.madeUp, Attr: s.madeUp.dirs[pos.madeUp]}
+	m := s.nobody.Backend.(*madeUp)
+	*out = fuseproto.EntryOut{NodeId: s.nobody.base | pos.madeUp, Attr: m.attr(pos, pos.madeUp)}
+	if s.dynamic {
+		out.AttrValidNsec = 1
+	}
 	return fsbackend.OK
 }
 
@@ -146,7 +185,9 @@ func (s *Share) lookupMount(c *fsbackend.Context, g *part, out *fuseproto.EntryO
 		g.attr(&call.out.Attr)
 		*out = fuseproto.EntryOut{Attr: call.out.Attr, AttrValid: call.out.AttrValid, AttrValidNsec: call.out.AttrValidNsec}
 	}
-	out.NodeId = g.base | fuseproto.FUSE_ROOT_ID
+	g.looked(1)
+	out.NodeId = g.base | rootID
+	g.policy.Load().entry(out)
 	if s.submounts.Load() {
 		out.Attr.Flags |= fuseproto.FUSE_ATTR_SUBMOUNT
 	}
@@ -193,17 +234,4 @@ func (p *part) findFile(c *fsbackend.Context, out *fuseproto.EntryOut) Errno {
 		return unix.ENOENT
 	}
 	return fsbackend.OK
-}
-
-// Forget implements fsbackend.Backend.
-func (s *Share) Forget(node, n uint64) {
-	if node&numberMask == fuseproto.FUSE_ROOT_ID {
-		return
-	}
-	if n = s.replay.Load().forget(node, n); n == 0 {
-		return
-	}
-	if p, errno := s.at(node); errno == fsbackend.OK {
-		p.Forget(node&numberMask, n)
-	}
 }

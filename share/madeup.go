@@ -10,26 +10,30 @@ import (
 )
 
 // madeUp is the backend of directories on the way to a mount point that no backend has. They are empty: what is in them is
-// positions, which the share adds as it does to any directory. Every position has one here, used or not.
-type madeUp struct {
-	since time.Time
-	dirs  []fuseproto.Attr // by number
+// positions, which the share adds as it does to any directory. Every position on the way has one here, used or not. One of its
+// own is the root of a share without a graft there.
+type madeUp struct{ part *part }
+
+func (s *Share) newMadeUp() *part {
+	m := new(madeUp)
+	m.part = s.newPart(&Graft{Path: "/", Backend: m, Policy: Policy{ReadOnly: true}})
+	m.part.counted = false
+	return m.part
 }
 
-// add makes a directory with n directories in it and returns its number. index is the part's.
-func (m *madeUp) add(index uint64, n int) uint64 {
-	if m.dirs == nil {
-		m.since = time.Now()
-		m.dirs = make([]fuseproto.Attr, fuseproto.FUSE_ROOT_ID+1) // neither is a position
+// attr are the attributes of the directory made up for pos.
+func (m *madeUp) attr(pos *position, number uint64) fuseproto.Attr {
+	dirs := uint32(0)
+	if in := pos.children.Load(); in != nil {
+		dirs = uint32(in.dirs)
 	}
-	number := uint64(len(m.dirs))
-	sec, nsec := uint64(m.since.Unix()), uint32(m.since.Nanosecond())
-	m.dirs = append(m.dirs, fuseproto.Attr{
+	changed := time.Unix(0, pos.changed.Load())
+	sec, nsec := uint64(changed.Unix()), uint32(changed.Nanosecond())
+	return fuseproto.Attr{
 		// Inode numbers of backends that share a device number with this one do not reach so high.
-		Ino: index<<indexShift | number, Mode: unix.S_IFDIR | 0o755, Nlink: 2 + uint32(n), Blksize: 4096,
+		Ino: m.part.base | number, Mode: unix.S_IFDIR | 0o755, Nlink: 2 + dirs, Blksize: 4096,
 		Atime: sec, Mtime: sec, Ctime: sec, Atimensec: nsec, Mtimensec: nsec, Ctimensec: nsec,
-	})
-	return number
+	}
 }
 
 // Lookup implements fsbackend.Backend.
@@ -37,14 +41,34 @@ func (m *madeUp) Lookup(*fsbackend.Context, uint64, fsbackend.Name, *fuseproto.E
 	return unix.ENOENT
 }
 
-// Getattr implements fsbackend.Backend.
+// Getattr implements fsbackend.Backend. Numbers are never used again in a session.
 func (m *madeUp) Getattr(_ *fsbackend.Context, in *fuseproto.GetattrIn, out *fuseproto.AttrOut) Errno {
-	if in.NodeId >= uint64(len(m.dirs)) || m.dirs[in.NodeId].Mode == 0 {
+	pos := m.part.dir(in.NodeId)
+	if pos == nil {
 		return unix.ESTALE
 	}
-	out.Attr = m.dirs[in.NodeId]
+	out.Attr = m.attr(pos, in.NodeId)
+	if m.part.share.dynamic {
+		out.AttrValidNsec = 1 // at once stale
+	}
 	return fsbackend.OK
 }
+
+// Opendir implements fsbackend.DirReader.
+func (m *madeUp) Opendir(_ *fsbackend.Context, in *fuseproto.OpenIn, _ *fuseproto.OpenOut) Errno {
+	if m.part.dir(in.NodeId) == nil {
+		return unix.ESTALE
+	}
+	return fsbackend.OK
+}
+
+// Readdir implements fsbackend.DirReader.
+func (m *madeUp) Readdir(*fsbackend.Context, *fuseproto.ReadIn, *fsbackend.DirList) Errno {
+	return fsbackend.OK
+}
+
+// Releasedir implements fsbackend.DirReader.
+func (m *madeUp) Releasedir(*fsbackend.Context, *fuseproto.ReleaseIn) {}
 
 // Forget implements fsbackend.Backend.
 func (m *madeUp) Forget(uint64, uint64) {}

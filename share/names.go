@@ -7,18 +7,22 @@ import (
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
-// makeIn returns the part of the directory that name is to be made in.
+// makeIn returns the part of the directory that name is to be made in; part.doneChange ends the call.
 func (s *Share) makeIn(c *fsbackend.Context, dir uint64, name fsbackend.Name) (*part, Errno) {
-	p, errno := s.directory(dir)
+	p, errno := toChange(s.directory(c, dir))
 	switch {
 	case errno != fsbackend.OK:
 		return nil, errno
-	case p.readOnly:
-		return nil, unix.EROFS
 	case p.onWay(dir, name) != nil:
-		return nil, unix.EEXIST
+		errno = unix.EEXIST
+	default:
+		errno = p.mayCreate(c)
 	}
-	return p, p.mayCreate(c)
+	if errno != fsbackend.OK {
+		p.doneChange()
+		return nil, errno
+	}
+	return p, fsbackend.OK
 }
 
 // Mknod implements fsbackend.Maker.
@@ -30,13 +34,22 @@ func (s *Share) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbacken
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.doneChange()
 	if p.Maker == nil {
 		return s.lacks(unix.EPERM)
 	}
+	if p.policy.Load().NoDev && isDevice(in.Mode, in.Rdev) {
+		return unix.EPERM
+	}
+	mode := in.Mode
+	if mode&unix.S_IFMT == unix.S_IFREG || mode&unix.S_IFMT == 0 {
+		in.Mode = p.created(mode, unix.S_IFREG)
+	}
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Mknod(c, in, name, out)
+	errno = p.create(c, in.NodeId, name, 0, out, func() Errno { return p.Mknod(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
+	in.Mode = mode
 	return s.entry(p, out, s.known(errno, unix.EPERM))
 }
 
@@ -49,12 +62,13 @@ func (s *Share) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbacken
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.doneChange()
 	if p.Maker == nil {
 		return s.lacks(unix.EPERM)
 	}
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Mkdir(c, in, name, out)
+	errno = p.create(c, in.NodeId, name, 0, out, func() Errno { return p.Mkdir(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
 	return s.entry(p, out, s.known(errno, unix.EPERM))
 }
@@ -68,22 +82,23 @@ func (s *Share) Symlink(c *fsbackend.Context, parent uint64, name, target fsback
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.doneChange()
 	if p.Maker == nil {
 		return s.lacks(unix.EPERM)
 	}
 	var v visit
 	p.enterNode(c, &v)
-	errno = p.Symlink(c, parent&numberMask, name, target, out)
+	errno = p.create(c, parent&numberMask, name, blockSize, out, func() Errno { return p.Symlink(c, parent&numberMask, name, target, out) })
 	p.leaveNode(c, &v)
 	return s.entry(p, out, s.known(errno, unix.EPERM))
 }
 
 // Link implements fsbackend.Linker.
 func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
-	if _, errno := s.at(in.Oldnodeid); errno != fsbackend.OK {
+	if errno := s.exists((*Share).at, in.Oldnodeid); errno != fsbackend.OK {
 		return errno
 	}
-	if _, errno := s.at(in.NodeId); errno != fsbackend.OK {
+	if errno := s.exists((*Share).at, in.NodeId); errno != fsbackend.OK {
 		return errno
 	}
 	if in.Oldnodeid>>indexShift != in.NodeId>>indexShift {
@@ -93,6 +108,7 @@ func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.doneChange()
 	if p.Linker == nil {
 		return s.lacks(unix.EPERM)
 	}
@@ -101,25 +117,29 @@ func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.
 	var v visit
 	p.enter(c, &in.InHeader, &v)
 	errno = p.Link(c, in, name, out)
+	if q := p.metered(); q != nil && errno == fsbackend.OK {
+		q.named(in.Oldnodeid)
+	}
 	p.leave(c, &in.InHeader, &v)
 	in.Oldnodeid = old
 	return s.entry(p, out, s.known(errno, unix.EPERM))
 }
 
-// removeFrom returns the part of the directory that name is to be removed from.
-func (s *Share) removeFrom(dir uint64, name fsbackend.Name) (*part, Errno) {
-	p, errno := s.directory(dir)
+// removeFrom returns the part of the directory that name is to be removed from; part.doneChange ends the call.
+func (s *Share) removeFrom(c *fsbackend.Context, dir uint64, name fsbackend.Name) (*part, Errno) {
+	p, errno := toChange(s.directory(c, dir))
 	switch {
 	case errno != fsbackend.OK:
 		return nil, errno
-	case p.readOnly:
-		return nil, unix.EROFS
 	case p.onWay(dir, name) != nil:
-		return nil, unix.EBUSY
+		errno = unix.EBUSY
 	case p.Remover == nil:
-		return nil, s.lacks(unix.EPERM)
+		errno = s.lacks(unix.EPERM)
+	default:
+		return p, fsbackend.OK
 	}
-	return p, fsbackend.OK
+	p.doneChange()
+	return nil, errno
 }
 
 // Unlink implements fsbackend.Remover.
@@ -127,13 +147,14 @@ func (s *Share) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name)
 	if errno, ok := s.replay.Load().remove(c, parent, name); ok {
 		return errno
 	}
-	p, errno := s.removeFrom(parent, name)
+	p, errno := s.removeFrom(c, parent, name)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.doneChange()
 	var v visit
 	p.enterNode(c, &v)
-	errno = p.Unlink(c, parent&numberMask, name)
+	errno = p.unlink(c, parent&numberMask, name, func() Errno { return p.Unlink(c, parent&numberMask, name) })
 	p.leaveNode(c, &v)
 	return s.known(errno, unix.EPERM)
 }
@@ -143,15 +164,28 @@ func (s *Share) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) 
 	if errno, ok := s.replay.Load().remove(c, parent, name); ok {
 		return errno
 	}
-	p, errno := s.removeFrom(parent, name)
+	p, errno := s.removeFrom(c, parent, name)
 	if errno != fsbackend.OK {
 		return errno
 	}
+	defer p.doneChange()
 	var v visit
 	p.enterNode(c, &v)
-	errno = p.Rmdir(c, parent&numberMask, name)
+	errno = p.unlink(c, parent&numberMask, name, func() Errno { return p.Rmdir(c, parent&numberMask, name) })
 	p.leaveNode(c, &v)
 	return s.known(errno, unix.EPERM)
+}
+
+// rename is the backend's; it may be the end of what newName was, and makes a file of its own with RENAME_WHITEOUT.
+func (p *part) rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, newName fsbackend.Name) Errno {
+	rename := func() Errno { return p.Rename(c, in, oldName, newName) }
+	switch {
+	case p.metered() == nil || in.Flags&unix.RENAME_EXCHANGE != 0:
+		return rename()
+	case in.Flags&unix.RENAME_WHITEOUT == 0:
+		return p.unlink(c, in.Newdir, newName, rename)
+	}
+	return p.create(c, in.NodeId, nil, 0, nil, func() Errno { return p.unlink(c, in.Newdir, newName, rename) })
 }
 
 // Rename implements fsbackend.Renamer.
@@ -159,18 +193,22 @@ func (s *Share) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, n
 	if errno, ok := s.replay.Load().rename(c, in, oldName, newName); ok {
 		return errno
 	}
-	p, errno := s.directory(in.NodeId)
+	p, errno := s.directory(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	if _, errno := s.directory(in.Newdir); errno != fsbackend.OK {
+	defer p.done()
+	if errno := s.exists((*Share).directory, in.Newdir); errno != fsbackend.OK {
 		return errno
 	}
 	switch {
 	case in.NodeId>>indexShift != in.Newdir>>indexShift:
 		return unix.EXDEV
-	case p.readOnly:
+	case !p.beginChange():
 		return unix.EROFS
+	}
+	defer p.endChange()
+	switch {
 	case p.onWay(in.NodeId, oldName) != nil:
 		return unix.EBUSY
 	case p.onWay(in.Newdir, newName) != nil:
@@ -190,7 +228,7 @@ func (s *Share) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, n
 	in.Newdir &= numberMask
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Rename(c, in, oldName, newName)
+	errno = p.rename(c, in, oldName, newName)
 	p.leave(c, &in.InHeader, &v)
 	in.Newdir = newdir
 	if in.Flags != 0 {

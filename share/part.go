@@ -10,25 +10,24 @@ import (
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
-const (
-	indexShift = 48
-	numberMask = 1<<indexShift - 1
-
-	// maxGrafts leaves an index for directories made up, and one for what stands for nothing (ghostBase).
-	maxGrafts = 1<<(64-indexShift) - 2
-)
+const rootID = fuseproto.FUSE_ROOT_ID
 
 // part is a backend with what the share adds to it.
 type part struct {
 	*fsbackend.Resolved
-	info     fsbackend.Part
-	base     uint64 // the index where it is in a number
-	readOnly bool
-	uids     IDMap
-	gids     IDMap
-	mapped   bool           // uids or gids is not identity
-	file     fsbackend.Name // Graft.File, nil for a directory
-	edit     func(*fuseproto.EntryOut)
+	life
+	share  *Share
+	info   fsbackend.Part
+	shown  *fsbackend.Part // info, or the root's for directories made up
+	base   uint64          // the index where it is in a number
+	policy atomic.Pointer[Policy]
+	quota  atomic.Pointer[quota] // nil: nothing is counted
+	unsafe atomic.Bool           // the session leaves to the backend what it cannot do: to clear set-id bits
+	uids   IDMap
+	gids   IDMap
+	mapped bool           // uids or gids is not identity
+	file   fsbackend.Name // Graft.File, nil for a directory
+	edit   func(*fuseproto.EntryOut)
 
 	// dirs are the positions in this part by the number of their directory; nil if there are none.
 	dirs atomic.Pointer[map[uint64]*position]
@@ -45,22 +44,34 @@ type part struct {
 	}
 }
 
-func newPart(index int, g *Graft) *part {
+func (s *Share) newPart(g *Graft) *part {
 	p := &part{
 		Resolved: fsbackend.Resolve(g.Backend),
-		base:     uint64(index) << indexShift,
-		readOnly: g.ReadOnly,
+		share:    s,
+		life:     life{counted: s.dynamic, leaves: s.dynamic && g.Path != "/"},
 		uids:     g.UIDMap, gids: g.GIDMap, mapped: len(g.UIDMap)+len(g.GIDMap) > 0,
 	}
 	if g.File != "" {
 		p.file = fsbackend.MakeName(g.File)
 	}
+	policy := g.Policy
+	p.policy.Store(&policy)
+	if policy.limited() {
+		p.counted = true
+		p.quota.Store(newQuota(p))
+	}
+	p.shown = &p.info
 	p.info.Name, p.info.Path = g.Extension, g.Path
 	p.info.Isolated, p.info.Slow, p.info.Timeout = g.Isolated, g.Slow || p.Resolved.Slow, g.Timeout
 	p.info.Enter, p.info.Leave = g.Enter, g.Leave
 	p.edit = p.listed
-	p.seen.Ino, p.seen.Mode, p.seen.Nlink = p.base|fuseproto.FUSE_ROOT_ID, unix.S_IFDIR|0o755, 2
+	p.seen.Mode, p.seen.Nlink = unix.S_IFDIR|0o755, 2
 	return p
+}
+
+func (p *part) setIndex(index uint16) {
+	p.base = uint64(index) << indexShift
+	p.seen.Ino = p.base | rootID
 }
 
 // visit is what enter has changed in a request.
@@ -159,6 +170,20 @@ func (p *part) mayCreate(c *fsbackend.Context) Errno {
 	return fsbackend.OK
 }
 
+// noSUID says whether set-id bits and file capabilities are hidden: also where nobody would clear them.
+func (p *part) noSUID(policy *Policy) bool { return policy.NoSUID || p.unsafe.Load() }
+
+// shownMode makes the mode that the guest sees of the backend's.
+func (p *part) shownMode(mode uint32) uint32 {
+	policy := p.policy.Load()
+	return mask(mode, p.noSUID(policy), policy.NoExec)
+}
+
+// created makes the mode that the backend is given of the one that the guest wants for a file of type typ (S_IF*).
+func (p *part) created(mode, typ uint32) uint32 {
+	return mode&unix.S_IFMT | p.shownMode(mode&^unix.S_IFMT|typ)&^unix.S_IFMT
+}
+
 // ino makes a file's inode number differ from those of the directory that it is shown in, whose device number it has.
 func (p *part) ino(ino uint64) uint64 {
 	if p.file != nil && ino != p.base {
@@ -170,6 +195,10 @@ func (p *part) ino(ino uint64) uint64 {
 // attr makes the guest's attributes of the backend's.
 func (p *part) attr(a *fuseproto.Attr) {
 	a.Ino = p.ino(a.Ino)
+	if policy := p.policy.Load(); p.noSUID(policy) || policy.masks() {
+		a.Rdev = policy.device(a.Mode, a.Rdev)
+		a.Mode = p.shownMode(a.Mode)
+	}
 	if p.mapped {
 		a.Uid, a.Gid = p.uids.guest(a.Uid), p.gids.guest(a.Gid)
 	}
@@ -183,6 +212,8 @@ func (s *Share) entry(p *part, out *fuseproto.EntryOut, errno Errno) Errno {
 	if out.NodeId > numberMask {
 		return s.broken(p, "nodeid", out.NodeId)
 	}
+	p.looked(1)
+	p.policy.Load().entry(out)
 	out.NodeId |= p.base
 	p.attr(&out.Attr)
 	return fsbackend.OK

@@ -72,7 +72,7 @@ const (
 	armedFor = 30 * time.Second
 
 	// ghostBase is the index of nodes and handles that stand for nothing. No part has it, so every request for one fails.
-	ghostBase = (1<<(64-indexShift) - 1) << indexShift
+	ghostBase = nothingIndex << indexShift
 	// deadHandle is what opening for a replay is answered with: nothing can be done through it but to close it.
 	deadHandle = ghostBase | 1
 )
@@ -416,7 +416,7 @@ func (r *replay) lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name
 			return r.lookupReplaced(c, &a, out)
 		}
 	}
-	errno := r.share.find(c, parent, name, out)
+	errno := r.share.lookUp(c, parent, name, out)
 	if errno == fsbackend.OK && out.NodeId != 0 {
 		r.learn(parent, name, out)
 	}
@@ -467,7 +467,7 @@ func (r *replay) lend(c *fsbackend.Context, i identity, out *fuseproto.EntryOut)
 // lookupMoved answers with what has been renamed.
 func (r *replay) lookupMoved(c *fsbackend.Context, a *armed, out *fuseproto.EntryOut) Errno {
 	if a.to.parent != 0 {
-		errno := r.share.find(c, a.to.parent, fsbackend.MakeName(a.to.name), out)
+		errno := r.share.lookUp(c, a.to.parent, fsbackend.MakeName(a.to.name), out)
 		if errno == fsbackend.OK && out.NodeId != 0 {
 			out.EntryValid, out.EntryValidNsec = 0, 1
 			return fsbackend.OK
@@ -483,7 +483,7 @@ func (r *replay) lookupMoved(c *fsbackend.Context, a *armed, out *fuseproto.Entr
 // lookupReplaced answers with what was there before the rename, as far as the guest knows. The renamed file itself may be what it
 // has found there since: then a rename would be from a file to itself, of which the guest's kernel tells nobody.
 func (r *replay) lookupReplaced(c *fsbackend.Context, a *armed, out *fuseproto.EntryOut) Errno {
-	errno := r.share.find(c, a.to.parent, fsbackend.MakeName(a.to.name), out)
+	errno := r.share.lookUp(c, a.to.parent, fsbackend.MakeName(a.to.name), out)
 	if errno != fsbackend.OK && errno != unix.ENOENT {
 		return errno
 	}
@@ -512,7 +512,7 @@ func (r *replay) made(c *fsbackend.Context, a *armed, parent uint64, name fsback
 	if a.event.Kind != ReplayCreate || !a.from.is(parent, name) {
 		return ReplayRefused
 	}
-	errno := r.share.find(c, parent, name, out)
+	errno := r.share.lookUp(c, parent, name, out)
 	switch {
 	case errno != fsbackend.OK:
 		return errno
@@ -564,9 +564,11 @@ func (r *replay) open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto
 	case !a.touches() || r.share.writeback.Load() || in.Flags&unix.O_TRUNC != 0:
 		return ReplayRefused, true
 	}
-	if _, errno := r.share.at(in.NodeId); errno != fsbackend.OK {
+	p, errno := r.share.at(c, in.NodeId)
+	if errno != fsbackend.OK {
 		return errno, true
 	}
+	p.done()
 	out.Fh = deadHandle
 	return fsbackend.OK, true
 }

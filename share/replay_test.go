@@ -130,7 +130,7 @@ func (h *helper) setattr(node uint64, valid uint32, size uint64) (fuseproto.Attr
 func TestReplay(t *testing.T) {
 	for _, readOnly := range []bool{false, true} {
 		t.Run(fmt.Sprintf("readOnly=%v", readOnly), func(t *testing.T) {
-			h := newHelper(t, Graft{ReadOnly: readOnly})
+			h := newHelper(t, Graft{Policy: Policy{ReadOnly: readOnly}})
 			h.states() // reads all, so that times of access are as they will be
 			d := h.walk("/d").NodeId
 			f := h.walk("/d/f")

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"path"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -30,8 +31,8 @@ type Graft struct {
 	// File, if set, is the name in the backend's root directory of the one file (or other non-directory) that is at Path. What
 	// else the backend has is out of reach.
 	File string
-	// ReadOnly answers every change with EROFS, whatever the backend does.
-	ReadOnly bool
+	// Policy is what the Share holds the backend and the guest to. It can be changed later.
+	Policy
 	// UIDMap and GIDMap translate between the guest's ids and the backend's; the zero value is identity.
 	UIDMap, GIDMap IDMap
 	// Extension is the name of who serves it, "" for what comes with the daemon.
@@ -44,8 +45,14 @@ type Graft struct {
 
 // Config describes a Share.
 type Config struct {
-	Grafts []Graft // in any order; one of them is the root
-	Log    *slog.Logger
+	Grafts []Graft // in any order; one of them is the root, unless Dynamic
+	// Dynamic says that grafts may come and go: see Share.Add. The root stays. Without a graft at "/" it is an empty directory
+	// that cannot be changed.
+	Dynamic bool
+	// OnRemoved, unless nil, is called when a graft that was removed or replaced has gone for good, after its backend's Close,
+	// whose error it is given. It may use the Share, but not wait for its Close.
+	OnRemoved func(part *fsbackend.Part, err error)
+	Log       *slog.Logger
 }
 
 // Validate says which graft is wrong.
@@ -61,7 +68,7 @@ func (c Config) Validate() error {
 		}
 		at[g.Path] = g
 	}
-	if at["/"] == nil {
+	if at["/"] == nil && !c.Dynamic {
 		return errors.New("no graft at /: expected one as the root")
 	}
 	if len(c.Grafts) > maxGrafts {
@@ -96,6 +103,9 @@ func (g *Graft) validate() error {
 			return fmt.Errorf("component %q: expected at most %d bytes", name, unix.NAME_MAX)
 		}
 	}
+	if err := g.Policy.validate(); err != nil {
+		return err
+	}
 	if err := g.UIDMap.Validate(); err != nil {
 		return fmt.Errorf("user ids: %w", err)
 	}
@@ -120,20 +130,35 @@ func isNil(b fsbackend.Backend) bool {
 
 // Share is a tree of several backends. It implements every interface of fsbackend.
 type Share struct {
-	parts  []*part // by index: the grafts, then the directories made up
-	shown  []*fsbackend.Part
-	alone  bool // there is nothing but the root
-	top    *position
-	madeUp madeUp
-	log    *slog.Logger
-	bugs   *ratelog.Logger // of what a backend does
+	parts   table
+	root    *part // parts' first
+	nobody  *part // directories made up; parts' last
+	top     *position
+	dynamic bool
+	alone   bool // there is nothing but the root, for ever
+	log     *slog.Logger
+	bugs    *ratelog.Logger // of what a backend does
+
+	onGone    func(*fsbackend.Part)
+	onRemoved func(*fsbackend.Part, error)
 
 	submounts, noOpen, writeback atomic.Bool // FUSE_SUBMOUNTS, FUSE_NO_OPEN_SUPPORT, FUSE_WRITEBACK_CACHE agreed on
 
 	replay atomic.Pointer[replay] // nil without EnableReplay
 
-	// mu orders changes of what positions are at, and of epoch. No call is made while it is held.
-	mu    sync.Mutex
+	// mu orders changes of the tree, of what positions are at, and of epoch. No call of a backend is made while it is held.
+	mu       sync.Mutex
+	live     bool                // New has returned: what readers may have is copied, not changed
+	list     []*part             // all of them but nobody, the root first; those that leave too
+	closing  []*burial           // of those that have gone
+	ghosts   map[uint16]uint64   // lookups that the guest still has to give back, by the index of a part that has gone
+	last     uint16              // index given last
+	madeUps  uint64              // number given last to a directory made up
+	holds    []hold              // see drop
+	sessions uint64              // counts beginnings and ends
+	features *fsbackend.Features // of the session, if there is one
+	wanted   uint64              // what WantFlags has said
+
 	epoch atomic.Uint64 // changes when what was looked up before no longer holds
 }
 
@@ -142,48 +167,85 @@ func New(cfg Config) (*Share, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	s := &Share{log: cfg.Log, alone: len(cfg.Grafts) == 1}
+	s := &Share{
+		log: cfg.Log, dynamic: cfg.Dynamic, alone: len(cfg.Grafts) == 1 && !cfg.Dynamic,
+		onRemoved: cfg.OnRemoved, onGone: func(*fsbackend.Part) {}, ghosts: make(map[uint16]uint64),
+	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	s.bugs = ratelog.New(s.log, 10*time.Second, 5)
-	s.parts = append(s.parts, nil) // the root's place
+	at := slices.IndexFunc(cfg.Grafts, func(g Graft) bool { return g.Path == "/" })
+	if at >= 0 {
+		s.root = s.newPart(&cfg.Grafts[at])
+	} else {
+		s.root = s.newMadeUp()
+	}
+	s.put(0, s.root)
+	s.nobody = s.newMadeUp()
+	s.nobody.shown = &s.root.info
+	s.nobody.setIndex(madeUpIndex)
+	s.parts.set(madeUpIndex, s.nobody)
+	s.madeUps = fuseproto.FUSE_ROOT_ID
+	s.top = &position{}
+	s.top.graft.Store(s.root)
+	s.top.home.Store(s.root)
+	s.top.typ.Store(unix.DT_DIR)
+	if at < 0 {
+		s.root.setDir(fuseproto.FUSE_ROOT_ID, s.top)
+	}
 	for i := range cfg.Grafts {
-		g := &cfg.Grafts[i]
-		index := len(s.parts)
-		if g.Path == "/" {
-			index = 0
-			s.parts[0] = newPart(index, g)
+		if i == at {
 			continue
 		}
-		s.parts = append(s.parts, newPart(index, g))
+		p := s.newPart(&cfg.Grafts[i])
+		s.put(s.freeIndex(), p)
+		if err := s.place(p, false); err != nil {
+			return nil, fmt.Errorf("graft %q: %w", p.info.Path, err)
+		}
 	}
-	for _, p := range s.parts {
-		s.shown = append(s.shown, &p.info)
-	}
-	s.parts = append(s.parts, newPart(len(s.parts), &Graft{Backend: &s.madeUp, ReadOnly: true}))
-	if err := s.place(); err != nil {
-		return nil, err
-	}
+	s.sort(s.top)
+	s.live = true
 	return s, nil
+}
+
+// put gives p its index.
+func (s *Share) put(index uint16, p *part) {
+	p.setIndex(index)
+	s.parts.set(index, p)
+	s.list = append(s.list, p)
 }
 
 // PartOf implements fsbackend.Divided. Directories that the share makes up belong to the root's part.
 func (s *Share) PartOf(node uint64) *fsbackend.Part {
-	if i := node >> indexShift; i < uint64(len(s.shown)) {
-		return s.shown[i]
+	if p := s.parts.get(node >> indexShift); p != nil {
+		return p.shown
 	}
-	return s.shown[0]
+	return &s.root.info
 }
 
-// Parts returns what the share is put together from, the root's part first; the slice is not to be changed.
+// OnGone implements fsbackend.Changing.
+func (s *Share) OnGone(f func(*fsbackend.Part)) { s.onGone = f }
+
+// Parts returns what the share is put together from, the root's part first.
 func (s *Share) Parts() []*fsbackend.Part {
-	return s.shown
+	var shown []*fsbackend.Part
+	for _, p := range s.snapshot() {
+		shown = append(shown, &p.info)
+	}
+	return shown
+}
+
+// snapshot returns all parts but that of directories made up.
+func (s *Share) snapshot() []*part {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.list)
 }
 
 // Slow implements fsbackend.Slow for who does not ask PartOf: it is the root's answer.
 func (s *Share) Slow() bool {
-	return s.shown[0].Slow
+	return s.root.info.Slow
 }
 
 // lacks is the answer where a backend lacks an interface. From ENOSYS a guest learns never to ask again, for all of its
@@ -200,45 +262,97 @@ func (s *Share) known(errno, otherwise Errno) Errno {
 	return errno
 }
 
-// at returns the part that node belongs to.
-func (s *Share) at(node uint64) (*part, Errno) {
-	i := node >> indexShift
-	if i >= uint64(len(s.parts)) {
-		return nil, unix.ESTALE
+// find returns the part that node belongs to, for a call of it: part.done ends that.
+func (s *Share) find(c *fsbackend.Context, node uint64) (*part, Errno) {
+	p := s.parts.get(node >> indexShift)
+	if p == nil || !p.enterCall() {
+		return nil, s.unknown(node)
 	}
-	p := s.parts[i]
-	if p.dead.Load() {
-		return nil, unix.EIO
+	errno := fsbackend.OK
+	switch {
+	case p == s.nobody && p.dir(node&numberMask) == nil:
+		return nil, s.unknown(node)
+	case p.dead.Load():
+		errno = unix.EIO
+	case c.Part != nil && c.Part != p.shown:
+		errno = unix.ESTALE
+	case p.file != nil && node&numberMask == fuseproto.FUSE_ROOT_ID:
+		errno = unix.ESTALE // its directory is not the guest's to see
+	default:
+		return p, fsbackend.OK
 	}
-	if p.file != nil && node&numberMask == fuseproto.FUSE_ROOT_ID {
-		return nil, unix.ESTALE // its directory is not the guest's to see
-	}
-	return p, fsbackend.OK
+	p.done()
+	return nil, errno
 }
 
-// opened returns the part that node and its handle fh both belong to.
-func (s *Share) opened(node, fh uint64) (*part, Errno) {
-	p, errno := s.at(node)
+// unknown is the answer to a node of no part, or to a directory that is not made up: the guest may still have it from what has
+// gone.
+func (s *Share) unknown(node uint64) Errno {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	index, number := node>>indexShift, node&numberMask
+	if s.ghosts[uint16(index)] > 0 || index == madeUpIndex && number > rootID && number <= s.madeUps {
+		return unix.ENOENT
+	}
+	return unix.ESTALE
+}
+
+// at is find for a request without a handle: of a graft that was removed, only what is open is there.
+func (s *Share) at(c *fsbackend.Context, node uint64) (*part, Errno) {
+	p, errno := s.find(c, node)
+	if errno == fsbackend.OK && p.leaving.Load() && !p.handles.has(node&numberMask) {
+		p.done()
+		return nil, unix.ENOENT
+	}
+	return p, errno
+}
+
+// exists is at or its like for a second node, which may be another part's than the request.
+func (s *Share) exists(find func(*Share, *fsbackend.Context, uint64) (*part, Errno), node uint64) Errno {
+	p, errno := find(s, &nobodysContext, node)
+	if errno == fsbackend.OK {
+		p.done()
+	}
+	return errno
+}
+
+var nobodysContext fsbackend.Context
+
+// opened is find for a request whose handle fh must be of the same part.
+func (s *Share) opened(c *fsbackend.Context, node, fh uint64) (*part, Errno) {
+	p, errno := s.find(c, node)
 	if errno == fsbackend.OK && fh>>indexShift != node>>indexShift {
+		p.done()
 		return nil, unix.EBADF
 	}
 	return p, errno
 }
 
-// changed is at for a node that is to change.
-func (s *Share) changed(node uint64) (*part, Errno) {
-	p, errno := s.at(node)
-	if errno == fsbackend.OK && p.readOnly {
-		return nil, unix.EROFS
+// named is at for what has to do with names, and for what opens more: there is neither in a graft that was removed, open or not.
+func (s *Share) named(c *fsbackend.Context, node uint64) (*part, Errno) {
+	p, errno := s.find(c, node)
+	if errno == fsbackend.OK && p.leaving.Load() {
+		p.done()
+		return nil, unix.ENOENT
 	}
 	return p, errno
 }
 
-// directory is at for what only directories take part in.
-func (s *Share) directory(node uint64) (*part, Errno) {
-	p, errno := s.at(node)
+// directory is named for what only directories take part in.
+func (s *Share) directory(c *fsbackend.Context, node uint64) (*part, Errno) {
+	p, errno := s.named(c, node)
 	if errno == fsbackend.OK && p.file != nil {
+		p.done()
 		return nil, unix.ENOTDIR
+	}
+	return p, errno
+}
+
+// toChange takes what at and its like return, for a call that may change something: part.doneChange ends it.
+func toChange(p *part, errno Errno) (*part, Errno) {
+	if errno == fsbackend.OK && !p.beginChange() {
+		p.done()
+		return nil, unix.EROFS
 	}
 	return p, errno
 }

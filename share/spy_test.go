@@ -181,7 +181,9 @@ func (b *spy) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fusepr
 	errno := b.note("Setattr", c, &in.InHeader, one(in.NodeId), in.Fh)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.log[len(b.log)-1].owner = owner(in.Owner)
+	if n := len(b.log); n > 0 {
+		b.log[n-1].owner = owner(in.Owner)
+	}
 	return errno
 }
 

@@ -482,7 +482,7 @@ func TestBrokenNumbers(t *testing.T) {
 }
 
 func TestReadOnly(t *testing.T) {
-	each(t, Graft{ReadOnly: true}, func(t *testing.T, s *Share, b *spy, name string, o op) {
+	each(t, Graft{Policy: Policy{ReadOnly: true}}, func(t *testing.T, s *Share, b *spy, name string, o op) {
 		want := fsbackend.OK
 		if o.modifies {
 			want = unix.EROFS

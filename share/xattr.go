@@ -15,16 +15,23 @@ func (p *part) holdsIDs(name fsbackend.Name) bool {
 	return p.mapped && strings.HasPrefix(string(name), "system.posix_acl_")
 }
 
+// capability is the attribute that file capabilities are in.
+const capability = "security.capability"
+
 // Getxattr implements fsbackend.XattrReader.
 func (s *Share) Getxattr(c *fsbackend.Context, in *fuseproto.GetxattrIn, name fsbackend.Name, dst *fsbackend.Sink) (uint32, Errno) {
-	p, errno := s.at(in.NodeId)
-	switch {
-	case errno != fsbackend.OK:
+	p, errno := s.at(c, in.NodeId)
+	if errno != fsbackend.OK {
 		return 0, errno
+	}
+	defer p.done()
+	switch {
 	case p.XattrReader == nil:
 		return 0, s.lacks(unix.EOPNOTSUPP)
 	case p.holdsIDs(name):
 		return 0, unix.EOPNOTSUPP
+	case p.noSUID(p.policy.Load()) && string(name) == capability:
+		return 0, unix.ENODATA
 	}
 	var v visit
 	p.enter(c, &in.InHeader, &v)
@@ -35,10 +42,11 @@ func (s *Share) Getxattr(c *fsbackend.Context, in *fuseproto.GetxattrIn, name fs
 
 // Listxattr implements fsbackend.XattrReader.
 func (s *Share) Listxattr(c *fsbackend.Context, in *fuseproto.GetxattrIn, dst *fsbackend.Sink) (uint32, Errno) {
-	p, errno := s.at(in.NodeId)
+	p, errno := s.at(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return 0, errno
 	}
+	defer p.done()
 	if p.XattrReader == nil {
 		return 0, s.lacks(unix.EOPNOTSUPP)
 	}
@@ -51,28 +59,36 @@ func (s *Share) Listxattr(c *fsbackend.Context, in *fuseproto.GetxattrIn, dst *f
 
 // Setxattr implements fsbackend.XattrWriter.
 func (s *Share) Setxattr(c *fsbackend.Context, in *fuseproto.SetxattrIn, name fsbackend.Name, value []byte) Errno {
-	p, errno := s.changed(in.NodeId)
-	switch {
-	case errno != fsbackend.OK:
+	p, errno := toChange(s.at(c, in.NodeId))
+	if errno != fsbackend.OK {
 		return errno
+	}
+	defer p.doneChange()
+	switch {
 	case p.XattrWriter == nil:
 		return s.lacks(unix.EOPNOTSUPP)
 	case p.holdsIDs(name):
 		return unix.EOPNOTSUPP
+	case p.noSUID(p.policy.Load()) && string(name) == capability:
+		return unix.EPERM
 	}
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Setxattr(c, in, name, value)
+	errno = p.change(c, file{node: in.NodeId}, func(*fuseproto.Attr) int64 {
+		return int64(len(name)+len(value)+2*blockSize-1) &^ (blockSize - 1)
+	}, func() Errno { return p.Setxattr(c, in, name, value) })
 	p.leave(c, &in.InHeader, &v)
 	return s.known(errno, unix.EOPNOTSUPP)
 }
 
 // Removexattr implements fsbackend.XattrWriter.
 func (s *Share) Removexattr(c *fsbackend.Context, node uint64, name fsbackend.Name) Errno {
-	p, errno := s.changed(node)
-	switch {
-	case errno != fsbackend.OK:
+	p, errno := toChange(s.at(c, node))
+	if errno != fsbackend.OK {
 		return errno
+	}
+	defer p.doneChange()
+	switch {
 	case p.XattrWriter == nil:
 		return s.lacks(unix.EOPNOTSUPP)
 	case p.holdsIDs(name):
@@ -80,7 +96,7 @@ func (s *Share) Removexattr(c *fsbackend.Context, node uint64, name fsbackend.Na
 	}
 	var v visit
 	p.enterNode(c, &v)
-	errno = p.Removexattr(c, node&numberMask, name)
+	errno = p.change(c, file{node: node & numberMask}, nothing, func() Errno { return p.Removexattr(c, node&numberMask, name) })
 	p.leaveNode(c, &v)
 	return s.known(errno, unix.EOPNOTSUPP)
 }

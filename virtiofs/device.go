@@ -120,6 +120,7 @@ func New(cfg Config) (*Device, error) {
 	d.pool = newPool(d, cfg.PoolThreads)
 	cfg.Server.OnForgets(d.pool.forgets)
 	cfg.Server.OnUnlock(d.pool.room.retryAll)
+	cfg.Server.OnGone(d.pool.gone)
 	for i := range min(cfg.NumRequestQueues, runtime.NumCPU()) {
 		w, err := newWorker(d, i)
 		if err != nil {

@@ -62,12 +62,12 @@ func newLane(p *pool, part *fsbackend.Part) *lane {
 	return l
 }
 
-// hand takes over t.
-func (l *lane) hand(t *task) {
+// hand takes over t, unless the lane is closed. The shared one is when requests have ended; FORGETs are lost then.
+func (l *lane) hand(t *task) bool {
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
-		return // FORGETs: requests have ended
+		return false
 	}
 	if l.part != nil {
 		t.since = time.Now()
@@ -93,6 +93,7 @@ func (l *lane) hand(t *task) {
 	if l.part != nil {
 		l.pool.rouse()
 	}
+	return true
 }
 
 // startLocked notes that a thread goes on with t.
@@ -160,7 +161,7 @@ func (l *lane) thread(t *task) {
 func (l *lane) next(finished *task, rests bool, work chan *task) *task {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now := l.endLocked(finished)
+	now := l.returnedLocked(finished)
 	l.fullLocked(now)
 	if rests {
 		l.pool.room.add(finished)
@@ -182,8 +183,8 @@ func (l *lane) next(finished *task, rests bool, work chan *task) *task {
 	return nil
 }
 
-// endLocked notes that t's call has returned.
-func (l *lane) endLocked(t *task) (now time.Time) {
+// returnedLocked notes that t's call has returned.
+func (l *lane) returnedLocked(t *task) (now time.Time) {
 	if t.hung {
 		l.hung--
 	} else {
@@ -272,21 +273,30 @@ func (l *lane) exit() {
 	defer l.mu.Unlock()
 	l.threads--
 	if l.closed && l.threads == 0 {
-		close(l.gone)
+		l.endLocked()
 	}
 }
 
-// close ends the threads once their requests are done.
+// endLocked is called when the last thread has ended after close.
+func (l *lane) endLocked() {
+	close(l.gone)
+	l.pool.dropLane(l)
+}
+
+// close ends the threads once their requests are done. A lane is closed with its part or with the pool.
 func (l *lane) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.closed {
+		return
+	}
 	l.closed = true
 	for _, work := range l.idle {
 		work <- nil
 	}
 	l.idle = nil
 	if l.threads == 0 {
-		close(l.gone)
+		l.endLocked()
 	}
 }
 

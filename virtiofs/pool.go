@@ -34,6 +34,7 @@ type task struct {
 	own       chan struct{} // what cancel is in an isolated lane; used again until it is closed
 	cancelled bool          // own is closed
 
+	part  *fsbackend.Part // that FORGETs are of
 	lane  *lane
 	since time.Time // when it came to an isolated lane
 	at    int       // in lane.running
@@ -56,7 +57,7 @@ func (t *task) begin() (written uint32, done bool) {
 // finish handles the request to its end and gives it back to the guest, unless it has to rest.
 func (t *task) finish() (rests bool) {
 	if t.req == nil {
-		t.server.RunForgets(t.lane.part)
+		t.server.RunForgets(t.part)
 		return false
 	}
 	t.hurry = t.lane.pool.room.hurry.Load()
@@ -88,6 +89,8 @@ type pool struct {
 	spare  []*task
 	lanes  map[*fsbackend.Part]*lane // of isolated parts, made when first needed
 	closed bool                      // no more of them
+
+	watching bool // watch runs
 
 	// The watch ends what takes too long in these; it runs once there is one of them.
 	asleep  atomic.Bool
@@ -141,12 +144,13 @@ func (p *pool) lane(part *fsbackend.Part) *lane {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	l := p.lanes[part]
-	if l == nil && p.closed {
-		return p.shared
-	}
-	if l == nil {
+	switch {
+	case part.Gone(), l == nil && p.closed:
+		return p.shared // no call of it will be made
+	case l == nil:
 		l = newLane(p, part)
-		if len(p.lanes) == 0 {
+		if !p.watching {
+			p.watching = true
 			p.watcher.Go(p.watch)
 		}
 		p.lanes[part] = l
@@ -154,10 +158,34 @@ func (p *pool) lane(part *fsbackend.Part) *lane {
 	return l
 }
 
+// gone ends the lane of a part that is no more. What is in it goes on to its end, without a call of the part.
+func (p *pool) gone(part *fsbackend.Part) {
+	p.mu.Lock()
+	l := p.lanes[part]
+	p.mu.Unlock()
+	if l != nil {
+		l.close()
+	}
+}
+
+// dropLane forgets a lane whose threads have ended.
+func (p *pool) dropLane(l *lane) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.lanes, l.part)
+}
+
+// hand gives t to its lane, or, where that has ended with its part, to the shared one.
+func (p *pool) hand(t *task) {
+	if l := t.lane; !l.hand(t) && l != p.shared {
+		t.lane = p.shared
+		p.shared.hand(t)
+	}
+}
+
 // forgets has FORGETs of part made; nil stands for all that are not isolated.
 func (p *pool) forgets(part *fsbackend.Part) {
-	l := p.lane(part)
-	l.hand(&task{server: p.device.cfg.Server, lane: l})
+	p.hand(&task{server: p.device.cfg.Server, lane: p.lane(part), part: part})
 }
 
 // unblock has the workers fetch again.

@@ -270,7 +270,7 @@ func (q *queue) parkLocked(t *task, m *guestmem.Map) *task {
 	}
 	t.req.Counters = nil // many threads', which have the lane's lock in common already
 	q.parked = append(q.parked, t)
-	l.hand(t)
+	pool.hand(t)
 	return pool.get()
 }
 
@@ -317,7 +317,7 @@ func (q *queue) retry(t *task) {
 		q.device.pool.put(t)
 		return
 	}
-	t.lane.hand(t)
+	q.device.pool.hand(t)
 }
 
 // endRestsLocked ends what waits for locks of others, who may take for ever, with an errno that lockers know.

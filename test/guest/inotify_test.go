@@ -123,7 +123,7 @@ func (w *watched) serve(cfg watchedConfig) {
 	log := slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
 	files, err := passthrough.New(passthrough.Config{Dir: w.share})
 	w.check(err)
-	grafts := []share.Graft{{Path: "/", Backend: files, ReadOnly: cfg.readOnly}}
+	grafts := []share.Graft{{Path: "/", Backend: files, Policy: share.Policy{ReadOnly: cfg.readOnly}}}
 	if cfg.grafts != nil {
 		grafts = append(grafts, cfg.grafts(w)...)
 	}
@@ -656,8 +656,8 @@ func TestInotifyGrafts(t *testing.T) {
 		watch: []string{"g/.", "g/f", "single", "."}, // only what leads into it makes the kernel mount a graft
 		grafts: func(w *watched) []share.Graft {
 			return []share.Graft{
-				{Path: "/g", Backend: passes(w), ReadOnly: true},
-				{Path: "/single", Backend: passes(w), File: "f", ReadOnly: true},
+				{Path: "/g", Backend: passes(w), Policy: share.Policy{ReadOnly: true}},
+				{Path: "/single", Backend: passes(w), File: "f", Policy: share.Policy{ReadOnly: true}},
 			}
 		},
 	}, func(w *watched) {

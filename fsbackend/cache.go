@@ -1,0 +1,72 @@
+package fsbackend
+
+import (
+	"fmt"
+
+	"github.com/sluicefs/sluice/fuseproto"
+)
+
+// CachePolicy is how long the guest may trust what it has been told; the host may change files behind its back, and
+// virtio-fs has no way to tell the guest so. The values have the meaning that virtiofsd gives them.
+type CachePolicy int
+
+// Cache policies.
+const (
+	CacheAuto     CachePolicy = iota // names and attributes for 1 s; data until its mtime or size is seen to change
+	CacheNever                       // nothing: every access asks the host
+	CacheMetadata                    // names, attributes and directories for a day; no data
+	CacheAlways                      // everything for a day: only for trees that nobody else changes
+)
+
+var policies = [...]struct {
+	name      string
+	valid     uint64
+	fileFlags uint32
+	dirFlags  uint32
+}{
+	CacheAuto:     {name: "auto", valid: 1},
+	CacheNever:    {name: "never", fileFlags: fuseproto.FOPEN_DIRECT_IO},
+	CacheMetadata: {name: "metadata", valid: 86400, fileFlags: fuseproto.FOPEN_DIRECT_IO, dirFlags: fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR},
+	CacheAlways:   {name: "always", valid: 86400, fileFlags: fuseproto.FOPEN_KEEP_CACHE, dirFlags: fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR},
+}
+
+// CacheFlags are the FOPEN_* flags that a policy decides unless a backend has set one of them, or CacheDecided.
+const CacheFlags = fuseproto.FOPEN_DIRECT_IO | fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR
+
+// CacheDecided in OpenOut.OpenFlags says that CacheFlags are as they are meant, even if none is set. No guest sees it.
+const CacheDecided uint32 = 1 << 31
+
+// ParseCachePolicy returns the policy called name: never, metadata, auto or always.
+func ParseCachePolicy(name string) (CachePolicy, error) {
+	for p := range policies {
+		if policies[p].name == name {
+			return CachePolicy(p), nil
+		}
+	}
+	return 0, fmt.Errorf("parse cache policy %q: expected never, metadata, auto or always", name)
+}
+
+// String returns the policy's name.
+func (p CachePolicy) String() string {
+	if p.Validate() != nil {
+		return fmt.Sprintf("CachePolicy(%d)", int(p))
+	}
+	return policies[p].name
+}
+
+// Validate says whether p is one of the policies.
+func (p CachePolicy) Validate() error {
+	if p < 0 || int(p) >= len(policies) {
+		return fmt.Errorf("%d is no cache policy", int(p))
+	}
+	return nil
+}
+
+// Valid returns for how many seconds names and attributes are.
+func (p CachePolicy) Valid() uint64 { return policies[p].valid }
+
+// FileFlags returns the FOPEN_* flags that files are opened with.
+func (p CachePolicy) FileFlags() uint32 { return policies[p].fileFlags }
+
+// DirFlags returns the FOPEN_* flags that directories are opened with.
+func (p CachePolicy) DirFlags() uint32 { return policies[p].dirFlags }

@@ -1,0 +1,313 @@
+package share
+
+import (
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sluicefs/sluice/fsbackend"
+)
+
+// life counts what keeps a part that may leave: its calls under way and, as one, its handles. Shares that never change do not
+// count.
+type life struct {
+	counted bool // calls are counted
+	leaves  bool // it may leave: all but the root
+
+	// calls has calls under way in its lower half, and those of them that may change something in its upper. It is below 0
+	// once the part has gone: no call can begin then.
+	calls   atomic.Int64
+	leaving atomic.Bool // it was removed or replaced: names are gone, open files go on
+
+	// lookups are what the guest has to give back.
+	lookups atomic.Uint64
+	handles handles
+}
+
+const (
+	oneChange = 1 << 32
+	gone      = -1 << 62
+)
+
+// enterCall says whether a call may begin; done ends it.
+func (p *part) enterCall() bool {
+	if !p.counted || p.calls.Add(1) > 0 {
+		return true
+	}
+	p.calls.Add(-1)
+	return false
+}
+
+func (p *part) done() {
+	if p.counted && p.calls.Add(-1) == 0 && p.leaving.Load() {
+		p.share.retire(p)
+	}
+}
+
+// beginChange makes a call one that may change something, and fails in a graft that is read-only. What it has let begin is
+// waited for by Share.Change, so it counts before it looks.
+func (p *part) beginChange() bool {
+	if !p.counted {
+		return !p.policy.Load().ReadOnly
+	}
+	p.calls.Add(oneChange)
+	if p.policy.Load().ReadOnly {
+		p.calls.Add(-oneChange)
+		return false
+	}
+	return true
+}
+
+func (p *part) endChange() {
+	if p.counted {
+		p.calls.Add(-oneChange)
+	}
+}
+
+// doneChange is done after endChange.
+func (p *part) doneChange() {
+	p.endChange()
+	p.done()
+}
+
+// changing says whether a call that may change something is under way.
+func (p *part) changing() bool { return p.calls.Load()/oneChange > 0 }
+
+// finish says whether p has gone: nothing keeps it, and nothing begins any more. It is true once.
+func (p *part) finish() bool { return p.calls.CompareAndSwap(0, gone) }
+
+// awaitFinish is finish for who may wait for calls that end soon.
+func (p *part) awaitFinish(deadline time.Time) bool {
+	return !p.counted || waitFor(p.finish, deadline)
+}
+
+// waitFor asks done again and again until it is, or the deadline has passed.
+func waitFor(done func() bool, deadline time.Time) bool {
+	for wait := 50 * time.Microsecond; !done(); wait = min(2*wait, 20*time.Millisecond) {
+		if time.Now().After(deadline) {
+			return false
+		}
+		time.Sleep(wait)
+	}
+	return true
+}
+
+// looked counts lookups of the guest.
+func (p *part) looked(n uint64) {
+	if p.leaves && n > 0 {
+		p.lookups.Add(n)
+	}
+}
+
+// unlooked takes back at most as many as there are.
+func (p *part) unlooked(n uint64) {
+	if !p.leaves {
+		return
+	}
+	for {
+		old := p.lookups.Load()
+		if p.lookups.CompareAndSwap(old, old-min(old, n)) {
+			return
+		}
+	}
+}
+
+// handles counts what the guest has open, by node. What it releases without having it does not count.
+type handles struct {
+	mu    sync.Mutex
+	nodes map[uint64]int
+	n     int64
+}
+
+func (h *handles) has(node uint64) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.nodes[node] > 0
+}
+
+func (h *handles) count() int64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.n
+}
+
+// opened counts a handle. All of them together keep the part, as one call.
+func (p *part) opened(node uint64) {
+	if !p.counted {
+		return
+	}
+	h := &p.handles
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.nodes == nil {
+		h.nodes = make(map[uint64]int)
+	}
+	h.nodes[node]++
+	h.n++
+	if h.n == 1 {
+		p.calls.Add(1)
+	}
+}
+
+// released ends a handle, within a call.
+func (p *part) released(node uint64) {
+	if !p.counted {
+		return
+	}
+	h := &p.handles
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch h.nodes[node] {
+	case 0:
+		return
+	case 1:
+		delete(h.nodes, node)
+	default:
+		h.nodes[node]--
+	}
+	h.n--
+	if h.n == 0 {
+		p.calls.Add(-1)
+	}
+}
+
+// lose ends what a session has: its lookups and handles.
+func (p *part) lose() {
+	p.lookups.Store(0)
+	h := &p.handles
+	h.mu.Lock()
+	had := h.n > 0
+	h.nodes, h.n = nil, 0
+	h.mu.Unlock()
+	if had {
+		p.done()
+	}
+	if q := p.metered(); q != nil {
+		q.lose()
+	}
+}
+
+// burial is the end of a part that has gone.
+type burial struct {
+	p    *part
+	done chan struct{} // closed when its Close has returned
+}
+
+// retire ends p if nothing keeps it any more after it was removed or replaced.
+func (s *Share) retire(p *part) {
+	s.mu.Lock()
+	if !p.leaving.Load() || !p.finish() {
+		s.mu.Unlock()
+		return
+	}
+	index := uint16(p.base >> indexShift)
+	s.parts.set(index, nil)
+	if n := p.lookups.Load(); n > 0 {
+		s.ghosts[index] = n
+	}
+	s.list = without(s.list, p)
+	b := &burial{p, make(chan struct{})}
+	s.closing = append(s.closing, b)
+	s.mu.Unlock()
+	go s.bury(b)
+}
+
+// without returns list without one, which is in it once at most; list stays as it is.
+func without[T comparable](list []T, one T) []T {
+	kept := make([]T, 0, len(list))
+	for _, e := range list {
+		if e != one {
+			kept = append(kept, e)
+		}
+	}
+	return kept
+}
+
+// bury has everybody forget a part that has gone, and closes its backend.
+func (s *Share) bury(b *burial) {
+	p := b.p
+	p.info.SetGone()
+	s.onGone(&p.info)
+	var err error
+	if !<-s.aside(p, "Close", func() { err = p.Close() }) {
+		err = errors.New("the backend panicked")
+	}
+	// Somebody may have the part in hand for long; no call reads these any more.
+	p.Resolved = nil
+	p.dirs.Store(nil)
+	p.quota.Store(nil)
+	if err != nil {
+		s.log.Warn("close of a removed graft failed", "extension", p.info.Name, "path", p.info.Path, "error", err)
+	}
+	s.mu.Lock()
+	s.closing = without(s.closing, b)
+	s.mu.Unlock()
+	close(b.done)
+	if s.onRemoved != nil {
+		s.onRemoved(&p.info, err)
+	}
+}
+
+// Forget implements fsbackend.Backend.
+func (s *Share) Forget(node, n uint64) {
+	if n = s.replay.Load().forget(node, n); n == 0 {
+		return
+	}
+	index, number := node>>indexShift, node&numberMask
+	p := s.parts.get(index)
+	if p == nil || !p.enterCall() {
+		s.forgetGhost(uint16(index), n)
+		return
+	}
+	defer p.done()
+	p.unlooked(n)
+	if p.dead.Load() || number == rootID {
+		return // the root's lookup is the share's own answer
+	}
+	p.Forget(number, n)
+	if q := p.metered(); q != nil {
+		q.reap(number)
+	}
+}
+
+// forgetGhost counts a FORGET of a part that has gone; with the last, its index is free.
+func (s *Share) forgetGhost(index uint16, n uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if left := s.ghosts[index]; n < left {
+		s.ghosts[index] = left - n
+	} else {
+		delete(s.ghosts, index)
+	}
+}
+
+// drop gives back the lookups that the share itself held of directories that are no longer on the way. Call it without mu.
+func (s *Share) drop() {
+	s.mu.Lock()
+	holds := s.holds
+	s.holds = nil
+	s.mu.Unlock()
+	for _, h := range holds {
+		if !h.p.enterCall() {
+			continue
+		}
+		forget := func() {
+			defer h.p.done()
+			h.p.Forget(h.number, 1)
+		}
+		if h.p.info.Isolated {
+			s.aside(h.p, "Forget", forget)
+		} else {
+			s.contained(h.p, "Forget", forget)
+		}
+	}
+}
+
+// hold is a lookup that the share has of a directory.
+type hold struct {
+	p      *part
+	number uint64
+}
+
+var _ fsbackend.Changing = (*Share)(nil)
