@@ -172,7 +172,9 @@ func watchGraft(o *graftOrder, l *eventLog, log *slog.Logger) (*watching, error)
 	if o.Mount.Kind == bundle.File {
 		dir, file = filepath.Dir(dir), filepath.Base(dir)
 	}
-	w, err := watch.New(watch.Config{Dir: dir, File: file, Log: log})
+	w, err := watch.New(watch.Config{
+		Dir: dir, File: file, Log: log, Limits: watch.Limits{MaxFiles: spec.WatchMaxFiles, MaxBytes: int64(spec.WatchMaxBytes)},
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -798,7 +798,7 @@ func TestValidate(t *testing.T) {
 		{"file is ..", append(at("/"), file("/f", "..")), "expected one component"},
 		{"bad user ids", append(at("/"), Graft{Path: "/a", Backend: m, UIDMap: IDMap{{0, 0, 0}}}), "user ids"},
 		{"bad group ids", append(at("/"), Graft{Path: "/a", Backend: m, GIDMap: IDMap{{0, 0, 0}}}), "group ids"},
-		{"too many", at(append(crowd, "/")...), "expected at most 65535"},
+		{"too many", at(append(crowd, "/")...), "expected at most 65534"},
 	} {
 		_, err := New(Config{Grafts: tt.grafts})
 		if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {

@@ -87,6 +87,8 @@ var graftOptions = []graftOption{
 		func(c *api.GraftChange, g *api.GraftSpec) { c.MaxInodes = &g.MaxInodes },
 	},
 	{option[api.GraftSpec]{name: "watch", usage: "send the host's changes in it as events", field: func(g *api.GraftSpec) any { return &g.Watch }}, nil},
+	{option[api.GraftSpec]{name: "watch-max-files", usage: "send events up to `N` files and directories; 0 is 131072", field: func(g *api.GraftSpec) any { return &g.WatchMaxFiles }}, nil},
+	{option[api.GraftSpec]{name: "watch-max-bytes", usage: "send events up to `SIZE` in the files; 0 is any", field: func(g *api.GraftSpec) any { return (*size)(&g.WatchMaxBytes) }}, nil},
 	{option[api.GraftSpec]{name: "follow-mounts", usage: "also show what the host mounts below SOURCE from now on", field: func(g *api.GraftSpec) any { return &g.FollowMounts }}, nil},
 }
 

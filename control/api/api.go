@@ -64,6 +64,11 @@ type GraftSpec struct {
 	MaxInodes uint64 `json:"max_inodes,omitempty" toml:"max-inodes"`
 	// Watch has the host's changes in it sent as events.
 	Watch bool `json:"watch,omitempty" toml:"watch"`
+	// WatchMaxFiles and WatchMaxBytes are the files, directories among them, and the bytes in them up to which events are sent. Above, what
+	// is in it still is what it is, and one EventLimit says that changes of the rest are not told. 0 is 131,072 files and any number
+	// of bytes; Kata's are 16 and 1 MiB.
+	WatchMaxFiles int    `json:"watch_max_files,omitempty" toml:"watch-max-files"`
+	WatchMaxBytes uint64 `json:"watch_max_bytes,omitempty" toml:"watch-max-bytes"`
 	// FollowMounts shows what the host mounts below Source from now on, too. Without it only what is mounted there now is seen,
 	// and nothing above Source can be reached by its descriptor, where the daemon has the privileges for that (open_tree(2)).
 	FollowMounts bool `json:"follow_mounts,omitempty" toml:"follow-mounts"`

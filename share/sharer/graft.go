@@ -82,6 +82,15 @@ func (g *grafts) spec(sh *shared) api.GraftSpec {
 		Watch:        sh.Watch,
 		FollowMounts: sh.FollowMounts,
 	}
+	if sh.Watch {
+		// While kubelet changes a volume, the old content is there beside the new one, and the daemon counts directories as well.
+		if l := g.s.config.Limits; l.Files > 0 {
+			spec.WatchMaxFiles = 2*l.Files + 8
+		}
+		if l := g.s.config.Limits; l.Bytes > 0 {
+			spec.WatchMaxBytes = 2 * uint64(l.Bytes)
+		}
+	}
 	if sh.Options != "" {
 		spec.Options = strings.Split(sh.Options, ",")
 	}
