@@ -211,7 +211,11 @@ func TestFloodOfConnections(t *testing.T) {
 	for cid := uint32(100); cid < 104; cid++ {
 		held = append(held, guestConn(t, l, cid))
 	}
+	begun := time.Now()
 	closed(t, "the eleventh", guestConn(t, l, 200))
+	if d := time.Since(begun); d > defaultLimits.header/2 {
+		t.Errorf("one more than there is room for was closed after %v: not for want of room", d)
+	}
 
 	// What is closed makes room.
 	for _, c := range held {

@@ -163,6 +163,10 @@ func (l *listener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.Listener.Accept()
 		if err != nil {
+			// net/http waits and goes on when descriptors run out, but does not look into errors for that.
+			if ne := net.Error(nil); errors.As(err, &ne) {
+				err = ne
+			}
 			return nil, err
 		}
 		id, hasID := cid(c)
@@ -259,11 +263,9 @@ func (c *conn) Close() error {
 
 // A unixListener is a listen.Listener as a net.Listener.
 type unixListener struct {
-	l      *listen.Listener
-	addr   *net.UnixAddr
-	log    *slog.Logger // told who connects; may be nil
-	ctx    context.Context
-	cancel context.CancelFunc
+	*listen.Listener
+	addr *net.UnixAddr
+	log  *slog.Logger // told who connects; may be nil
 }
 
 func listenUnix(path, group string, log *slog.Logger) (*unixListener, error) {
@@ -271,24 +273,16 @@ func listenUnix(path, group string, log *slog.Logger) (*unixListener, error) {
 	if err != nil {
 		return nil, err
 	}
-	u := &unixListener{l: l, addr: &net.UnixAddr{Net: "unix", Name: path}, log: log}
-	u.ctx, u.cancel = context.WithCancel(context.Background())
-	return u, nil
+	return &unixListener{l, &net.UnixAddr{Net: "unix", Name: path}, log}, nil
 }
 
 // Accept implements net.Listener.
 func (u *unixListener) Accept() (net.Conn, error) {
-	c, err := u.l.Accept(u.ctx)
-	switch {
-	case u.ctx.Err() != nil:
-		if err == nil {
-			_ = c.Close()
-		}
-		return nil, net.ErrClosed
-	case err != nil:
+	c, err := u.Listener.Accept(context.Background())
+	if err != nil {
 		return nil, err
 	}
-	if u.log != nil && u.log.Enabled(u.ctx, slog.LevelDebug) {
+	if u.log != nil && u.log.Enabled(context.Background(), slog.LevelDebug) {
 		u.logPeer(c)
 	}
 	return c, nil
@@ -309,11 +303,5 @@ func (u *unixListener) logPeer(c *net.UnixConn) {
 
 // Addr implements net.Listener.
 func (u *unixListener) Addr() net.Addr { return u.addr }
-
-// Close implements net.Listener.
-func (u *unixListener) Close() error {
-	u.cancel()
-	return u.l.Close()
-}
 
 func join(names []string) string { return strings.Join(names, ", ") }

@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/mdlayher/vsock"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/control/controltest"
@@ -225,5 +227,34 @@ func TestFailingListener(t *testing.T) {
 	_ = l.Close()
 	if err := s.Serve(t.Context()); err == nil || !strings.Contains(err.Error(), "serve the control API") {
 		t.Errorf("Serve: %v", err)
+	}
+}
+
+// shortOfFDs is a listener that has no descriptor for its first connection.
+type shortOfFDs struct {
+	net.Listener
+	err error
+}
+
+func (l *shortOfFDs) Accept() (net.Conn, error) {
+	if err := l.err; err != nil {
+		l.err = nil
+		return nil, err
+	}
+	return l.Listener.Accept()
+}
+
+func TestServeWithoutDescriptors(t *testing.T) {
+	for _, err := range []error{
+		fmt.Errorf("accept: %w", &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", unix.EMFILE)}),
+		&net.OpError{Op: "accept", Err: unix.ENFILE},
+	} {
+		l := newMemListener()
+		newRig(t, func(cfg *Config, _ *limits) {
+			cfg.Listeners = []Listener{{Listener: &shortOfFDs{l, err}}}
+		})
+		client := clientOf(func() (net.Conn, error) { return l.dial(2) })
+		expect(t, client, "GET", "/healthz", "", 200, nil)
+		client.CloseIdleConnections()
 	}
 }

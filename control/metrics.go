@@ -1,6 +1,7 @@
 package control
 
 import (
+	"fmt"
 	"net/http"
 	"strconv"
 	"time"
@@ -10,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/sluicefs/sluice/control/api"
+	"github.com/sluicefs/sluice/internal/ratelog"
 )
 
 // What /metrics says; docs/metrics.md explains it, and is held against this by a test.
@@ -98,8 +100,15 @@ func getMetrics(c *call) error {
 	if c.allow() == nil {
 		all = append(all, c.server.own.registry)
 	}
-	promhttp.HandlerFor(all, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError}).ServeHTTP(c.w, c.Request)
+	promhttp.HandlerFor(all, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError, ErrorLog: metricsLog{c.peer.log}}).ServeHTTP(c.w, c.Request)
 	return nil
+}
+
+// A metricsLog is what promhttp says, in the log.
+type metricsLog struct{ log *ratelog.Logger }
+
+func (l metricsLog) Println(v ...any) {
+	l.log.Error("metrics are incomplete", "error", fmt.Sprint(v...))
 }
 
 // A snapshot is what a daemon answered, as a prometheus.Collector.

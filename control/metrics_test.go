@@ -214,4 +214,7 @@ func TestMetricsWithOddStats(t *testing.T) {
 	if families["sluice_up"] == nil || families["go_goroutines"] == nil {
 		t.Errorf("there is %v", slices.Sorted(maps.Keys(families)))
 	}
+	if !strings.Contains(r.log.String(), "not valid UTF-8") {
+		t.Errorf("what is wrong is not in the log: %s", r.log.String())
+	}
 }
