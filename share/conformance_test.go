@@ -350,4 +350,20 @@ func TestConformance(t *testing.T) {
 		return below{newShare(t, Graft{Path: "/", Backend: newMem(t)}, Graft{Path: "/sub", Backend: newPassthrough(t, t.TempDir())},
 			Graft{Path: "/sub/" + grafted + "/mem", Backend: newMem(t)}), 1 << indexShift}
 	})
+	dynamic := func(t *testing.T, grafts ...Graft) *Share {
+		s, err := New(Config{Grafts: grafts, Dynamic: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	run("dynamic root", true, func(t *testing.T) fsbackend.Backend {
+		return dynamic(t, Graft{Path: "/", Backend: newPassthrough(t, t.TempDir())})
+	})
+	run("dynamic graft", false, func(t *testing.T) fsbackend.Backend {
+		return below{dynamic(t, Graft{Path: "/sub", Backend: synced{newMem(t)}}), 1 << indexShift}
+	})
+	run("dynamic graft with a quota", true, func(t *testing.T) fsbackend.Backend {
+		return below{dynamic(t, Graft{Path: "/sub", Backend: newPassthrough(t, t.TempDir()), Policy: Policy{MaxBytes: 1 << 40, MaxInodes: 1 << 30}}), 1 << indexShift}
+	})
 }

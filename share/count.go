@@ -49,10 +49,12 @@ func (s *Share) startCount(p *part) <-chan bool {
 		w := walker{s: s, p: p, q: q, session: session}
 		ended := false
 		<-s.aside(p, "count", func() { ended = w.walk() })
+		q.names.Lock() // the walk may have come across what is being made
 		q.mu.Lock()
 		q.counting, q.seen = false, nil
 		q.counted = q.counted || ended
 		q.mu.Unlock()
+		q.names.Unlock()
 		p.done()
 		done <- ended
 	}()
@@ -143,7 +145,7 @@ func (w *walker) name(parent uint64, name string, depth int) bool {
 	if name == "." || name == ".." || w.p.Lookup(&w.c, parent, fsbackend.MakeName(name), &out) != fsbackend.OK || out.NodeId == 0 {
 		return true
 	}
-	defer w.p.Forget(out.NodeId, 1)
+	defer w.q.unlook(out.NodeId)
 	w.q.mu.Lock()
 	w.q.see(&out.Attr)
 	w.q.mu.Unlock()

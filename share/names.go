@@ -116,10 +116,7 @@ func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.
 	in.Oldnodeid &= numberMask
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	errno = p.Link(c, in, name, out)
-	if q := p.metered(); q != nil && errno == fsbackend.OK {
-		q.named(in.Oldnodeid)
-	}
+	errno = p.link(c, in.Oldnodeid, func() Errno { return p.Link(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
 	in.Oldnodeid = old
 	return s.entry(p, out, s.known(errno, unix.EPERM))
@@ -179,13 +176,23 @@ func (s *Share) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) 
 // rename is the backend's; it may be the end of what newName was, and makes a file of its own with RENAME_WHITEOUT.
 func (p *part) rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, newName fsbackend.Name) Errno {
 	rename := func() Errno { return p.Rename(c, in, oldName, newName) }
-	switch {
-	case p.metered() == nil || in.Flags&unix.RENAME_EXCHANGE != 0:
+	q := p.metered()
+	if q == nil {
 		return rename()
-	case in.Flags&unix.RENAME_WHITEOUT == 0:
-		return p.unlink(c, in.Newdir, newName, rename)
 	}
-	return p.create(c, in.NodeId, nil, 0, nil, func() Errno { return p.unlink(c, in.Newdir, newName, rename) })
+	if !c.MayBlock {
+		return fsbackend.ErrMayBlock
+	}
+	q.names.Lock()
+	defer q.names.Unlock()
+	over := func() Errno { return q.unlink(c, in.Newdir, newName, rename) }
+	switch {
+	case in.Flags&unix.RENAME_EXCHANGE != 0:
+		return rename()
+	case in.Flags&unix.RENAME_WHITEOUT != 0:
+		return q.create(0, nil, false, over)
+	}
+	return over()
 }
 
 // Rename implements fsbackend.Renamer.

@@ -20,8 +20,11 @@ import (
 //
 // A file without a name goes on to count until the guest neither has it open nor knows its node: only then does the
 // backend give its blocks back.
+//
+// What names lead to is found out before and after a change of theirs, so those are made one at a time.
 type quota struct {
-	p *part
+	p     *part
+	names sync.Mutex // held during changes of names, which all may sleep
 
 	mu            sync.Mutex
 	bytes, inodes int64 // used
@@ -130,27 +133,39 @@ func (q *quota) begin(c *fsbackend.Context, f file, grow func(*fuseproto.Attr) i
 	if !c.MayBlock {
 		return 0, fsbackend.ErrMayBlock // there are several calls to be made
 	}
-	a, errno := q.p.look(c, f)
-	if errno != fsbackend.OK {
-		return 0, errno
-	}
-	held = grow(&a)
 	q.mu.Lock()
-	defer q.mu.Unlock()
-	if !q.fits(held, 0) {
-		return 0, unix.ENOSPC
-	}
-	q.see(&a)
 	n := q.changing[f.node]
 	if n == nil {
 		n = new(changed)
 		q.changing[f.node] = n
 	}
-	n.active++
-	if !n.known {
+	n.active++ // from now on nobody forgets what is known of the file
+	q.mu.Unlock()
+	a, errno := q.p.look(c, f)
+	if errno == fsbackend.OK {
+		held = grow(&a)
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if errno == fsbackend.OK && !n.known {
 		n.known, n.ino, n.bytes = true, a.Ino, stored(&a)
+		q.see(&a)
+	}
+	if errno == fsbackend.OK && !q.fits(held, 0) {
+		errno = unix.ENOSPC
+	}
+	if errno != fsbackend.OK {
+		q.leave(f.node, n)
+		return 0, errno
 	}
 	return held, fsbackend.OK
+}
+
+// leave is called with q.mu held.
+func (q *quota) leave(node uint64, n *changed) {
+	if n.active--; n.active == 0 {
+		delete(q.changing, node)
+	}
 }
 
 // end looks at f after it.
@@ -173,9 +188,7 @@ func (q *quota) end(c *fsbackend.Context, f file, held int64) {
 		}
 	}
 	q.holdBytes -= held
-	if n.active--; n.active == 0 {
-		delete(q.changing, f.node)
-	}
+	q.leave(f.node, n)
 }
 
 func (q *quota) isCounted() bool {
@@ -210,14 +223,21 @@ func (p *part) create(c *fsbackend.Context, parent uint64, name fsbackend.Name, 
 	if !c.MayBlock {
 		return fsbackend.ErrMayBlock
 	}
+	q.names.Lock()
+	defer q.names.Unlock()
 	if name != nil {
 		// CREATE may open what is there already.
 		var old fuseproto.EntryOut
 		if p.Lookup(c, parent, name, &old) == fsbackend.OK && old.NodeId != 0 {
-			defer p.Forget(old.NodeId, 1)
+			defer q.unlook(old.NodeId)
 			return p.change(c, file{node: old.NodeId}, nothing, call)
 		}
 	}
+	return q.create(bytes, out, name == nil, call)
+}
+
+// create is part.create for what is not there. q.names is held.
+func (q *quota) create(bytes int64, out *fuseproto.EntryOut, nameless bool, call func() Errno) Errno {
 	q.mu.Lock()
 	ok := q.fits(bytes, 1)
 	q.mu.Unlock()
@@ -234,15 +254,17 @@ func (p *part) create(c *fsbackend.Context, parent uint64, name fsbackend.Name, 
 	if errno == fsbackend.OK {
 		q.mu.Lock()
 		defer q.mu.Unlock()
-		q.inodes++
-		if out == nil {
+		switch {
+		case out == nil:
+			q.inodes++
 			return fsbackend.OK
+		case q.counting:
+			q.see(&out.Attr) // the walk may have come across it already
+		default:
+			q.inodes++
+			q.bytes += stored(&out.Attr)
 		}
-		q.bytes += stored(&out.Attr)
-		if q.counting {
-			q.seen[out.Ino] = struct{}{}
-		}
-		if name == nil {
+		if nameless {
 			q.orphans[out.NodeId] = &orphan{out.Ino, stored(&out.Attr)}
 		}
 	}
@@ -258,27 +280,31 @@ func (p *part) unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name, 
 	if !c.MayBlock {
 		return fsbackend.ErrMayBlock
 	}
+	q.names.Lock()
+	defer q.names.Unlock()
+	return q.unlink(c, parent, name, call)
+}
+
+// unlink is part.unlink. q.names is held.
+func (q *quota) unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name, call func() Errno) Errno {
+	p := q.p
 	var old fuseproto.EntryOut
 	if p.Lookup(c, parent, name, &old) != fsbackend.OK || old.NodeId == 0 {
 		return call()
 	}
-	gone := false
-	defer func() {
-		p.Forget(old.NodeId, 1)
-		if gone {
-			q.reap(old.NodeId) // that may have been the last lookup
-		}
-	}()
-	q.mu.Lock()
-	q.see(&old.Attr)
-	q.mu.Unlock()
+	defer q.unlook(old.NodeId) // that may be the last lookup
+	f := file{node: old.NodeId}
+	if _, errno := q.begin(c, f, nothing); errno != fsbackend.OK {
+		return errno
+	}
+	defer q.end(c, f, 0)
 	errno := call()
 	if errno != fsbackend.OK {
 		return errno
 	}
 	var now fuseproto.EntryOut
 	if p.Lookup(c, parent, name, &now) == fsbackend.OK && now.NodeId != 0 {
-		p.Forget(now.NodeId, 1)
+		q.unlook(now.NodeId)
 		if now.NodeId == old.NodeId {
 			return fsbackend.OK // it is still there
 		}
@@ -294,18 +320,36 @@ func (p *part) unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name, 
 	}
 	q.mu.Lock()
 	if q.orphans[old.NodeId] == nil {
-		q.orphans[old.NodeId] = &orphan{old.Ino, stored(&a)}
+		q.orphans[old.NodeId] = &orphan{old.Ino, q.changing[old.NodeId].bytes}
 	}
 	q.mu.Unlock()
-	gone = true
 	return fsbackend.OK
 }
 
-// named is called when node has got a name.
-func (q *quota) named(node uint64) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	delete(q.orphans, node)
+// link makes a call that gives node a name.
+func (p *part) link(c *fsbackend.Context, node uint64, call func() Errno) Errno {
+	q := p.metered()
+	if q == nil {
+		return call()
+	}
+	if !c.MayBlock {
+		return fsbackend.ErrMayBlock
+	}
+	q.names.Lock()
+	defer q.names.Unlock()
+	errno := call()
+	if errno == fsbackend.OK {
+		q.mu.Lock()
+		delete(q.orphans, node)
+		q.mu.Unlock()
+	}
+	return errno
+}
+
+// unlook gives a lookup back that was not the guest's.
+func (q *quota) unlook(node uint64) {
+	q.p.Forget(node, 1)
+	q.reap(node)
 }
 
 // reap no longer counts node if it has no name and the backend does not know it any more.
@@ -326,6 +370,7 @@ func (q *quota) reap(node uint64) {
 		delete(q.orphans, node)
 		q.bytes -= o.bytes
 		q.inodes--
+		delete(q.seen, o.ino) // its number may be another file's soon
 	}
 }
 

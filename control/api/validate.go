@@ -116,10 +116,10 @@ func (g *GraftSpec) Problems() []*FieldError {
 		}
 	}
 	if g.WatchMaxFiles < 0 {
-		all.add("watch_max_files", fmt.Sprintf("%d is out of range: expected a number of files, or 0 for the default", g.WatchMaxFiles))
+		all.add("watch_max_files", "%d is out of range: expected a number of files, or 0 for the default", g.WatchMaxFiles)
 	}
 	if g.WatchMaxBytes > math.MaxInt64 {
-		all.add("watch_max_bytes", fmt.Sprintf("%d is out of range: expected at most %d bytes", g.WatchMaxBytes, int64(math.MaxInt64)))
+		all.add("watch_max_bytes", "%d is out of range: expected at most %d bytes", g.WatchMaxBytes, int64(math.MaxInt64))
 	}
 	if !g.Watch && (g.WatchMaxFiles != 0 || g.WatchMaxBytes != 0) {
 		all.add("watch", "watch_max_files and watch_max_bytes are limits of it: expected it to be true")

@@ -1,0 +1,135 @@
+package share_test
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fsbackend/passthrough"
+	"github.com/sluicefs/sluice/fuseproto"
+	"github.com/sluicefs/sluice/fuseserver"
+	"github.com/sluicefs/sluice/share"
+)
+
+// BenchmarkGrafts compares READ and LOOKUP of passthrough alone with those through a Share of one graft and of many.
+func BenchmarkGrafts(b *testing.B) {
+	dir := b.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "file"), make([]byte, 1<<16), 0o644); err != nil {
+		b.Fatal(err)
+	}
+	newBackend := func() *passthrough.FS {
+		fs, err := passthrough.New(passthrough.Config{Dir: dir})
+		if err != nil {
+			b.Fatal(err)
+		}
+		return fs
+	}
+	grafted := func(n int) fsbackend.Backend {
+		s, err := share.New(share.Config{Dynamic: true})
+		if err != nil {
+			b.Fatal(err)
+		}
+		for i := range n {
+			if err := s.Add(share.Graft{Path: fmt.Sprint("/g", i), Backend: newBackend()}); err != nil {
+				b.Fatal(err)
+			}
+		}
+		return s
+	}
+	for _, tt := range []struct {
+		name    string
+		backend fsbackend.Backend
+		path    []string
+	}{
+		{"alone", newBackend(), nil},
+		{"1", grafted(1), []string{"g0"}},
+		{"1000", grafted(1000), []string{"g500"}},
+	} {
+		server, err := fuseserver.New(fuseserver.Config{Backend: tt.backend})
+		if err != nil {
+			b.Fatal(err)
+		}
+		req := server.NewRequest()
+		reply := make([]byte, 16+4096)
+		in, out := make([]unix.Iovec, 1), make([]unix.Iovec, 1)
+		ask := func(msg []byte) {
+			in[0], out[0] = unix.Iovec{Base: &msg[0], Len: uint64(len(msg))}, unix.Iovec{Base: &reply[0], Len: uint64(len(reply))}
+			server.Begin(req, in, out, uint64(len(msg)), uint64(len(reply)))
+			n, done := server.Handle(req)
+			if !done { // INIT
+				req.MayBlock = true
+				n, done = server.Handle(req)
+			}
+			if !done || n < 16 || binary.NativeEndian.Uint32(reply[4:]) != 0 {
+				b.Fatalf("%d bytes of reply, done %v: %x", n, done, reply[:16])
+			}
+		}
+		init := fuseproto.InitIn{Major: fuseproto.FUSE_KERNEL_VERSION, Minor: fuseproto.FUSE_KERNEL_MINOR_VERSION}
+		init.Length, init.Opcode, init.Unique = uint32(binary.Size(init)), uint32(fuseproto.FUSE_INIT), 1
+		msg, err := binary.Append(nil, binary.NativeEndian, &init)
+		if err != nil {
+			b.Fatal(err)
+		}
+		ask(msg)
+		r := fsbackend.Resolve(tt.backend)
+		c := &fsbackend.Context{MayBlock: true}
+		at := uint64(fuseproto.FUSE_ROOT_ID)
+		var entry fuseproto.EntryOut
+		for _, name := range tt.path {
+			if errno := r.Lookup(c, at, fsbackend.MakeName(name), &entry); errno != 0 {
+				b.Fatal(errno)
+			}
+			at = entry.NodeId
+		}
+		root, name := at, fsbackend.MakeName("file")
+		if errno := r.Lookup(c, root, name, &entry); errno != 0 {
+			b.Fatal(errno)
+		}
+		var open fuseproto.OpenOut
+		opened := &fuseproto.OpenIn{}
+		opened.NodeId = entry.NodeId
+		if errno := r.Open(c, opened, &open); errno != 0 {
+			b.Fatal(errno)
+		}
+		buf := make([]byte, 4096)
+		iov := make([]unix.Iovec, 1)
+		sink := new(fsbackend.Sink)
+		read := &fuseproto.ReadIn{Fh: open.Fh, Size: 4096}
+		read.NodeId = entry.NodeId
+		b.Run("READ/"+tt.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				iov[0] = unix.Iovec{Base: &buf[0], Len: 4096}
+				sink.Reset(iov, 0, 4096)
+				if errno := r.Read(c, read, sink); errno != 0 {
+					b.Fatal(errno)
+				}
+			}
+		})
+		wire := *read
+		wire.Length, wire.Opcode, wire.Unique = uint32(binary.Size(wire)), uint32(fuseproto.FUSE_READ), 2
+		if msg, err = binary.Append(nil, binary.NativeEndian, &wire); err != nil {
+			b.Fatal(err)
+		}
+		b.Run("request/"+tt.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				ask(msg)
+			}
+		})
+		b.Run("LOOKUP/"+tt.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if errno := r.Lookup(c, root, name, &entry); errno != 0 {
+					b.Fatal(errno)
+				}
+				r.Forget(entry.NodeId, 1)
+			}
+		})
+	}
+}
