@@ -57,7 +57,6 @@ var house = Rules{
 		"test/guest/extd":        {"daemon", "extensions", "fsbackend", "fsbackend/...", "seccomp"},
 	},
 	Libraries: map[string][]string{
-		"github.com/fsnotify/fsnotify":              {"internal/watch"},
 		"github.com/hanwen/go-fuse":                 {"fuseproto", "fsbackend/gofuse", "fsbackend/fsbackendtest"},
 		"github.com/mdlayher/vsock":                 {"control", "cmd/sluice-agent"},
 		"github.com/pelletier/go-toml":              {"daemon"},

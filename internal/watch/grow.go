@@ -54,7 +54,14 @@ func (t *tracker) visit(n *node, tell bool) []*node {
 		return nil
 	}
 	if known := t.wds[wd]; known != nil || wd == t.above {
-		if wd == t.above || t.isAt(known, fd) {
+		switch {
+		case !t.isAt(n, fd):
+			// It is in neither place by now, or in that where it is known; this one has to be looked at again.
+			if n.parent != nil {
+				t.doubt(n.parent, n.name)
+			}
+			return nil
+		case wd == t.above || t.isAt(known, fd):
 			// Two places of one directory, by a bind mount; it is told of at the first.
 			t.beyond(noAccess, n, "", true)
 			return nil

@@ -547,9 +547,10 @@ func TestLimits(t *testing.T) {
 		want   []string
 		log    string
 	}{
-		{"files", Limits{MaxFiles: 9}, -1, nil, func(t *testing.T, d string, _ *recorder) {
+		{"files", Limits{MaxFiles: 9}, -1, nil, func(t *testing.T, d string, r *recorder) {
 			nine(t, d)
-			write(t, d+"/ninth", "") // and so is the fence
+			write(t, d+"/ninth", "")
+			r.until("limit", func(evs []Event) bool { return len(evs) == 10 })
 			write(t, d+"/0", "2")
 		}, []string{"create /0", "create /1", "create /2", "create /3", "create /4", "create /5", "create /6", "create /7", "create /8", "limit /ninth", "modify /0"}, "more files"},
 		{"room again", Limits{MaxFiles: 9}, -1, nine, func(t *testing.T, d string, _ *recorder) {
