@@ -23,7 +23,7 @@ func (t *tracker) watch(n *node, name string, e *entry, tell bool) {
 // grow watches n and every directory below, the higher before the lower.
 func (t *tracker) grow(n *node, tell bool) {
 	todo := []*node{n}
-	for len(todo) > 0 && t.src != nil && t.ctx.Err() == nil {
+	for len(todo) > 0 && !t.lost && t.ctx.Err() == nil {
 		found := t.visit(todo[0], tell)
 		todo = append(todo[1:], found...)
 	}
@@ -69,9 +69,6 @@ func (t *tracker) visit(n *node, tell bool) []*node {
 		// It is here now, and the events that say so are still to come.
 		known.wd = -1
 		t.doubt(known.parent, known.name)
-		if t.src == nil {
-			return nil
-		}
 	}
 	n.wd = wd
 	t.wds[wd] = n
