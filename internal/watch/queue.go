@@ -179,12 +179,13 @@ func (q *queue) remove(path string, dir bool) {
 	}
 	if old := q.waiting(path); old != nil {
 		// A directory that was moved away leaves what is told of its content behind, and that means nothing without it.
-		unknown := old.Kind == Create && old.fresh && (!dir || q.items[len(q.items)-1] == old)
-		if unknown || old.Kind != Create {
+		parent := dir && old.Kind == Create && q.items[len(q.items)-1] != old
+		if !parent {
 			q.forget(old)
-		}
-		if unknown {
 			q.trim()
+		}
+		delete(q.last, path)
+		if old.Kind == Create && old.fresh && !parent {
 			return
 		}
 	}

@@ -753,7 +753,7 @@ func (m *mirror) apply(ev Event) {
 	case Rename:
 		moved := make(map[string]string)
 		for p, c := range m.tree {
-			if within(ev.Path, p) {
+			if p == ev.Path || ev.Dir && within(ev.Path, p) {
 				moved[ev.To+strings.TrimPrefix(p, ev.Path)] = c
 			}
 		}
