@@ -48,6 +48,12 @@ func (t *tracker) visit(n *node, tell bool) []*node {
 	}
 	dir := os.NewFile(uintptr(fd), fmt.Sprintf("/proc/self/fd/%d", fd))
 	defer dir.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		t.unwatchable(n, err)
+		return nil
+	}
+	n.id = identityOf(&st)
 	wd, err := t.src.watch(fd, treeMask)
 	if err != nil {
 		t.unwatchable(n, err)
@@ -55,13 +61,13 @@ func (t *tracker) visit(n *node, tell bool) []*node {
 	}
 	if known := t.wds[wd]; known != nil || wd == t.above {
 		switch {
-		case !t.isAt(n, fd):
+		case !t.inPlace(n):
 			// It is in neither place by now, or in that where it is known; this one has to be looked at again.
 			if n.parent != nil {
 				t.doubt(n.parent, n.name)
 			}
 			return nil
-		case wd == t.above || t.isAt(known, fd):
+		case wd == t.above || t.inPlace(known):
 			// Two places of one directory, by a bind mount; it is told of at the first.
 			t.beyond(noAccess, n, "", true)
 			return nil
@@ -82,15 +88,14 @@ func (t *tracker) visit(n *node, tell bool) []*node {
 	return t.list(n, path, dir, tell)
 }
 
-// isAt says whether the directory fd still is where n is.
-func (t *tracker) isAt(n *node, fd int) bool {
-	var here unix.Stat_t
+// inPlace says whether the directory that n is about still is where n is.
+func (t *tracker) inPlace(n *node) bool {
 	path, ok := n.path("")
-	if !ok || unix.Fstat(fd, &here) != nil {
+	if !ok {
 		return false
 	}
-	there, err := statBeneath(t.rootFD, path)
-	return err == nil && here.Dev == there.Dev && here.Ino == there.Ino
+	st, err := statBeneath(t.rootFD, path)
+	return err == nil && identityOf(&st) == n.id
 }
 
 // unwatchable notes that a directory cannot be watched, and why.

@@ -397,7 +397,7 @@ func (t *tracker) create(n *node, name string, dir bool, now time.Time) {
 	if !ok {
 		return
 	}
-	if st, err := statBeneath(t.rootFD, path); err == nil && (typeOf(st.Mode) != e.typ || e.typ == directory && !e.watched()) {
+	if st, err := statBeneath(t.rootFD, path); err == nil && (typeOf(st.Mode) != e.typ || e.typ == directory && !e.watches(&st)) {
 		t.doubt(n, name)
 	}
 }
@@ -785,7 +785,7 @@ func (t *tracker) settleDoubt(p place) {
 		delete(p.dir.entries, p.name)
 		t.drop(e)
 		t.discover(p.dir, p.name, false, true, time.Now())
-	case e.typ == directory && !e.watched():
+	case e.typ == directory && !e.watches(&st):
 		if e.dir != nil {
 			t.prune(e.dir)
 		}
@@ -795,3 +795,6 @@ func (t *tracker) settleDoubt(p place) {
 }
 
 func (e *entry) watched() bool { return e.dir != nil && e.dir.wd >= 0 }
+
+// watches says that it is this directory that is watched.
+func (e *entry) watches(st *unix.Stat_t) bool { return e.watched() && e.dir.id == identityOf(st) }
