@@ -94,6 +94,12 @@ func (t *tracker) inPlace(n *node) bool {
 	if !ok {
 		return false
 	}
+	// One that has just been moved has its old path still, where there may be another.
+	for d := n; d.parent != nil; d = d.parent {
+		if e := d.parent.entries[d.name]; e == nil || e.dir != d {
+			return false
+		}
+	}
 	st, err := statBeneath(t.rootFD, path)
 	return err == nil && identityOf(&st) == n.id
 }
