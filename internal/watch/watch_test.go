@@ -769,3 +769,16 @@ func (m *mirror) apply(ev Event) {
 		}
 	}
 }
+
+// TestCloseCompletes has no other way to know that a content is complete than its close.
+func TestCloseCompletes(t *testing.T) {
+	dir := t.TempDir()
+	write(t, dir+"/old", "1")
+	r := follow(t, Config{Dir: dir, Settle: time.Hour}, newInotify, nil)
+	write(t, dir+"/new", "1")
+	write(t, dir+"/old", "2")
+	want := []string{"create /new", "modify /old"}
+	if got := texts(r.until("modify", func(evs []Event) bool { return len(evs) == 2 })); !slices.Equal(got, want) {
+		t.Errorf("told %q, expected %q", got, want)
+	}
+}
