@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Fetches the guest kit from Debian's archive into build/guest-kit (or $SLUICE_GUEST_KIT); nothing is installed, and root is not needed.
-#   linux-uml, modules-uml/  User-Mode Linux of Debian unstable with its FUSE and virtio-fs drivers: Debian 12's own (6.1) dies on CPUs with AMX
-#   vmlinuz                  Debian 12's 6.12 cloud kernel for QEMU, with virtio-fs built in
+#   linux-uml, modules-uml/  User-Mode Linux of Debian unstable with its FUSE, virtio-fs and vsock drivers: Debian 12's own (6.1) dies on CPUs with AMX
+#   vmlinuz, modules-qemu/   Debian 12's 6.12 cloud kernel for QEMU, with virtio-fs built in, and its vsock drivers
+#   vhost-device-vsock       the vsock device of both: its other end are Unix sockets
 #   busybox                  the guests' user land
 #   lib/                     the libc that programs of unstable need
 # With --peers also virtiofsd (Rust) and virtiofsd-c (QEMU's), to compare with.
@@ -22,21 +23,28 @@ tmp=$(mktemp -d "$kit.XXXXXX")
 trap 'rm -rf "$tmp"' EXIT
 echo "guest-kit: fetching guest kernels from Debian's archive"
 
-mkdir -p "$tmp/root" "$tmp/new/lib" "$tmp/new/modules-uml"
+mkdir -p "$tmp/root" "$tmp/new/lib" "$tmp/new/modules-uml" "$tmp/new/modules-qemu"
 open_archive "$tmp/apt" bookworm bookworm-security sid
 kernel=$(apt-cache "${archive_options[@]}" depends linux-image-6.12-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-.*\)/\1/p' | head -n 1)
 [ -n "$kernel" ] || fail "Debian 12 has no linux-image-6.12-cloud-amd64"
 unpack "$tmp/root/bookworm-security" bookworm-security "$kernel"
 unpack "$tmp/root/bookworm" bookworm busybox-static
-unpack "$tmp/root/sid" sid user-mode-linux libc6
+unpack "$tmp/root/sid" sid user-mode-linux vhost-device-vsock libc6 libgcc-s1
 new=$tmp/new sid=$tmp/root/sid/usr
 cp "$tmp"/root/bookworm-security/boot/vmlinuz-* "$new/vmlinuz"
 cp "$tmp/root/bookworm/bin/busybox" "$new/busybox"
 cp "$sid/bin/linux.uml" "$new/linux-uml"
-find "$sid/lib/uml/modules" \( -name fuse.ko -o -name virtiofs.ko -o -name overlay.ko \) -exec cp {} "$new/modules-uml/" \;
-foreign=(linux-uml)
+cp "$sid/bin/vhost-device-vsock" "$new/vhost-device-vsock"
+vsock=(vsock vmw_vsock_virtio_transport_common vmw_vsock_virtio_transport)
+for module in fuse virtiofs overlay "${vsock[@]}"; do
+  find "$sid/lib/uml/modules" -name "$module.ko" -exec cp {} "$new/modules-uml/" \;
+done
+for module in "${vsock[@]}"; do
+  find "$tmp/root/bookworm-security/lib/modules" -name "$module.ko.xz" -exec "$new/busybox" unxz -c {} \; >"$new/modules-qemu/$module.ko"
+done
+foreign=(linux-uml vhost-device-vsock)
 if [ $peers = yes ]; then
-  unpack "$tmp/root/sid" sid virtiofsd libgcc-s1 libseccomp2 libcap-ng0
+  unpack "$tmp/root/sid" sid virtiofsd libseccomp2 libcap-ng0
   cp "$sid/libexec/virtiofsd" "$new/virtiofsd"
   # What the C server links is what QEMU itself links.
   unpack "$tmp/root/bookworm" bookworm qemu-system-common
@@ -49,7 +57,8 @@ for program in "${foreign[@]}"; do
 done
 
 [ "$(dd if="$new/vmlinuz" bs=1 skip=514 count=4 status=none)" = HdrS ] || fail "$kernel holds no bootable kernel"
-for module in fuse virtiofs; do [ -s "$new/modules-uml/$module.ko" ] || fail "user-mode-linux has no $module.ko"; done
+for module in fuse virtiofs "${vsock[@]}"; do [ -s "$new/modules-uml/$module.ko" ] || fail "user-mode-linux has no $module.ko"; done
+for module in "${vsock[@]}"; do [ -s "$new/modules-qemu/$module.ko" ] || fail "$kernel has no $module.ko"; done
 "$new/busybox" true || fail "busybox does not run"
 rm -rf "$kit"
 mv "$new" "$kit"

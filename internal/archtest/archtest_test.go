@@ -60,7 +60,7 @@ var house = Rules{
 		"test/guest/extd":        {"daemon", "extensions", "fsbackend", "fsbackend/...", "seccomp"},
 	},
 	Libraries: map[string][]string{
-		"github.com/fsnotify/fsnotify":              {"internal/watch", "share/sharer"},
+		"github.com/fsnotify/fsnotify":              {"share/sharer"},
 		"github.com/hanwen/go-fuse":                 {"fuseproto", "fsbackend/gofuse", "fsbackend/fsbackendtest"},
 		"github.com/mdlayher/vsock":                 {"control", "cmd/sluice-agent"},
 		"github.com/pelletier/go-toml":              {"internal/configfile"},

@@ -43,8 +43,9 @@ type Config struct {
 	Initrd  string // made by WriteInitramfs
 	Scratch string // a directory of the caller for sockets and the like; its path must be short
 	Devices []Device
-	MemMiB  int // 0 means 512
-	CPUs    int // 0 means 1; User-Mode Linux has only one
+	Vsock   *Vsock // nil: none
+	MemMiB  int    // 0 means 512
+	CPUs    int    // 0 means 1; User-Mode Linux has only one
 	// Serial, if set, is the host's side of the guest's SerialDevice; it stays the caller's.
 	Serial *os.File
 	// Shell is the tag of a share to run an interactive shell on, with the terminal of this process, instead of the agent.
@@ -171,13 +172,16 @@ func umlCommand(cfg Config) (*exec.Cmd, error) {
 		fmt.Sprintf("mem=%dM", cfg.MemMiB), "initrd=" + cfg.Initrd, "root=/dev/ram0", "rdinit=/init", "quiet", "panic=-1", "oops=panic",
 		"con=null", console, "ssl=null", fmt.Sprintf("ssl0=fd:%d,fd:%d", portFD, portFD),
 		"uml_dir=" + cfg.Scratch + "/", "umid=uml",
-		agentproto.ParamPort + "=/dev/ttyS0", agentproto.ParamShell + "=" + cfg.Shell,
+		agentproto.ParamPort + "=/dev/ttyS0", agentproto.ParamShell + "=" + cfg.Shell, agentproto.ParamModules + "=" + modulesDir(UML),
 	}
 	if cfg.Serial != nil {
 		args = append(args, fmt.Sprintf("ssl1=fd:%d,fd:%d", serialFD, serialFD))
 	}
 	for _, d := range cfg.Devices {
 		args = append(args, "virtio_uml.device="+d.Socket+":26") // 26: virtio's device id of a file system
+	}
+	if cfg.Vsock != nil {
+		args = append(args, "virtio_uml.device="+cfg.Vsock.socket+":19") // 19: of a socket device
 	}
 	cmd := exec.Command(cfg.Kit.uml(), args...)
 	// The guest's memory is a file there; one that is too small shows as SIGBUS much later.
@@ -215,7 +219,8 @@ func qemuCommand(cfg Config) *exec.Cmd {
 		"-M", "q35,accel=" + accel, "-cpu", "max", "-smp", strconv.Itoa(cfg.CPUs), "-m", fmt.Sprintf("%dM", cfg.MemMiB),
 		"-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", cfg.MemMiB), "-numa", "node,memdev=mem",
 		"-kernel", cfg.Kit.vmlinuz(), "-initrd", cfg.Initrd,
-		"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 oops=panic %s=/dev/vport0p1 %s=%s", agentproto.ParamPort, agentproto.ParamShell, cfg.Shell),
+		"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 oops=panic %s=/dev/vport0p1 %s=%s %s=%s",
+			agentproto.ParamPort, agentproto.ParamShell, cfg.Shell, agentproto.ParamModules, modulesDir(QEMU)),
 		"-chardev", console + ",id=console", "-serial", "chardev:console",
 		"-device", "virtio-serial-pci", "-chardev", fmt.Sprintf("socket,id=port,fd=%d", portFD), "-device", "virtserialport,chardev=port",
 	}
@@ -226,6 +231,9 @@ func qemuCommand(cfg Config) *exec.Cmd {
 		args = append(args,
 			"-chardev", fmt.Sprintf("socket,id=fs%d,path=%s", i, d.Socket),
 			"-device", fmt.Sprintf("vhost-user-fs-pci,queue-size=1024,num-request-queues=%d,chardev=fs%d,tag=%s", max(d.Queues, 1), i, d.Tag))
+	}
+	if cfg.Vsock != nil {
+		args = append(args, "-chardev", "socket,id=vsock,path="+cfg.Vsock.socket, "-device", "vhost-user-vsock-pci,chardev=vsock")
 	}
 	return exec.Command(qemuProgram, args...)
 }

@@ -10,7 +10,7 @@ import (
 )
 
 // WriteInitramfs writes, to the file path, the initial file system that both kinds of guest start from: busybox, this package's init,
-// the drivers of User-Mode Linux, and programs, a map from the name in the guest's /bin to a static program of the host.
+// the drivers of each, and programs, a map from the name in the guest's /bin to a static program of the host.
 func WriteInitramfs(path string, kit Kit, programs map[string]string) (err error) {
 	init, remove, err := BuildProgram("github.com/sluicefs/sluice/internal/testguest/guestinit")
 	if err != nil {
@@ -33,10 +33,12 @@ func WriteInitramfs(path string, kit Kit, programs map[string]string) (err error
 	for name, source := range programs {
 		files["/bin/"+name] = source
 	}
-	var order strings.Builder
-	for _, module := range kit.modules() {
-		files["/modules/"+filepath.Base(module)] = module
-		fmt.Fprintln(&order, filepath.Base(module))
+	orders := make(map[Kind]string)
+	for _, kind := range []Kind{UML, QEMU} {
+		for _, module := range kit.modules(kind) {
+			files[modulesDir(kind)+"/"+filepath.Base(module)] = module
+			orders[kind] += filepath.Base(module) + "\n"
+		}
 	}
 	c := newCPIOWriter(f)
 	for _, name := range slices.Sorted(maps.Keys(files)) {
@@ -45,7 +47,8 @@ func WriteInitramfs(path string, kit Kit, programs map[string]string) (err error
 		}
 	}
 	for _, f := range []struct{ name, content string }{
-		{"/modules/order", order.String()},
+		{modulesDir(UML) + "/order", orders[UML]},
+		{modulesDir(QEMU) + "/order", orders[QEMU]},
 		{"/etc/passwd", "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\n"},
 		{"/etc/group", "root:x:0:\nuser:x:1000:\nteam:x:2000:user\n"},
 	} {
@@ -59,3 +62,6 @@ func WriteInitramfs(path string, kit Kit, programs map[string]string) (err error
 	}
 	return c.close()
 }
+
+// modulesDir is where a guest of this kind has its drivers.
+func modulesDir(kind Kind) string { return "/modules/" + string(kind) }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -29,7 +30,8 @@ func FindKit() (Kit, error) {
 		dir = filepath.Join(root, "build", "guest-kit")
 	}
 	kit := Kit{dir}
-	for _, part := range append([]string{kit.uml(), kit.vmlinuz(), kit.Busybox()}, kit.modules()...) {
+	parts := []string{kit.uml(), kit.vmlinuz(), kit.Busybox(), kit.vsock()}
+	for _, part := range slices.Concat(parts, kit.modules(UML), kit.modules(QEMU)) {
 		if _, err := os.Stat(part); err != nil {
 			return Kit{}, fmt.Errorf("the guest kit is not complete, run `make setup`: %w", err)
 		}
@@ -45,9 +47,18 @@ const qemuProgram = "qemu-system-x86_64"
 func (k Kit) uml() string     { return filepath.Join(k.Dir, "linux-uml") }
 func (k Kit) vmlinuz() string { return filepath.Join(k.Dir, "vmlinuz") }
 
-// modules returns the drivers that User-Mode Linux does not have built in, in the order in which they can be loaded.
-func (k Kit) modules() []string {
-	return []string{filepath.Join(k.Dir, "modules-uml", "fuse.ko"), filepath.Join(k.Dir, "modules-uml", "virtiofs.ko")}
+func (k Kit) vsock() string { return filepath.Join(k.Dir, "vhost-device-vsock") }
+
+// modules returns the drivers that the kernel does not have built in, in the order in which they can be loaded.
+func (k Kit) modules(kind Kind) []string {
+	names := []string{"vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport"}
+	if kind == UML {
+		names = append([]string{"fuse", "virtiofs"}, names...)
+	}
+	for i, name := range names {
+		names[i] = filepath.Join(k.Dir, "modules-"+string(kind), name+".ko")
+	}
+	return names
 }
 
 // ModuleRoot returns the directory of the go.mod above the working directory.

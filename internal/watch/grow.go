@@ -23,7 +23,7 @@ func (t *tracker) watch(n *node, name string, e *entry, tell bool) {
 // grow watches n and every directory below, the higher before the lower.
 func (t *tracker) grow(n *node, tell bool) {
 	todo := []*node{n}
-	for len(todo) > 0 && t.src != nil && t.ctx.Err() == nil {
+	for len(todo) > 0 && !t.lost && t.ctx.Err() == nil {
 		found := t.visit(todo[0], tell)
 		todo = append(todo[1:], found...)
 	}
@@ -48,13 +48,26 @@ func (t *tracker) visit(n *node, tell bool) []*node {
 	}
 	dir := os.NewFile(uintptr(fd), fmt.Sprintf("/proc/self/fd/%d", fd))
 	defer dir.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		t.unwatchable(n, err)
+		return nil
+	}
+	n.id = identityOf(&st)
 	wd, err := t.src.watch(fd, treeMask)
 	if err != nil {
 		t.unwatchable(n, err)
 		return nil
 	}
 	if known := t.wds[wd]; known != nil || wd == t.above {
-		if wd == t.above || t.isAt(known, fd) {
+		switch {
+		case !t.inPlace(n):
+			// It is in neither place by now, or in that where it is known; this one has to be looked at again.
+			if n.parent != nil {
+				t.doubt(n.parent, n.name)
+			}
+			return nil
+		case wd == t.above || t.inPlace(known):
 			// Two places of one directory, by a bind mount; it is told of at the first.
 			t.beyond(noAccess, n, "", true)
 			return nil
@@ -62,9 +75,6 @@ func (t *tracker) visit(n *node, tell bool) []*node {
 		// It is here now, and the events that say so are still to come.
 		known.wd = -1
 		t.doubt(known.parent, known.name)
-		if t.src == nil {
-			return nil
-		}
 	}
 	n.wd = wd
 	t.wds[wd] = n
@@ -78,15 +88,20 @@ func (t *tracker) visit(n *node, tell bool) []*node {
 	return t.list(n, path, dir, tell)
 }
 
-// isAt says whether the directory fd still is where n is.
-func (t *tracker) isAt(n *node, fd int) bool {
-	var here unix.Stat_t
+// inPlace says whether the directory that n is about still is where n is.
+func (t *tracker) inPlace(n *node) bool {
 	path, ok := n.path("")
-	if !ok || unix.Fstat(fd, &here) != nil {
+	if !ok {
 		return false
 	}
-	there, err := statBeneath(t.rootFD, path)
-	return err == nil && here.Dev == there.Dev && here.Ino == there.Ino
+	// One that has just been moved has its old path still, where there may be another.
+	for d := n; d.parent != nil; d = d.parent {
+		if e := d.parent.entries[d.name]; e == nil || e.dir != d {
+			return false
+		}
+	}
+	st, err := statBeneath(t.rootFD, path)
+	return err == nil && identityOf(&st) == n.id
 }
 
 // unwatchable notes that a directory cannot be watched, and why.

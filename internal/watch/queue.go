@@ -96,6 +96,14 @@ func (q *queue) forget(it *item) {
 	}
 }
 
+// trim takes off the end what is gone.
+func (q *queue) trim() {
+	for n := len(q.items); n > 0 && q.items[n-1].gone; n-- {
+		q.items[n-1] = nil
+		q.items = q.items[:n-1]
+	}
+}
+
 func (q *queue) remember(path string, now time.Time) {
 	if len(q.recent) == maxRecent {
 		q.recent = q.recent[1:]
@@ -159,6 +167,7 @@ func (q *queue) change(kind Kind, path string, dir bool) {
 	q.push(&item{Event: Event{Kind: kind, Path: path, Dir: dir}})
 }
 
+// remove tells that path is gone; of what the reader has never heard, it need not hear that.
 func (q *queue) remove(path string, dir bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -169,8 +178,14 @@ func (q *queue) remove(path string, dir bool) {
 		return
 	}
 	if old := q.waiting(path); old != nil {
-		q.forget(old)
-		if old.Kind == Create && old.fresh {
+		// A directory that was moved away leaves what is told of its content behind, and that means nothing without it.
+		parent := dir && old.Kind == Create && q.items[len(q.items)-1] != old
+		if !parent {
+			q.forget(old)
+			q.trim()
+		}
+		delete(q.last, path)
+		if old.Kind == Create && old.fresh && !parent {
 			return
 		}
 	}

@@ -53,6 +53,7 @@ type tracker struct {
 	writing list.List  // of *writing, by due
 	created []*writing // those to be told as Create, and some that no longer are
 	doubts  map[place]struct{}
+	lost    bool              // close has to be called: some of this is wrong
 	limited [len(limits)]bool // limits that have been told
 
 	tokens   float64
@@ -166,6 +167,7 @@ func (t *tracker) close() {
 	}
 	t.src = nil
 	t.srcMu.Unlock()
+	t.lost = false
 	if t.rootFD >= 0 {
 		unix.Close(t.rootFD)
 		t.rootFD = -1
@@ -181,8 +183,11 @@ func (t *tracker) close() {
 	t.stats.files.Store(0)
 }
 
-// lose gives up what is known of the tree, until it has been looked at again.
-func (t *tracker) lose() {
+// lose gives up what is known of the tree: run will let go of it, and look at it again later.
+func (t *tracker) lose() { t.lost = true }
+
+// letGo is what comes of lose.
+func (t *tracker) letGo() {
 	t.close()
 	now := time.Now()
 	if now.Sub(t.openedAt) > calm {
@@ -204,6 +209,9 @@ func (t *tracker) run(ctx context.Context) {
 	})()
 	buf := make([]byte, 64<<10)
 	for reads := 1; ctx.Err() == nil; reads++ {
+		if t.lost {
+			t.letGo()
+		}
 		if t.src == nil {
 			t.sleep(time.Until(t.retryAt))
 			if ctx.Err() != nil {
@@ -212,7 +220,7 @@ func (t *tracker) run(ctx context.Context) {
 			if err := t.open(ctx); err != nil {
 				t.log.Warn("cannot watch a directory; it is tried again", "dir", t.cfg.Dir, "error", err)
 				t.openedAt = time.Now()
-				t.lose()
+				t.letGo()
 				continue
 			}
 			t.queue.rescan("/")
@@ -237,13 +245,13 @@ func (t *tracker) run(ctx context.Context) {
 			err = io.ErrUnexpectedEOF
 		}
 		records := 0
-		for b := buf[:max(n, 0)]; err == nil && len(b) > 0 && t.src != nil; records++ {
+		for b := buf[:max(n, 0)]; err == nil && len(b) > 0 && !t.lost; records++ {
 			var r record
 			if r, b, err = parse(b); err == nil {
 				t.handle(r, time.Now())
 			}
 		}
-		if err != nil && t.src != nil {
+		if err != nil {
 			t.log.Warn("reading file events failed; the tree is looked at again", "dir", t.cfg.Dir, "error", err)
 			t.lose()
 		}
@@ -389,7 +397,7 @@ func (t *tracker) create(n *node, name string, dir bool, now time.Time) {
 	if !ok {
 		return
 	}
-	if st, err := statBeneath(t.rootFD, path); err == nil && (typeOf(st.Mode) != e.typ || e.typ == directory && !e.watched()) {
+	if st, err := statBeneath(t.rootFD, path); err == nil && (typeOf(st.Mode) != e.typ || e.typ == directory && !e.watches(&st)) {
 		t.doubt(n, name)
 	}
 }
@@ -647,6 +655,8 @@ func (t *tracker) endMove(i int) {
 	m := t.moves[i]
 	t.moves = slices.Delete(t.moves, i, i+1)
 	t.gone(m.place, m.entry)
+	// It may have been exchanged for another, from a place that is not watched.
+	t.doubt(m.dir, m.name)
 }
 
 // endMoveFrom is called before something happens at p: what left it did so before.
@@ -736,9 +746,6 @@ func (t *tracker) holdCreates(now time.Time) {
 
 // doubt has a place looked at when the kernel's queue is empty: what is known of it may be wrong.
 func (t *tracker) doubt(dir *node, name string) {
-	if t.src == nil {
-		return
-	}
 	if len(t.doubts) >= maxDoubts {
 		t.lose()
 		return
@@ -750,7 +757,7 @@ func (t *tracker) settleDoubts() {
 	doubts := t.doubts
 	t.doubts = make(map[place]struct{})
 	for p := range doubts {
-		if t.src == nil {
+		if t.lost {
 			return
 		}
 		t.settleDoubt(p)
@@ -778,7 +785,7 @@ func (t *tracker) settleDoubt(p place) {
 		delete(p.dir.entries, p.name)
 		t.drop(e)
 		t.discover(p.dir, p.name, false, true, time.Now())
-	case e.typ == directory && !e.watched():
+	case e.typ == directory && !e.watches(&st):
 		if e.dir != nil {
 			t.prune(e.dir)
 		}
@@ -788,3 +795,6 @@ func (t *tracker) settleDoubt(p place) {
 }
 
 func (e *entry) watched() bool { return e.dir != nil && e.dir.wd >= 0 }
+
+// watches says that it is this directory that is watched.
+func (e *entry) watches(st *unix.Stat_t) bool { return e.watched() && e.dir.id == identityOf(st) }

@@ -34,9 +34,15 @@ func typeOf(mode uint32) fileType {
 type node struct {
 	parent  *node // nil: the root
 	name    string
-	wd      int32 // -1: not watched
+	wd      int32    // -1: not watched
+	id      identity // of what is watched
 	entries map[string]*entry
 }
+
+// identity tells directories apart that have one name after another.
+type identity struct{ dev, ino uint64 }
+
+func identityOf(st *unix.Stat_t) identity { return identity{st.Dev, st.Ino} }
 
 type entry struct {
 	typ     fileType

@@ -547,9 +547,10 @@ func TestLimits(t *testing.T) {
 		want   []string
 		log    string
 	}{
-		{"files", Limits{MaxFiles: 9}, -1, nil, func(t *testing.T, d string, _ *recorder) {
+		{"files", Limits{MaxFiles: 9}, -1, nil, func(t *testing.T, d string, r *recorder) {
 			nine(t, d)
-			write(t, d+"/ninth", "") // and so is the fence
+			write(t, d+"/ninth", "")
+			r.until("limit", func(evs []Event) bool { return len(evs) == 10 })
 			write(t, d+"/0", "2")
 		}, []string{"create /0", "create /1", "create /2", "create /3", "create /4", "create /5", "create /6", "create /7", "create /8", "limit /ninth", "modify /0"}, "more files"},
 		{"room again", Limits{MaxFiles: 9}, -1, nine, func(t *testing.T, d string, _ *recorder) {
@@ -752,7 +753,7 @@ func (m *mirror) apply(ev Event) {
 	case Rename:
 		moved := make(map[string]string)
 		for p, c := range m.tree {
-			if within(ev.Path, p) {
+			if p == ev.Path || ev.Dir && within(ev.Path, p) {
 				moved[ev.To+strings.TrimPrefix(p, ev.Path)] = c
 			}
 		}
@@ -766,5 +767,18 @@ func (m *mirror) apply(ev Event) {
 		for p := range moved {
 			m.tree[p] = content(m.dir + p)
 		}
+	}
+}
+
+// TestCloseCompletes has no other way to know that a content is complete than its close.
+func TestCloseCompletes(t *testing.T) {
+	dir := t.TempDir()
+	write(t, dir+"/old", "1")
+	r := follow(t, Config{Dir: dir, Settle: time.Hour}, newInotify, nil)
+	write(t, dir+"/new", "1")
+	write(t, dir+"/old", "2")
+	want := []string{"create /new", "modify /old"}
+	if got := texts(r.until("modify", func(evs []Event) bool { return len(evs) == 2 })); !slices.Equal(got, want) {
+		t.Errorf("told %q, expected %q", got, want)
 	}
 }

@@ -17,6 +17,8 @@ const (
 	ParamPort = "sluice.port"
 	// ParamShell, when it is a tag, asks for an interactive shell with that share mounted at /mnt, instead of the agent.
 	ParamShell = "sluice.shell"
+	// ParamModules names the directory of the kernel's drivers, which has their names in the file "order".
+	ParamModules = "sluice.modules"
 )
 
 // MaxChunk is how many bytes of a command's output one Reply carries at most.

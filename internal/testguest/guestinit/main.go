@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -98,22 +97,13 @@ func prepare() error {
 	if out, err := exec.Command("/bin/busybox", "--install", "-s", "/bin").CombinedOutput(); err != nil {
 		return fmt.Errorf("install busybox: %w: %s", err, out)
 	}
-	return loadModules("/modules")
+	return loadModules(param(agentproto.ParamModules))
 }
 
-// loadModules loads the modules that dir/order lists, unless the kernel knows virtiofs already.
+// loadModules loads the modules that dir/order lists.
 func loadModules(dir string) error {
-	known, err := os.ReadFile("/proc/filesystems")
-	if err != nil {
-		return err
-	}
-	if strings.Contains(string(known), "\tvirtiofs\n") {
-		return nil
-	}
 	order, err := os.Open(filepath.Join(dir, "order"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	} else if err != nil {
+	if err != nil {
 		return err
 	}
 	defer order.Close()

@@ -11,6 +11,8 @@
 //	guestprog lock FILE HOW     lock FILE as flock(2) and fcntl(2) do; with HOW "wait" and not "try", when it can be had
 //	guestprog holdlock FILE A B the same, say so on the FIFO A, and end when B says so
 //	guestprog watch FILE X,Y    say what inotify says of X and Y, and what is in FILE then
+//	guestprog vsock CID PORT TEXT  connect to a vsock port, write TEXT, print what comes back
+//	guestprog vsockecho PORT    listen on a vsock port and send five bytes back
 //	guestprog hold FILE A B     open FILE with O_DIRECT, say so on the FIFO A, close it when B says so
 package main
 
@@ -59,7 +61,13 @@ func run(args []string) error {
 		"lock":     {2, func(a []string) error { return lockOnce(a[0], a[1] == "wait", func() error { return nil }) }},
 		"holdlock": {3, func(a []string) error { return lockOnce(a[0], false, func() error { return talk(a[1], a[2]) }) }},
 		"watch":    {2, func(a []string) error { return watch(a[0], strings.Split(a[1], ",")) }},
-		"hold":     {3, func(a []string) error { return hold(a[0], a[1], a[2]) }},
+		"vsock": {3, func(a []string) error {
+			return withCount(a[0], func(cid int64) error {
+				return withCount(a[1], func(port int64) error { return vsock(cid, port, a[2]) })
+			})
+		}},
+		"vsockecho": {1, func(a []string) error { return withCount(a[0], vsockEcho) }},
+		"hold":      {3, func(a []string) error { return hold(a[0], a[1], a[2]) }},
 	}
 	if len(args) == 0 {
 		return fmt.Errorf("no command")
