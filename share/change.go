@@ -243,7 +243,7 @@ func (s *Share) change(path string, c *Change) error {
 	if err == nil {
 		policy := c.apply(*g.policy.Load())
 		if err = policy.validate(); err == nil {
-			g.policy.Store(&policy)
+			g.policy.Store(policy.own())
 			if fresh = policy.limited() && g.metered() == nil; fresh {
 				g.quota.Store(newQuota(g))
 			}

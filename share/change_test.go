@@ -396,6 +396,24 @@ func TestWayIsGivenBack(t *testing.T) {
 	g.remove("/a/b/d")
 	g.remove("/a/b")
 	b.left(t)
+	// A graft above another: the way is in it from then on.
+	g.add(Graft{Path: "/a/b/c", Backend: newMem(t)})
+	b.left(t, 1, 1)
+	above := newCounts(t)
+	makeDirs(t, above, "b")
+	g.add(Graft{Path: "/a", Backend: above})
+	b.left(t)
+	e := g.walk("/a/b")
+	if p := g.s.PartOf(e.NodeId); p.Path != "/a" {
+		t.Errorf("/a/b is of part %s", p.Path)
+	}
+	if n := g.walk("/a/b/c").NodeId; n&numberMask != root {
+		t.Errorf("/a/b/c is node %#x", n)
+	}
+	g.remove("/a/b/c")
+	if got := g.list(e.NodeId, 4096, false); len(got) > 0 {
+		t.Errorf("/a/b lists %q", got)
+	}
 }
 
 // TestIndexes has a guest keep lookups of what is removed: nobody else gets their index until they are given back, or the

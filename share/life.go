@@ -191,7 +191,7 @@ func (p *part) lose() {
 // burial is the end of a part that has gone.
 type burial struct {
 	p    *part
-	done chan struct{} // closed when its Close has returned
+	done chan struct{} // closed when its Close and Config.OnRemoved have returned
 }
 
 // retire ends p if nothing keeps it any more after it was removed or replaced.
@@ -240,13 +240,13 @@ func (s *Share) bury(b *burial) {
 	if err != nil {
 		s.log.Warn("close of a removed graft failed", "extension", p.info.Name, "path", p.info.Path, "error", err)
 	}
+	if s.onRemoved != nil {
+		s.onRemoved(&p.info, err)
+	}
 	s.mu.Lock()
 	s.closing = without(s.closing, b)
 	s.mu.Unlock()
 	close(b.done)
-	if s.onRemoved != nil {
-		s.onRemoved(&p.info, err)
-	}
 }
 
 // Forget implements fsbackend.Backend.

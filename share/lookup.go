@@ -85,8 +85,8 @@ func (s *Share) lookupGraft(c *fsbackend.Context, g *part, out *fuseproto.EntryO
 		return s.lookupMount(c, g, out), false
 	}
 	errno = s.lookupFile(c, g, out)
-	if out.NodeId != 0 && out.EntryValid == 0 {
-		out.EntryValidNsec = 1 // the host may put another one there at any time
+	if out.NodeId != 0 {
+		out.EntryValid, out.EntryValidNsec = 0, 1 // the host may put another one there at any time
 	}
 	return errno, false
 }

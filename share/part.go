@@ -54,8 +54,8 @@ func (s *Share) newPart(g *Graft) *part {
 	if g.File != "" {
 		p.file = fsbackend.MakeName(g.File)
 	}
-	policy := g.Policy
-	p.policy.Store(&policy)
+	policy := g.own()
+	p.policy.Store(policy)
 	if policy.limited() {
 		p.counted = true
 		p.quota.Store(newQuota(p))

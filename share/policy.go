@@ -33,6 +33,15 @@ func (p *Policy) validate() error {
 	return nil
 }
 
+// own returns p without anything that its maker may change later.
+func (p Policy) own() *Policy {
+	if p.Cache != nil {
+		cache := *p.Cache
+		p.Cache = &cache
+	}
+	return &p
+}
+
 // Change says what of a graft's policy is to be different; what is nil stays.
 type Change struct {
 	ReadOnly, NoSUID, NoDev, NoExec, NoSymfollow *bool
