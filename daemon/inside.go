@@ -240,7 +240,7 @@ func (in *inside) addShare(o shareOrder, files []*os.File) (any, error) {
 		}
 		return nil, err
 	}
-	if s.srv, err = in.program.newServer(cfg, &tree{backend: s.tree, readOnly: spec.ReadOnly}, s.log); err != nil {
+	if s.srv, err = in.program.newServer(cfg, &tree{backend: s.tree}, s.log); err != nil {
 		return nil, errors.Join(err, s.tree.Close())
 	}
 	in.mu.Lock()
@@ -299,6 +299,8 @@ func (in *inside) graft(s *served, o graftOrder, files []*os.File) (share.Graft,
 		return g, &api.Error{Code: api.CodeInvalid, Message: err.Error()}
 	}
 	spec := o.Spec
+	// Not by who answers the guest: sluice-agent has to be answered where nothing may be changed.
+	g.ReadOnly = g.ReadOnly || s.spec.ReadOnly
 	g.NoSUID, g.NoDev, g.NoExec, g.NoSymfollow = spec.NoSUID, spec.NoDev, spec.NoExec, spec.NoSymfollow
 	g.MaxBytes, g.MaxInodes = spec.MaxBytes, spec.MaxInodes
 	g.Cache, err = graftCache(spec.Cache)
@@ -353,6 +355,12 @@ func (s *served) changeGraft(c graftChange) (any, error) {
 	change := share.Change{
 		ReadOnly: c.Change.ReadOnly, NoSUID: c.Change.NoSUID, NoDev: c.Change.NoDev, NoExec: c.Change.NoExec,
 		NoSymfollow: c.Change.NoSymfollow, MaxBytes: c.Change.MaxBytes, MaxInodes: c.Change.MaxInodes,
+	}
+	if s.spec.ReadOnly && c.Change.ReadOnly != nil && !*c.Change.ReadOnly {
+		return nil, &api.Error{
+			Code: api.CodeInvalid, Message: fmt.Sprintf("share %q is read-only, and every graft with it", s.spec.Tag),
+			Hint: "add the share without read_only, and make grafts read-only one by one",
+		}
 	}
 	if c.Change.Cache != nil {
 		policy, err := graftCache(*c.Change.Cache)
