@@ -16,7 +16,8 @@ import (
 	"github.com/sluicefs/sluice/share"
 )
 
-// BenchmarkGrafts compares READ and LOOKUP of passthrough alone with those through a Share of one graft and of many.
+// BenchmarkGrafts compares READ and LOOKUP of passthrough alone with those through a Share that never changes, and
+// one of one graft and of many that may.
 func BenchmarkGrafts(b *testing.B) {
 	dir := b.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "file"), make([]byte, 1<<16), 0o644); err != nil {
@@ -41,12 +42,17 @@ func BenchmarkGrafts(b *testing.B) {
 		}
 		return s
 	}
+	static, err := share.New(share.Config{Grafts: []share.Graft{{Path: "/", Backend: newBackend()}, {Path: "/g0", Backend: newBackend()}}})
+	if err != nil {
+		b.Fatal(err)
+	}
 	for _, tt := range []struct {
 		name    string
 		backend fsbackend.Backend
 		path    []string
 	}{
 		{"alone", newBackend(), nil},
+		{"static", static, []string{"g0"}},
 		{"1", grafted(1), []string{"g0"}},
 		{"1000", grafted(1000), []string{"g500"}},
 	} {

@@ -215,7 +215,7 @@ func (s *Share) removeAt(path string) error {
 func (s *Share) graftAt(path string) (*part, error) {
 	if strings.HasPrefix(path, "/") {
 		if pos := s.position(path); pos != nil {
-			if g := pos.graft.Load(); g != nil && !isMadeUp(g) {
+			if g := pos.graft.Load(); g != nil && !g.madeUp {
 				return g, nil
 			}
 		}
@@ -291,7 +291,7 @@ type GraftState struct {
 func (s *Share) Grafts() []GraftState {
 	var states []GraftState
 	for _, p := range s.snapshot() {
-		if isMadeUp(p) {
+		if p.madeUp {
 			continue
 		}
 		state := GraftState{

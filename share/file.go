@@ -1,6 +1,8 @@
 package share
 
 import (
+	"math"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fsbackend"
@@ -417,6 +419,9 @@ func (s *Share) Fallocate(c *fsbackend.Context, in *fuseproto.FallocateIn) Errno
 	errno = p.change(c, file{in.NodeId, in.Fh, true}, func(a *fuseproto.Attr) int64 {
 		if in.Mode&(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_COLLAPSE_RANGE|unix.FALLOC_FL_INSERT_RANGE) != 0 {
 			return 0
+		}
+		if in.Offset > math.MaxInt64 || in.Length > math.MaxInt64-in.Offset {
+			return 0 // what is wrong with it, the backend says
 		}
 		return growth(a, in.Offset, in.Length)
 	}, func() Errno { return p.Fallocate(c, in) })

@@ -17,7 +17,7 @@ type madeUp struct{ part *part }
 func (s *Share) newMadeUp() *part {
 	m := new(madeUp)
 	m.part = s.newPart(&Graft{Path: "/", Backend: m, Policy: Policy{ReadOnly: true}})
-	m.part.counted = false
+	m.part.counted, m.part.madeUp = false, true
 	return m.part
 }
 

@@ -27,6 +27,7 @@ type part struct {
 	gids   IDMap
 	mapped bool           // uids or gids is not identity
 	file   fsbackend.Name // Graft.File, nil for a directory
+	madeUp bool           // its backend is a madeUp
 	edit   func(*fuseproto.EntryOut)
 
 	// dirs are the positions in this part by the number of their directory; nil if there are none.

@@ -272,18 +272,13 @@ func (s *Share) setChildren(pos *position, in *children) {
 	pos.children.Store(in)
 	now := time.Now().UnixNano()
 	pos.changed.Store(max(now, pos.changed.Load()+1))
-	if g := pos.graft.Load(); g != nil && had != (in != nil) && !(g == s.root && isMadeUp(g)) {
+	if g := pos.graft.Load(); g != nil && had != (in != nil) && !(g == s.root && g.madeUp) {
 		if in == nil {
 			g.setDir(rootID, nil)
 		} else {
 			g.setDir(rootID, pos)
 		}
 	}
-}
-
-func isMadeUp(p *part) bool {
-	_, ok := p.Backend.(*madeUp)
-	return ok
 }
 
 // sort lists what is there from the start by name.

@@ -117,7 +117,7 @@ func (q *quota) see(a *fuseproto.Attr) {
 func growth(a *fuseproto.Attr, off, length uint64) int64 {
 	has := uint64(stored(a))
 	end := off + length
-	most := (off%blockSize + length + blockSize - 1) &^ (blockSize - 1)
+	most := min((off%blockSize+length+blockSize-1)&^(blockSize-1), math.MaxInt64/4) // lengths come up to 1<<63 - 1
 	if has < a.Size {
 		return int64(most)
 	}

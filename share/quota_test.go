@@ -77,6 +77,9 @@ func TestQuota(t *testing.T) {
 			}
 			g.want(g.Fallocate(f.NodeId, f.Fh, 0, 512<<10, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE), "FALLOCATE of a hole", 0)
 			g.wantUsed("after a hole", mib/2, 1)
+			for _, length := range []uint64{mib, 1 << 40, 1<<63 - 1} {
+				g.want(g.Fallocate(f.NodeId, f.Fh, 0, length, 0), fmt.Sprintf("FALLOCATE of %d bytes", length), unix.ENOSPC)
+			}
 			in := fuseproto.SetattrIn{}
 			in.Valid, in.Size = fuseproto.FATTR_SIZE, 768<<10
 			_, errno = g.Setattr(f.NodeId, in)

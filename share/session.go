@@ -31,7 +31,11 @@ func (s *Share) WantFlags(defaults uint64) uint64 {
 		want := defaults &^ (fuseproto.FUSE_NO_OPEN_SUPPORT | fuseproto.FUSE_NO_OPENDIR_SUPPORT | fuseproto.FUSE_CACHE_SYMLINKS)
 		lost := uint64(0)
 		for _, p := range grafts {
+			if !p.enterCall() {
+				continue // it has gone since
+			}
 			flags := p.wants(defaults)
+			p.done()
 			want &= flags | adaptable
 			lost |= flags &^ defaults
 		}

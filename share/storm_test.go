@@ -80,6 +80,13 @@ func TestStorm(t *testing.T) {
 			}
 		})
 	}
+	guests.Go(func() {
+		for !stop.Load() {
+			_ = s.Grafts()
+			_ = s.WantFlags(fuseproto.FUSE_SUBMOUNTS)
+			_ = s.Recount("/a")
+		}
+	})
 	model := make(map[string]*guarded)
 	var all []*guarded
 	rnd := rand.New(rand.NewPCG(3, 3))
