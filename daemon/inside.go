@@ -123,7 +123,7 @@ func (p *program) workManaged(ctx context.Context, w *worker, m *managed) (err e
 
 // allowed is the registry of those who may serve what is added at run time.
 func (p *program) allowed(cfg config.Config) (extensions.Registry, error) {
-	if len(cfg.AllowExtensions) == 0 {
+	if cfg.AllowExtensions == nil {
 		return p.registry, nil
 	}
 	only, err := p.registry.Only(cfg.AllowExtensions...)

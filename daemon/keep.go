@@ -46,6 +46,7 @@ var modes = map[config.Sandbox]sandbox.Mode{
 // keep is the keeper's life: it starts the server, has it serve what there is at the start, and takes orders until a signal or
 // the server's end.
 func (p *program) keep(ctx context.Context, cfg config.Config, m *managed, log *slog.Logger, signals <-chan os.Signal) (err error) {
+	warnUnconfined(cfg, log)
 	for _, note := range m.notes {
 		log.Warn(note)
 	}
@@ -143,22 +144,23 @@ func (p *program) takeOrders(ctx context.Context, cfg config.Config, m *managed,
 
 // serverProcess is the server, seen from its keeper.
 type serverProcess struct {
-	forward chan os.Signal
-	ended   chan struct{}
+	child *sandbox.Child
+	ended chan struct{}
 	// Once it has ended.
 	status int
 	err    error
 }
 
-// wait returns when the server has ended. A signal meanwhile is for it: requests in progress may take too long.
+// wait returns when the server has ended, which has been asked to. A signal meanwhile ends it at once: requests in progress may
+// take too long. It is not passed on, for the server could take it for the first.
 func (s *serverProcess) wait(signals <-chan os.Signal) error {
-	for {
-		select {
-		case sig := <-signals:
-			s.forward <- sig
-		case <-s.ended:
-			return s.err
-		}
+	select {
+	case <-s.ended:
+		return s.err
+	case sig := <-signals:
+		_ = s.child.Signal(unix.SIGKILL) // unless it has just ended
+		<-s.ended
+		return fmt.Errorf("ended by a second signal (%s) before requests in progress were done", signalName(sig))
 	}
 }
 
@@ -199,10 +201,10 @@ func (p *program) startServer(cfg config.Config, m *managed, k *keeper) (*server
 	if err != nil {
 		return nil, errors.Join(err, k.line.Close())
 	}
-	s := &serverProcess{forward: make(chan os.Signal, 2), ended: make(chan struct{})}
+	s := &serverProcess{child: child, ended: make(chan struct{})}
 	go func() {
 		defer close(s.ended)
-		s.status, s.err = child.Wait(s.forward)
+		s.status, s.err = child.Wait(nil)
 	}()
 	k.server = child.PID()
 	return s, nil

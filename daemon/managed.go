@@ -70,12 +70,9 @@ func validListener(c control.Config) error {
 	return c.Validate()
 }
 
-// allowedBy are the extensions that may serve: those listed, and those that the shares name. None is all.
+// allowedBy are the extensions that may serve: those listed, and those that the shares name. It is not nil, which would be all.
 func allowedBy(f *configfile.File) []string {
-	if len(f.Extensions) == 0 {
-		return nil
-	}
-	names := slices.Clone(f.Extensions)
+	names := append([]string{}, f.Extensions...)
 	for _, s := range f.Shares {
 		for _, g := range s.Grafts {
 			if !isStock(g.Backend) {

@@ -210,9 +210,7 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 	if err := setLimits(&cfg, log); err != nil {
 		return err
 	}
-	if os.Geteuid() == 0 && cfg.Sandbox == config.SandboxNone {
-		log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
-	}
+	warnUnconfined(cfg, log)
 	for _, note := range w.what.plan.Notes {
 		log.Warn(note)
 	}
@@ -292,6 +290,12 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 		return fmt.Errorf("ended by a second signal (%s) before requests in progress were done", signalName(sig))
 	case <-time.After(p.stopTimeout):
 		return fmt.Errorf("requests in progress were not done %s after the signal", p.stopTimeout)
+	}
+}
+
+func warnUnconfined(cfg config.Config, log *slog.Logger) {
+	if os.Geteuid() == 0 && cfg.Sandbox == config.SandboxNone {
+		log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
 	}
 }
 
