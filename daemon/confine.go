@@ -1,8 +1,8 @@
 package daemon
 
 import (
-	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -254,7 +254,11 @@ func (p *program) dumpFilter(cfg config.Config, what *source) error {
 		return err
 	}
 	defer closeLog()
-	needs, err := p.registry.Needs(what.bundle.Spec)
+	registry, err := p.allowed(cfg)
+	if err != nil {
+		return err
+	}
+	needs, err := registry.Needs(what.bundle.Spec)
 	if err != nil {
 		return err
 	}
@@ -262,22 +266,31 @@ func (p *program) dumpFilter(cfg config.Config, what *source) error {
 	if err != nil {
 		return err
 	}
+	base := seccomp.BaseOptions{Syslog: cfg.Syslog, Link: cfg.Managed(), OwnSocket: !cfg.Managed() && cfg.SocketPath != "" && cfg.Sandbox != config.SandboxNamespace}
+	t := anything(registry)
+	if !cfg.Managed() {
+		if t, err = p.openAny(cfg, what, log); err != nil {
+			return err
+		}
+		defer t.backend.Close()
+	}
+	rules, err := t.rules(registry, base, cfg, caps)
+	if err != nil {
+		return err
+	}
+	policy, err := seccomp.New(rules...)
+	if err != nil {
+		return err
+	}
+	return policy.Dump(p.out)
+}
+
+// openAny opens what is served outside of any sandbox.
+func (p *program) openAny(cfg config.Config, what *source, log *slog.Logger) (*tree, error) {
 	o := opener{registry: p.registry, what: what, share: cfg.Share, marks: &seccomp.Marks{}, log: log}
 	var places []place
 	for _, m := range what.mounts() {
 		places = append(places, place{path: m.Source})
 	}
-	t, err := o.openTree(places)
-	if err != nil {
-		return err
-	}
-	base := seccomp.BaseOptions{Syslog: cfg.Syslog, OwnSocket: cfg.SocketPath != "" && cfg.Sandbox != config.SandboxNamespace}
-	rules, err := t.rules(p.registry, base, cfg, caps)
-	if err == nil {
-		var policy *seccomp.Policy
-		if policy, err = seccomp.New(rules...); err == nil {
-			err = policy.Dump(p.out)
-		}
-	}
-	return errors.Join(err, t.backend.Close())
+	return o.openTree(places)
 }

@@ -17,44 +17,44 @@ import (
 const (
 	// keptEvents is how many events of a share can be asked for again.
 	keptEvents = 1 << 16
-	// pendingEvents is how many may wait to be published before a watch has to gather its own.
-	pendingEvents = 1 << 12
+	// pendingEvents is how many may wait to be published before a watch has to gather its own, and how many are published at a time.
+	pendingEvents = 1 << 8
 )
 
-// eventLog is the events of one share: what its watches have seen, in one order, for any number of followers.
+// eventLog is the events of one share: what its watches have seen, in one order, for any number of followers. It costs nothing
+// much until something is watched.
 type eventLog struct {
 	announce func([]api.Event) error // tells the server, before anybody else hears of them
 	log      *slog.Logger
 
-	pending chan api.Event
-	ending  context.CancelFunc
-	ended   chan struct{}
+	ctx    context.Context // until close
+	cancel context.CancelFunc
 
 	mu      sync.Mutex
-	token   string        // "" until something is watched
-	events  []api.Event   // the last ones, in order
-	last    uint64        // ID of the last one that there was
-	changed chan struct{} // closed when there are more
+	token   string         // "" until something is watched
+	pending chan api.Event // nil until then
+	ended   chan struct{}  // nil until then; closed when nothing is published any more
+	events  []api.Event    // the last ones, in order
+	last    uint64         // ID of the last one that there was
+	changed chan struct{}  // closed when there are more
 }
 
 func newEventLog(announce func([]api.Event) error, log *slog.Logger) *eventLog {
-	ctx, cancel := context.WithCancel(context.Background())
-	l := &eventLog{
-		announce: announce, log: log, pending: make(chan api.Event, pendingEvents),
-		ending: cancel, ended: make(chan struct{}), changed: make(chan struct{}),
-	}
-	go l.publish(ctx)
+	l := &eventLog{announce: announce, log: log, changed: make(chan struct{})}
+	l.ctx, l.cancel = context.WithCancel(context.Background())
 	return l
 }
 
-// enable has followers know token, by a second hello if need be.
+// enable begins to publish, and has followers know token, by a second hello if need be. Not after close.
 func (l *eventLog) enable(token string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.token == "" {
-		l.token = token
-		l.wakeLocked()
+	if l.token != "" {
+		return
 	}
+	l.token, l.pending, l.ended = token, make(chan api.Event, pendingEvents), make(chan struct{})
+	go l.publish(l.pending, l.ended)
+	l.wakeLocked()
 }
 
 func (l *eventLog) wakeLocked() {
@@ -62,48 +62,61 @@ func (l *eventLog) wakeLocked() {
 	l.changed = make(chan struct{})
 }
 
-// add has e published. It waits while too many do.
+// add has e published, once enabled. It waits while too many do.
 func (l *eventLog) add(ctx context.Context, e api.Event) {
+	l.mu.Lock()
+	pending := l.pending
+	l.mu.Unlock()
 	select {
-	case l.pending <- e:
+	case pending <- e:
 	case <-ctx.Done():
+	case <-l.ctx.Done():
 	}
 }
 
 // publish numbers events, announces them and lets followers have them, as many at a time as there are.
-func (l *eventLog) publish(ctx context.Context) {
-	defer close(l.ended)
+func (l *eventLog) publish(pending <-chan api.Event, ended chan<- struct{}) {
+	defer close(ended)
 	for {
-		var batch []api.Event
 		select {
-		case <-ctx.Done():
+		case <-l.ctx.Done():
 			return
-		case e := <-l.pending:
-			batch = append(batch, e)
+		case e := <-pending:
+			l.publishBatch(gather(e, pending))
 		}
-		for more := true; more && len(batch) < pendingEvents; {
-			select {
-			case e := <-l.pending:
-				batch = append(batch, e)
-			default:
-				more = false
-			}
-		}
-		for i := range batch {
-			batch[i].ID = l.last + 1 + uint64(i) // nobody else changes it
-		}
-		if err := l.announce(batch); err != nil {
-			l.log.Warn("events are not announced: they cannot be replayed", "error", err)
-		}
-		l.mu.Lock()
-		l.last += uint64(len(batch))
-		l.events = append(l.events, batch...)
-		if n := len(l.events); n > 2*keptEvents {
-			l.events = slices.Clone(l.events[n-keptEvents:])
-		}
-		l.wakeLocked()
-		l.mu.Unlock()
 	}
+}
+
+// gather returns first and what else there is.
+func gather(first api.Event, pending <-chan api.Event) []api.Event {
+	batch := []api.Event{first}
+	for len(batch) < pendingEvents {
+		select {
+		case e := <-pending:
+			batch = append(batch, e)
+		default:
+			return batch
+		}
+	}
+	return batch
+}
+
+// publishBatch is publish's, who alone changes l.last.
+func (l *eventLog) publishBatch(batch []api.Event) {
+	for i := range batch {
+		batch[i].ID = l.last + 1 + uint64(i)
+	}
+	if err := l.announce(batch); err != nil && l.ctx.Err() == nil {
+		l.log.Warn("events are not announced: they cannot be replayed", "error", err)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.last += uint64(len(batch))
+	l.events = append(l.events, batch...)
+	if n := len(l.events); n > 2*keptEvents {
+		l.events = slices.Clone(l.events[n-keptEvents:]) // followers may still read the old ones
+	}
+	l.wakeLocked()
 }
 
 // after returns the token, the events after the one with ID since, and what is closed when there is more. Where some of them are not
@@ -120,11 +133,11 @@ func (l *eventLog) after(since uint64) (token string, events []api.Event, more <
 
 // follow is control.Daemon's Events. There is a second hello if the token comes late.
 func (l *eventLog) follow(ctx context.Context, since uint64, send func(api.Event) error) error {
-	l.mu.Lock()
 	if since == 0 {
+		l.mu.Lock()
 		since = l.last
+		l.mu.Unlock()
 	}
-	l.mu.Unlock()
 	greeted, told := false, ""
 	for {
 		token, events, more := l.after(since)
@@ -145,41 +158,47 @@ func (l *eventLog) follow(ctx context.Context, since uint64, send func(api.Event
 		}
 		select {
 		case <-more:
-		case <-l.ended:
-			return api.Errorf(api.CodeNotFound, "the share is gone")
+		case <-l.ctx.Done():
+			return nil
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
 }
 
-// close ends it, and what follows it.
+// close ends it, and what follows it. Events that are not published are lost. It may be called again.
 func (l *eventLog) close() {
-	l.ending()
-	<-l.ended
+	l.cancel()
+	l.mu.Lock()
+	ended := l.ended
+	l.mu.Unlock()
+	if ended != nil {
+		<-ended
+	}
 }
 
-// watching is the watch of one graft.
+// watching is the watch of one graft. nil is none.
 type watching struct {
 	watcher *watch.Watcher
-	stop    context.CancelFunc
+	log     *slog.Logger
+	emit    func(context.Context, watch.Event)
+	stop    context.CancelFunc // nil before start
 	done    chan struct{}
 }
 
-// watchGraft starts to watch the host's directory or file of a graft, of which l is told.
+// watchGraft begins to watch the host's directory or file of a graft: what happens from now on, l is told after start.
 func watchGraft(o *graftOrder, l *eventLog, log *slog.Logger) (*watching, error) {
 	spec, dir, file := o.Spec, o.Mount.Source, ""
 	if o.Mount.Kind == bundle.File {
 		dir, file = filepath.Dir(dir), filepath.Base(dir)
 	}
-	w, err := watch.New(watch.Config{
+	log = log.With("graft", spec.Path)
+	watcher, err := watch.New(watch.Config{
 		Dir: dir, File: file, Log: log, Limits: watch.Limits{MaxFiles: spec.WatchMaxFiles, MaxBytes: int64(spec.WatchMaxBytes)},
 	})
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	g := &watching{watcher: w, stop: cancel, done: make(chan struct{})}
 	place := func(p string) string {
 		switch {
 		case p == "":
@@ -189,16 +208,37 @@ func watchGraft(o *graftOrder, l *eventLog, log *slog.Logger) (*watching, error)
 		}
 		return path.Join(spec.Path, p)
 	}
+	emit := func(ctx context.Context, e watch.Event) {
+		l.add(ctx, api.Event{Time: time.Now(), Kind: eventKinds[e.Kind], Path: place(e.Path), To: place(e.To), Dir: e.Dir})
+	}
+	return &watching{watcher: watcher, log: log, emit: emit}, nil
+}
+
+// start has the log be told.
+func (w *watching) start() {
+	if w == nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	w.stop, w.done = cancel, make(chan struct{})
 	go func() {
-		defer close(g.done)
-		err := w.Run(ctx, func(e watch.Event) {
-			l.add(ctx, api.Event{Time: time.Now(), Kind: eventKinds[e.Kind], Path: place(e.Path), To: place(e.To), Dir: e.Dir})
-		})
-		if err != nil && ctx.Err() == nil {
-			log.Error("the host's changes are no longer seen", "graft", spec.Path, "source", spec.Source, "error", err)
+		defer close(w.done)
+		if err := w.watcher.Run(ctx, func(e watch.Event) { w.emit(ctx, e) }); err != nil && ctx.Err() == nil {
+			w.log.Error("the host's changes are no longer seen", "error", err)
 		}
 	}()
-	return g, nil
+}
+
+// close ends the watch.
+func (w *watching) close() error {
+	if w == nil {
+		return nil
+	}
+	if w.stop != nil {
+		w.stop()
+		<-w.done
+	}
+	return w.watcher.Close()
 }
 
 // eventKinds are a watch's kinds in the API's words.
@@ -210,11 +250,4 @@ var eventKinds = map[watch.Kind]string{
 	watch.Rename: api.EventRename,
 	watch.Rescan: api.EventRescan,
 	watch.Limit:  api.EventLimit,
-}
-
-// close ends the watch.
-func (g *watching) close() error {
-	g.stop()
-	<-g.done
-	return g.watcher.Close()
 }

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -19,8 +20,9 @@ type openGraft struct {
 	dir *os.File
 }
 
+// files are what goes with the order; nil has none.
 func (g *openGraft) files() []*os.File {
-	if g.dir == nil {
+	if g == nil || g.dir == nil {
 		return nil
 	}
 	return []*os.File{g.dir}
@@ -63,8 +65,8 @@ func openOne(tag string, spec api.GraftSpec) (*openGraft, error) {
 	if spec.Path == "/" {
 		o.OCI.Root.Path, o.OCI.Root.Readonly = spec.Source, spec.ReadOnly
 	} else {
-		m.Spec = &specs.Mount{Destination: spec.Path, Type: spec.Type, Source: spec.Source, Options: spec.Options}
-		o.OCI.Mounts = []specs.Mount{*m.Spec}
+		mount := mountOf(spec)
+		m.Spec, o.OCI.Mounts = &mount, []specs.Mount{mount}
 	}
 	switch spec.Backend {
 	case extensions.Mem:
@@ -82,7 +84,7 @@ func openOne(tag string, spec api.GraftSpec) (*openGraft, error) {
 	if err := o.resolve(); err != nil {
 		return nil, err
 	}
-	return o, o.open()
+	return o, nil
 }
 
 // openPlan makes orders of what the options for one share describe, and opens the directories.
@@ -114,16 +116,17 @@ func idRanges(ranges []api.IDRange) (m []bundle.IDRange) {
 	return m
 }
 
-// resolve finds out what the source is. Symbolic links are followed, as mount(8) does.
+// resolve finds out what the source is, and opens it. Symbolic links are followed, as mount(8) does, and what is
+// found then is what is opened, or nothing.
 func (g *openGraft) resolve() error {
 	m := &g.Mount
 	path, err := filepath.EvalSymlinks(m.Source)
 	if err != nil {
 		return api.Errorf(api.CodeInvalid, "source: %v: expected a directory or a file of the host", err)
 	}
-	info, err := os.Stat(path)
+	info, err := os.Lstat(path)
 	if err != nil {
-		return api.Errorf(api.CodeInvalid, "source %s: %v", m.Source, err)
+		return api.Errorf(api.CodeInvalid, "source: %v: expected a directory or a file of the host", err)
 	}
 	m.Kind, m.Source = bundle.Dir, path
 	if !info.IsDir() {
@@ -133,40 +136,49 @@ func (g *openGraft) resolve() error {
 				"source %s is not a directory: expected one for the root of a share; a single file can be grafted at any other path", path)
 		}
 	}
-	return nil
+	return g.open()
 }
 
 // open opens the directory that the source is, or is in.
 func (g *openGraft) open() error {
-	path := g.Mount.Source
+	dir, file := g.Mount.Source, ""
 	if g.Mount.Kind == bundle.File {
-		path = filepath.Dir(path)
+		dir, file = filepath.Dir(dir), filepath.Base(dir)
 	}
-	fd, err := openTree(path, g.Spec.FollowMounts)
+	fd, err := openTree(dir, g.Spec.FollowMounts)
+	if err == nil && file != "" {
+		var st unix.Stat_t
+		if err = unix.Fstatat(fd, file, &st, unix.AT_SYMLINK_NOFOLLOW); err == nil && (st.Mode&unix.S_IFMT == unix.S_IFDIR || st.Mode&unix.S_IFMT == unix.S_IFLNK) {
+			err = errors.New("it has become something else than a file")
+		}
+		if err != nil {
+			_ = unix.Close(fd)
+		}
+	}
 	if err != nil {
-		return api.Errorf(api.CodeInvalid, "open %s: %v", path, err)
+		return api.Errorf(api.CodeInvalid, "source: open %s: %v", g.Mount.Source, err)
 	}
-	g.Dir, g.dir = true, os.NewFile(uintptr(fd), path)
+	g.Dir, g.dir = true, os.NewFile(uintptr(fd), dir)
 	return nil
 }
 
-// openTree returns a descriptor of a directory, O_PATH. With the privileges for it, and unless the host's later mounts are to
-// be seen, it is of a copy of what is mounted there, out of which no ".." leads, with the sandbox's own mount flags.
+// openTree returns a descriptor of a directory, O_PATH, that no symbolic link leads to in the end. With the privileges for it, and
+// unless the host's later mounts are to be seen, it is of a copy of what is mounted there, out of which no ".." leads, with the
+// sandbox's own mount flags.
 func openTree(path string, follow bool) (int, error) {
-	if !follow {
-		fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
-		if err == nil {
-			attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC}
-			if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &attr); err != nil {
-				return -1, fmt.Errorf("restrict the copy of the mount: %w", unixClose(fd, err))
-			}
-			return fd, nil
-		}
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil || follow {
+		return fd, err
 	}
-	return unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-}
-
-func unixClose(fd int, err error) error {
-	_ = unix.Close(fd)
-	return err
+	defer unix.Close(fd)
+	tree, err := unix.OpenTree(fd, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE|unix.AT_EMPTY_PATH)
+	if err == nil {
+		attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC}
+		if err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &attr); err == nil {
+			return tree, nil
+		}
+		_ = unix.Close(tree)
+	}
+	// An ordinary user, a mount that cannot be bound, or an old kernel.
+	return unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 }

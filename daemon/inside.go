@@ -42,30 +42,28 @@ type inside struct {
 
 // served is one share.
 type served struct {
-	mu   sync.Mutex // orders changes of it
 	spec api.ShareSpec
-	// specs are what was asked for, by path.
-	specs map[string]api.GraftSpec
-	tree  *share.Share
-	srv   server
-	log   *slog.Logger
+	tree *share.Share
+	srv  server
+	log  *slog.Logger
 
-	stop context.CancelFunc
-	done chan struct{} // closed when no session runs and none will; nil before the share is open
+	turn sync.Mutex         // held by who changes it, which may take as long as its backends do
+	over bool               // it has been removed
+	stop context.CancelFunc // ends the sessions; nil before the share is open
+	done chan struct{}      // closed when no session runs and none will
 
-	reading sync.RWMutex // held, to read, while srv and tree are asked for counts, and to close them
-	closed  bool
+	reading sync.RWMutex // held, to read, while srv and tree are asked for counts; nothing else that takes time
+	closed  bool         // they may not be any more
 }
 
 // workManaged is what the serving process does for a keeper: enter the sandbox and confine itself before there is anything to
 // serve, then serve what the keeper asks for.
-func (p *program) workManaged(ctx context.Context, w *worker) (err error) {
+func (p *program) workManaged(ctx context.Context, w *worker, m *managed) (err error) {
 	cfg, log := w.cfg, w.log
 	if cfg.SeccompReport != "" {
 		report := w.handed[handedLinkReport]
 		defer func() { err = errors.Join(err, seccomp.WriteReport(report), report.Close()) }()
 	}
-	// Each share's budget is its own affair.
 	if err := setLimits(&cfg, log); err != nil {
 		return err
 	}
@@ -73,7 +71,7 @@ func (p *program) workManaged(ctx context.Context, w *worker) (err error) {
 	if err != nil {
 		return err
 	}
-	spec := w.what.bundle.Spec
+	spec := m.spec()
 	needs, err := registry.Needs(spec)
 	if err != nil {
 		return err
@@ -81,6 +79,9 @@ func (p *program) workManaged(ctx context.Context, w *worker) (err error) {
 	caps, err := keptCapabilities(cfg, w.what, needs)
 	if err != nil {
 		return err
+	}
+	for _, note := range w.what.plan.Notes {
+		log.Warn(note)
 	}
 	if err := registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir, Log: log}); err != nil {
 		return err
@@ -125,7 +126,7 @@ func (p *program) workManaged(ctx context.Context, w *worker) (err error) {
 
 // allowed is the registry of those who may serve what is added at run time.
 func (p *program) allowed(cfg config.Config) (extensions.Registry, error) {
-	if len(cfg.AllowExtensions) == 0 {
+	if cfg.AllowExtensions == nil {
 		return p.registry, nil
 	}
 	only, err := p.registry.Only(cfg.AllowExtensions...)
@@ -142,50 +143,42 @@ func anything(registry extensions.Registry) *tree {
 
 // handle answers one question of the keeper's.
 func (in *inside) handle(method string, body json.RawMessage, files []*os.File) (any, error) {
-	defer func() {
-		for _, f := range files {
-			_ = f.Close()
-		}
-	}()
+	switch method {
+	case askAddShare:
+		return with(body, func(o shareOrder) (any, error) { return nil, in.addShare(o, files) })
+	case askAddGraft:
+		return with(body, func(o graftOrder) (any, error) { return nil, in.addGraft(o, files) })
+	}
+	defer closeFiles(files)
 	switch method {
 	case askHello:
 		return struct{}{}, nil
-	case askAddShare:
-		return with(body, func(o shareOrder) (any, error) { return in.addShare(o, files) })
-	case askAddGraft:
-		return with(body, func(o graftOrder) (any, error) {
-			return in.change(o.Tag, func(s *served) (any, error) { return in.addGraft(s, o, files) })
-		})
 	case askChangeGraft:
-		return with(body, func(c graftChange) (any, error) {
-			return in.change(c.Tag, func(s *served) (any, error) { return s.changeGraft(c) })
-		})
+		return with(body, in.changeGraft)
 	case askRemoveGraft:
-		return with(body, func(n graftName) (any, error) {
-			return in.change(n.Tag, func(s *served) (any, error) { return nil, s.removeGraft(n.Path) })
-		})
+		return with(body, func(n graftName) (any, error) { return nil, in.removeGraft(n) })
 	case askOpenShare:
-		return with(body, func(tag string) (any, error) {
-			return in.change(tag, func(s *served) (any, error) { return nil, in.open(s, files) })
-		})
+		return with(body, func(tag string) (any, error) { return nil, in.open(tag, files) })
 	case askRemoveShare:
 		return with(body, func(r shareRemoval) (any, error) { return nil, in.removeShare(r) })
 	case askShares:
 		return in.states(), nil
 	case askGrafts:
-		return with(body, func(tag string) (any, error) {
-			return in.change(tag, func(s *served) (any, error) { return s.grafts(), nil })
-		})
+		return with(body, in.grafts)
 	case askReplay:
-		return with(body, func(tag string) (any, error) {
-			return in.change(tag, func(s *served) (any, error) { return s.tree.EnableReplay(), nil })
-		})
+		return with(body, in.replay)
 	case askAnnounce:
 		return with(body, func(a announcement) (any, error) { return nil, in.announce(a) })
 	case askStats:
 		return in.stats(), nil
 	}
 	return nil, fmt.Errorf("question %q is not known", method)
+}
+
+func closeFiles(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close()
+	}
 }
 
 // with decodes a question's body for answer.
@@ -202,54 +195,85 @@ func (in *inside) find(tag string) (*served, error) {
 	defer in.mu.Unlock()
 	s := in.shares[tag]
 	if s == nil {
-		return nil, api.Errorf(api.CodeNotFound, "there is no share %q", tag)
+		return nil, noShare(tag)
 	}
 	return s, nil
 }
 
 // change has f change a share, one at a time.
-func (in *inside) change(tag string, f func(*served) (any, error)) (any, error) {
+func (in *inside) change(tag string, f func(*served) error) error {
 	s, err := in.find(tag)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.turn.Lock()
+	defer s.turn.Unlock()
+	if s.over {
+		return noShare(tag)
+	}
 	return f(s)
 }
 
-func (in *inside) addShare(o shareOrder, files []*os.File) (any, error) {
+// read has f look at a share, whatever changes.
+func (in *inside) read(tag string, f func(*served)) error {
+	s, err := in.find(tag)
+	if err == nil && !s.read(f) {
+		err = noShare(tag)
+	}
+	return err
+}
+
+// read calls f unless s is being closed.
+func (s *served) read(f func(*served)) bool {
+	s.reading.RLock()
+	defer s.reading.RUnlock()
+	if s.closed {
+		return false
+	}
+	f(s)
+	return true
+}
+
+// addShare takes files over.
+func (in *inside) addShare(o shareOrder, files []*os.File) error {
 	spec := o.Spec
 	cfg, err := shareConfig(in.cfg, spec)
 	if err != nil {
-		return nil, err
+		closeFiles(files)
+		return err
 	}
-	s := &served{spec: spec, specs: make(map[string]api.GraftSpec), log: in.log.With("share", spec.Tag)}
+	s := &served{spec: spec, log: in.log.With("share", spec.Tag)}
 	c := share.Config{Dynamic: true, Log: s.log}
 	if o.Root != nil {
 		g, err := in.graft(s, *o.Root, files)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		c.Grafts = []share.Graft{g}
-		s.specs["/"] = o.Root.Spec
 	}
 	if s.tree, err = share.New(c); err != nil {
 		for _, g := range c.Grafts {
 			err = errors.Join(err, g.Backend.Close())
 		}
-		return nil, err
+		return err
 	}
 	if s.srv, err = in.program.newServer(cfg, &tree{backend: s.tree}, s.log); err != nil {
-		return nil, errors.Join(err, s.tree.Close())
+		return errors.Join(err, s.tree.Close())
 	}
+	if err := in.put(s); err != nil {
+		return errors.Join(err, s.srv.Close())
+	}
+	return nil
+}
+
+func (in *inside) put(s *served) error {
 	in.mu.Lock()
 	defer in.mu.Unlock()
-	if in.shares[spec.Tag] != nil {
-		return nil, errors.Join(api.Errorf(api.CodeExists, "there is a share %q already", spec.Tag), s.srv.Close())
+	if in.shares[s.spec.Tag] != nil {
+		return api.Errorf(api.CodeExists, "there is a share %q already", s.spec.Tag)
 	}
-	in.shares[spec.Tag] = s
-	return nil, nil
+	in.shares[s.spec.Tag] = s
+	return nil
 }
 
 // shareConfig is what a run with spec as its only share would have.
@@ -274,8 +298,38 @@ func shareConfig(cfg config.Config, spec api.ShareSpec) (config.Config, error) {
 // graftFDs is the default of MaxFDs of a graft, of which there may be thousands.
 const graftFDs = 1024
 
-// graft opens the backend of a graft for s.
+// openPatience is how long the backend of a graft may take to open. It then goes on in vain.
+const openPatience = 10 * time.Second
+
+// graft opens the backend of a graft for s. It takes files over.
 func (in *inside) graft(s *served, o graftOrder, files []*os.File) (share.Graft, error) {
+	type result struct {
+		g   share.Graft
+		err error
+	}
+	c := make(chan result, 1)
+	go func() {
+		defer closeFiles(files)
+		g, err := in.openGraft(s, &o, files)
+		c <- result{g, err}
+	}()
+	select {
+	case r := <-c:
+		return r.g, r.err
+	case <-time.After(openPatience):
+	}
+	go func() {
+		if r := <-c; r.err == nil {
+			_ = r.g.Backend.Close()
+		}
+	}()
+	return share.Graft{}, &api.Error{
+		Code: api.CodeUnavailable, Message: fmt.Sprintf("%s was not open after %s", o.Spec.Path, openPatience),
+		Hint: "look whether its source, or the extension for it, hangs",
+	}
+}
+
+func (in *inside) openGraft(s *served, o *graftOrder, files []*os.File) (share.Graft, error) {
 	var at place
 	if o.Dir {
 		if len(files) != 1 {
@@ -290,6 +344,10 @@ func (in *inside) graft(s *served, o graftOrder, files []*os.File) (share.Graft,
 	if cfg.Share.MaxFDs == 0 {
 		cfg.Share.MaxFDs = graftFDs
 	}
+	cache, err := graftCache(o.Spec.Cache)
+	if err != nil {
+		return share.Graft{}, err
+	}
 	opener := opener{
 		registry: in.registry, what: &source{bundle: &bundle.Bundle{Spec: o.OCI}}, share: cfg.Share, procFD: in.procFD,
 		marks: in.marks, log: s.log,
@@ -298,13 +356,11 @@ func (in *inside) graft(s *served, o graftOrder, files []*os.File) (share.Graft,
 	if err != nil {
 		return g, &api.Error{Code: api.CodeInvalid, Message: err.Error()}
 	}
-	spec := o.Spec
 	// Not by who answers the guest: sluice-agent has to be answered where nothing may be changed.
 	g.ReadOnly = g.ReadOnly || s.spec.ReadOnly
-	g.NoSUID, g.NoDev, g.NoExec, g.NoSymfollow = spec.NoSUID, spec.NoDev, spec.NoExec, spec.NoSymfollow
-	g.MaxBytes, g.MaxInodes = spec.MaxBytes, spec.MaxInodes
-	g.Cache, err = graftCache(spec.Cache)
-	return g, err
+	g.NoSUID, g.NoDev, g.NoExec, g.NoSymfollow = o.Spec.NoSUID, o.Spec.NoDev, o.Spec.NoExec, o.Spec.NoSymfollow
+	g.MaxBytes, g.MaxInodes, g.Cache = o.Spec.MaxBytes, o.Spec.MaxInodes, cache
+	return g, nil
 }
 
 // graftCache is a graft's policy; "" is the share's.
@@ -320,47 +376,51 @@ func graftCache(name string) (*fsbackend.CachePolicy, error) {
 	return &p, nil
 }
 
-func (in *inside) addGraft(s *served, o graftOrder, files []*os.File) (any, error) {
+// addGraft takes files over. The backend is opened before others have to wait.
+func (in *inside) addGraft(o graftOrder, files []*os.File) error {
+	s, err := in.find(o.Tag)
+	if err != nil {
+		closeFiles(files)
+		return err
+	}
 	g, err := in.graft(s, o, files)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if o.Replace {
-		err = s.tree.Replace(g)
-	} else {
-		err = s.tree.Add(g)
+	err = in.change(o.Tag, func(s *served) error {
+		if o.Replace {
+			return s.tree.Replace(g)
+		}
+		return s.tree.Add(g)
+	})
+	if errors.Is(err, share.ErrHung) {
+		return graftError(err) // and it may not be closed
 	}
 	if err != nil {
-		return nil, errors.Join(graftError(err), g.Backend.Close())
+		return errors.Join(graftError(err), g.Backend.Close())
 	}
-	s.specs[o.Spec.Path] = o.Spec
-	return s.find(o.Spec.Path)
+	return nil
 }
 
 // graftError gives an error of the tree its code.
 func graftError(err error) error {
-	code := api.CodeInvalid
-	switch {
-	case errors.Is(err, share.ErrNotFound):
-		code = api.CodeNotFound
-	case errors.Is(err, share.ErrExists):
-		code = api.CodeExists
-	case errors.Is(err, share.ErrBusy):
-		code = api.CodeBusy
+	for is, code := range map[error]string{
+		share.ErrNotFound: api.CodeNotFound, share.ErrExists: api.CodeExists, share.ErrBusy: api.CodeBusy, share.ErrHung: api.CodeUnavailable,
+	} {
+		if errors.Is(err, is) {
+			return &api.Error{Code: code, Message: err.Error()}
+		}
 	}
-	return &api.Error{Code: code, Message: err.Error()}
+	if errors.As(err, new(*api.Error)) {
+		return err
+	}
+	return &api.Error{Code: api.CodeInvalid, Message: err.Error()}
 }
 
-func (s *served) changeGraft(c graftChange) (any, error) {
+func (in *inside) changeGraft(c graftChange) (any, error) {
 	change := share.Change{
 		ReadOnly: c.Change.ReadOnly, NoSUID: c.Change.NoSUID, NoDev: c.Change.NoDev, NoExec: c.Change.NoExec,
 		NoSymfollow: c.Change.NoSymfollow, MaxBytes: c.Change.MaxBytes, MaxInodes: c.Change.MaxInodes,
-	}
-	if s.spec.ReadOnly && c.Change.ReadOnly != nil && !*c.Change.ReadOnly {
-		return nil, &api.Error{
-			Code: api.CodeInvalid, Message: fmt.Sprintf("share %q is read-only, and every graft with it", s.spec.Tag),
-			Hint: "add the share without read_only, and make grafts read-only one by one",
-		}
 	}
 	if c.Change.Cache != nil {
 		policy, err := graftCache(*c.Change.Cache)
@@ -369,111 +429,108 @@ func (s *served) changeGraft(c graftChange) (any, error) {
 		}
 		change.Cache = &policy
 	}
-	if err := s.tree.Change(c.Path, change); err != nil {
+	err := in.change(c.Tag, func(s *served) error {
+		if s.spec.ReadOnly && change.ReadOnly != nil && !*change.ReadOnly {
+			return &api.Error{
+				Code: api.CodeInvalid, Message: fmt.Sprintf("share %q is read-only, and every graft with it", s.spec.Tag),
+				Hint: "add the share without read_only, and make grafts read-only one by one",
+			}
+		}
+		return s.tree.Change(c.Path, change)
+	})
+	if errors.Is(err, share.ErrUnsettled) {
+		return graftChanged{Unsettled: true}, nil
+	}
+	if err != nil {
 		return nil, graftError(err)
 	}
-	spec := s.specs[c.Path]
-	applyChange(&spec, c.Change)
-	s.specs[c.Path] = spec
-	return s.find(c.Path)
+	return graftChanged{}, nil
 }
 
-// applyChange makes spec say what it is after c.
-func applyChange(spec *api.GraftSpec, c api.GraftChange) {
-	set(&spec.ReadOnly, c.ReadOnly)
-	set(&spec.Cache, c.Cache)
-	set(&spec.NoSUID, c.NoSUID)
-	set(&spec.NoDev, c.NoDev)
-	set(&spec.NoExec, c.NoExec)
-	set(&spec.NoSymfollow, c.NoSymfollow)
-	set(&spec.MaxBytes, c.MaxBytes)
-	set(&spec.MaxInodes, c.MaxInodes)
-}
-
-func set[T any](field, to *T) {
-	if to != nil {
-		*field = *to
-	}
-}
-
-func (s *served) removeGraft(path string) error {
-	if err := s.tree.Remove(path); err != nil {
+func (in *inside) removeGraft(n graftName) error {
+	err := in.change(n.Tag, func(s *served) error { return s.tree.Remove(n.Path) })
+	if err != nil {
 		return graftError(err)
 	}
-	delete(s.specs, path)
 	return nil
 }
 
 // open lets front-ends come, by the listening or connected socket in files.
-func (in *inside) open(s *served, files []*os.File) error {
-	if len(files) != 1 || s.done != nil {
-		return errors.New("open a share: expected one socket, once")
-	}
-	fd, err := unix.FcntlInt(files[0].Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("take over the socket: %w", err)
-	}
-	ln, err := listen.FD(fd)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithCancel(in.ctx)
-	s.stop, s.done = cancel, make(chan struct{})
-	go func() {
-		defer close(s.done)
-		defer cancel()
-		cfg := in.cfg
-		cfg.Persist = !ln.Connected()
-		if err := errors.Join(sessions(ctx, cfg, ln, s.srv, s.log), ln.Close()); err != nil {
-			s.log.Error("the share no longer serves anybody", "error", err)
+func (in *inside) open(tag string, files []*os.File) error {
+	return in.change(tag, func(s *served) error {
+		if len(files) != 1 || s.done != nil {
+			return errors.New("open a share: expected one socket, once")
 		}
-	}()
-	return nil
+		fd, err := unix.FcntlInt(files[0].Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("take over the socket: %w", err)
+		}
+		ln, err := listen.FD(fd)
+		if err != nil {
+			return err
+		}
+		var ctx context.Context
+		ctx, s.stop = context.WithCancel(in.ctx)
+		s.done = make(chan struct{})
+		go s.serve(ctx, in.cfg, ln)
+		return nil
+	})
 }
 
-// end waits for the sessions to end, and closes the share.
+// serve serves whoever comes, until ctx is done.
+func (s *served) serve(ctx context.Context, cfg config.Config, ln *listen.Listener) {
+	defer close(s.done)
+	cfg.Persist = !ln.Connected()
+	if err := errors.Join(sessions(ctx, cfg, ln, s.srv, s.log), ln.Close()); err != nil {
+		s.log.Error("the share no longer serves anybody", "error", err)
+	}
+}
+
+// end ends the sessions and closes the share, which takes as long as requests in progress do. s.turn is held.
 func (s *served) end() error {
+	s.over = true
 	if s.done != nil {
 		s.stop()
 		<-s.done
 	}
-	s.reading.Lock()
-	defer s.reading.Unlock()
+	s.reading.Lock() // who reads is done at once
 	s.closed = true
+	s.reading.Unlock()
 	return s.srv.Close()
 }
 
 func (in *inside) removeShare(r shareRemoval) error {
-	s, err := in.find(r.Tag)
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.srv.Stats().Connected && !r.Force {
-		return &api.Error{
-			Code: api.CodeBusy, Message: fmt.Sprintf("share %q has a guest", r.Tag),
-			Hint: "unmount it and remove the device from the VM first, or force it",
+	return in.change(r.Tag, func(s *served) error {
+		if s.srv.Stats().Connected && !r.Force {
+			return &api.Error{
+				Code: api.CodeBusy, Message: fmt.Sprintf("share %q has a guest", r.Tag),
+				Hint: "unmount it and remove the device from the VM first, or force it",
+			}
 		}
-	}
-	in.mu.Lock()
-	delete(in.shares, r.Tag)
-	in.mu.Unlock()
-	return s.end()
+		in.mu.Lock()
+		delete(in.shares, r.Tag)
+		in.mu.Unlock()
+		return s.end()
+	})
 }
 
 // close ends all shares.
 func (in *inside) close() error {
 	in.mu.Lock()
-	shares := in.shares
-	in.shares = make(map[string]*served)
+	shares := slices.Collect(maps.Values(in.shares))
 	in.mu.Unlock()
-	var failed []error
-	for _, s := range shares {
-		s.mu.Lock()
-		failed = append(failed, s.end())
-		s.mu.Unlock()
+	failed := make([]error, len(shares))
+	var all sync.WaitGroup
+	for i, s := range shares {
+		all.Go(func() {
+			s.turn.Lock()
+			defer s.turn.Unlock()
+			if !s.over {
+				failed[i] = s.end()
+			}
+		})
 	}
+	all.Wait()
 	return errors.Join(failed...)
 }
 
@@ -483,12 +540,7 @@ func (in *inside) each(f func(tag string, s *served)) {
 	shares := maps.Clone(in.shares)
 	in.mu.Unlock()
 	for _, tag := range slices.Sorted(maps.Keys(shares)) {
-		s := shares[tag]
-		s.reading.RLock()
-		if !s.closed {
-			f(tag, s)
-		}
-		s.reading.RUnlock()
+		shares[tag].read(func(s *served) { f(tag, s) })
 	}
 }
 
@@ -507,40 +559,32 @@ func (in *inside) stats() api.Stats {
 	return stats
 }
 
-// grafts are what is grafted, the root first, and then what leaves.
-func (s *served) grafts() []api.Graft {
+// grafts are what is grafted in a share, the root first, and then what leaves.
+func (in *inside) grafts(tag string) (any, error) {
 	all := []api.Graft{}
-	for _, g := range s.tree.Grafts() {
-		a := api.Graft{
-			GraftSpec: api.GraftSpec{Path: g.Path}, File: g.File != "", Leaving: g.Leaving, OpenFiles: g.OpenFiles,
-			UsedBytes: g.UsedBytes, UsedInodes: g.UsedInodes,
-			Panics: g.Stats.Panics.Load(), Timeouts: g.Stats.Timeouts.Load(), Refused: g.Stats.Refused.Load(), Errors: g.Stats.Errors.Load(),
+	err := in.read(tag, func(s *served) {
+		for _, g := range s.tree.Grafts() {
+			all = append(all, api.Graft{
+				GraftSpec: api.GraftSpec{Path: g.Path}, File: g.File != "", Leaving: g.Leaving, OpenFiles: g.OpenFiles,
+				UsedBytes: g.UsedBytes, UsedInodes: g.UsedInodes,
+				Panics: g.Stats.Panics.Load(), Timeouts: g.Stats.Timeouts.Load(), Refused: g.Stats.Refused.Load(), Errors: g.Stats.Errors.Load(),
+			})
 		}
-		if spec, ok := s.specs[g.Path]; ok && !g.Leaving {
-			a.GraftSpec = spec
-		}
-		all = append(all, a)
-	}
-	return all
+	})
+	return all, err
 }
 
-// find is the graft at path.
-func (s *served) find(path string) (api.Graft, error) {
-	for _, g := range s.grafts() {
-		if g.Path == path && !g.Leaving {
-			return g, nil
-		}
-	}
-	return api.Graft{}, api.Errorf(api.CodeNotFound, "there is no graft at %s", path)
+// replay lets sluice-agent come, who has to know the token.
+func (in *inside) replay(tag string) (any, error) {
+	var token string
+	err := in.read(tag, func(s *served) { token = s.tree.EnableReplay() })
+	return token, err
 }
 
 func (in *inside) announce(a announcement) error {
-	s, err := in.find(a.Tag)
-	if err != nil {
-		return err
-	}
-	for _, e := range a.Events {
-		s.tree.Announce(share.ReplayEvent{ID: e.ID, Kind: share.ReplayKind(e.Kind), Path: e.Path, To: e.To, Dir: e.Dir})
-	}
-	return nil
+	return in.read(a.Tag, func(s *served) {
+		for _, e := range a.Events {
+			s.tree.Announce(share.ReplayEvent{ID: e.ID, Kind: share.ReplayKind(e.Kind), Path: e.Path, To: e.To, Dir: e.Dir})
+		}
+	})
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -46,77 +45,122 @@ var modes = map[config.Sandbox]sandbox.Mode{
 
 // keep is the keeper's life: it starts the server, has it serve what there is at the start, and takes orders until a signal or
 // the server's end.
-func (p *program) keep(
-	ctx context.Context, cfg config.Config, what *source, file *configfile.File, log *slog.Logger, signals <-chan os.Signal,
-) error {
-	m, err := newManaged(cfg, what, file)
-	if err != nil {
-		return err
-	}
+func (p *program) keep(ctx context.Context, cfg config.Config, m *managed, log *slog.Logger, signals <-chan os.Signal) (err error) {
+	warnUnconfined(cfg, log)
 	for _, note := range m.notes {
 		log.Warn(note)
 	}
 	k := &keeper{log: log, sandbox: cfg.Sandbox, started: time.Now(), shares: make(map[string]*kept), id: rand.Text()}
-	if cfg.ControlSocket != "" {
-		k.sockets = filepath.Dir(cfg.ControlSocket)
-		k.journal = journal(cfg.ControlSocket + ".shares")
+	if k.control, err = absolute(cfg.ControlSocket); err != nil {
+		return err
 	}
 	s, err := p.startServer(cfg, m, k)
 	if err != nil {
 		return err
 	}
-	api, err := p.begin(ctx, cfg, m, k)
-	if err == nil {
-		err = p.takeOrders(ctx, api, s, log, signals)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	o := p.takeOrders(ctx, cfg, m, k)
+	select {
+	case err = <-o.failed:
+	case <-s.ended:
+	case <-ctx.Done():
+	case sig := <-signals:
+		log.Info("ending", "signal", signalName(sig))
 	}
 	_ = k.line.Close() // upon which the server ends, if it has not
-	ended := s.wait(signals)
-	if errors.Is(err, link.ErrClosed) && s.status != exitOK {
+	gone := s.wait(signals)
+	if errors.Is(err, link.ErrClosed) && (gone != nil || s.status != exitOK) {
 		err = nil // it has said why itself
 	}
-	err = errors.Join(err, ended, k.close())
+	err = errors.Join(err, gone, p.tidy(k, o, cancel, signals))
 	if err == nil && s.status != exitOK {
 		return statusError{s.status}
 	}
 	return err
 }
 
-// takeOrders runs the control API until a signal, the server's end, or what breaks the API.
-func (p *program) takeOrders(ctx context.Context, api *control.Server, s *serverProcess, log *slog.Logger, signals <-chan os.Signal) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	taken := make(chan error, 1)
-	go func() { taken <- api.Serve(ctx) }()
+// tidy ends what the keeper has, as far as it can: what hangs, and a signal, end it. The control socket comes last, for who has that
+// may take the other sockets for his own.
+func (p *program) tidy(k *keeper, o *orders, cancel context.CancelFunc, signals <-chan os.Signal) error {
+	ctx, stop := context.WithTimeout(context.Background(), p.stopTimeout)
+	defer stop()
+	tidied := make(chan error, 1)
+	go func() {
+		err := k.close(ctx)
+		cancel()
+		tidied <- errors.Join(err, <-o.ended)
+	}()
 	select {
-	case err := <-taken:
-		return errors.Join(err, api.Close())
-	case <-s.ended:
-	case <-ctx.Done():
+	case err := <-tidied:
+		return err
 	case sig := <-signals:
-		log.Info("ending", "signal", signalName(sig))
+		return fmt.Errorf("ended by a second signal (%s): sockets may be left", signalName(sig))
+	case <-time.After(2 * p.stopTimeout):
+		return fmt.Errorf("what the host's files are needed for hangs, %s after the end was asked for: sockets may be left", 2*p.stopTimeout)
 	}
-	cancel()
-	return errors.Join(<-taken, api.Close())
+}
+
+// orders are orders being taken.
+type orders struct {
+	failed chan error // told what broke the start or the API
+	ended  chan error // told once everything is over
+}
+
+// takeOrders has the server serve what there is at the start, and runs the control API until ctx is done.
+func (p *program) takeOrders(ctx context.Context, cfg config.Config, m *managed, k *keeper) *orders {
+	o := &orders{failed: make(chan error, 1), ended: make(chan error, 1)}
+	go func() {
+		if err := k.ask(ctx, askHello, nil, nil); err != nil {
+			o.failed <- err
+			o.ended <- nil
+			return
+		}
+		// First of all: of two daemons on one control socket the second fails, before it has touched what is the first one's.
+		m.control.Daemon, m.control.Log = k, k.log
+		api, err := control.New(m.control)
+		if err != nil {
+			o.failed <- err
+			o.ended <- nil
+			return
+		}
+		if err := k.serveAll(ctx, cfg, m); err != nil {
+			o.failed <- err
+			<-ctx.Done()
+			o.ended <- api.Close()
+			return
+		}
+		k.log.Info("Waiting for vhost-user socket connection...")
+		tell(p.dialNotify(k.log), k.log)
+		err = api.Serve(ctx)
+		if ctx.Err() == nil {
+			o.failed <- err
+			err = nil
+		}
+		o.ended <- errors.Join(err, api.Close())
+	}()
+	return o
 }
 
 // serverProcess is the server, seen from its keeper.
 type serverProcess struct {
-	forward chan os.Signal
-	ended   chan struct{}
+	child *sandbox.Child
+	ended chan struct{}
 	// Once it has ended.
 	status int
 	err    error
 }
 
-// wait returns when the server has ended. A signal meanwhile is for it: requests in progress may take too long.
+// wait returns when the server has ended, which has been asked to. A signal meanwhile ends it at once: requests in progress may
+// take too long. It is not passed on, for the server could take it for the first.
 func (s *serverProcess) wait(signals <-chan os.Signal) error {
-	for {
-		select {
-		case sig := <-signals:
-			s.forward <- sig
-		case <-s.ended:
-			return s.err
-		}
+	select {
+	case <-s.ended:
+		return s.err
+	case sig := <-signals:
+		_ = s.child.Signal(unix.SIGKILL) // unless it has just ended
+		<-s.ended
+		return fmt.Errorf("ended by a second signal (%s) before requests in progress were done", signalName(sig))
 	}
 }
 
@@ -127,7 +171,7 @@ func (p *program) startServer(cfg config.Config, m *managed, k *keeper) (*server
 		return nil, err
 	}
 	k.backends = append([]string{extensions.Passthrough, extensions.Mem}, registry.Names()...)
-	needs, err := registry.Needs(m.what().bundle.Spec)
+	needs, err := registry.Needs(m.spec())
 	if err != nil {
 		return nil, err
 	}
@@ -135,58 +179,43 @@ func (p *program) startServer(cfg config.Config, m *managed, k *keeper) (*server
 	if err != nil {
 		return nil, usageError{err}
 	}
+	files := []*os.File{handedLink: nil}
+	if cfg.SeccompReport != "" {
+		report, err := createReport(cfg)
+		if err != nil {
+			return nil, err
+		}
+		files = append(files, report)
+	}
 	mine, theirs, err := link.Pair()
 	if err != nil {
 		return nil, err
 	}
-	files := []*os.File{handedLink: theirs}
-	if cfg.SeccompReport != "" {
-		report, err := createReport(cfg)
-		if err != nil {
-			return nil, errors.Join(err, mine.Close(), theirs.Close())
-		}
-		files = append(files, report)
+	files[handedLink] = theirs
+	if k.line, err = link.NewKeeper(mine); err != nil {
+		return nil, errors.Join(err, theirs.Close())
 	}
 	child, err := sandbox.Start(sandbox.Launch{
 		Mode: modes[cfg.Sandbox], Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args, Keep: keepCaps, Files: files,
 	})
 	if err != nil {
-		return nil, errors.Join(err, mine.Close())
+		return nil, errors.Join(err, k.line.Close())
 	}
-	s := &serverProcess{forward: make(chan os.Signal, 2), ended: make(chan struct{})}
+	s := &serverProcess{child: child, ended: make(chan struct{})}
 	go func() {
 		defer close(s.ended)
-		s.status, s.err = child.Wait(s.forward)
+		s.status, s.err = child.Wait(nil)
 	}()
 	k.server = child.PID()
-	k.line, err = link.NewKeeper(mine)
-	return s, err
-}
-
-// begin has the server serve what there is at the start, and opens the control API, when everything is ready.
-func (p *program) begin(ctx context.Context, cfg config.Config, m *managed, k *keeper) (*control.Server, error) {
-	err := k.line.Call(askHello, nil, nil)
-	if err != nil {
-		return nil, err
-	}
-	// First of all: of two daemons on one control socket the second fails, before it has touched what is the first one's.
-	m.control.Daemon, m.control.Log = k, k.log
-	api, err := control.New(m.control)
-	if err != nil {
-		return nil, err
-	}
-	if err := k.serveAll(ctx, cfg, m); err != nil {
-		return nil, errors.Join(err, api.Close())
-	}
-	k.log.Info("Waiting for vhost-user socket connection...")
-	tell(p.dialNotify(k.log), k.log)
-	return api, nil
+	return s, nil
 }
 
 // serveAll adds the shares of the start.
 func (k *keeper) serveAll(ctx context.Context, cfg config.Config, m *managed) error {
-	if err := k.journal.clean(k.log); err != nil {
-		return err
+	if k.control != "" {
+		if err := k.journal.open(journalOf(k.control), k.log); err != nil {
+			return err
+		}
 	}
 	for _, spec := range m.shares {
 		if _, err := k.AddShare(ctx, spec); err != nil {
@@ -208,14 +237,21 @@ func (k *keeper) addSingle(ctx context.Context, cfg config.Config, what *source)
 		PosixLock: share.PosixLock, Flock: share.Flock, NoReaddirplus: share.NoReaddirplus,
 		RequestQueues: cfg.RequestQueues, MaxFDs: share.MaxFDs, MaxInodes: share.MaxInodes,
 	}
-	if cfg.FD == config.NoFD && spec.Socket == "" {
-		spec.Socket = k.socketOf(spec.Tag)
+	var err error
+	if spec.Socket, err = absolute(cfg.SocketPath); err != nil {
+		return err
+	}
+	if spec.Socket == "" && cfg.FD == config.NoFD {
+		spec.Socket = configfile.DefaultSocket(k.control, spec.Tag)
+		cfg.SocketPath = spec.Socket
+	}
+	if err := invalid(spec.Validate()); err != nil {
+		return err
 	}
 	grafts, err := openPlan(share.Tag, what)
 	if err != nil {
 		return err
 	}
-	cfg.SocketPath = spec.Socket
 	_, err = k.addShare(ctx, spec, grafts, func() (*listen.Listener, error) { return openListener(cfg) })
 	return err
 }

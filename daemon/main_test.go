@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -46,21 +47,26 @@ func fakeSystemd(name string) string {
 }
 
 // fakeServer is a server whose front-end says what shall become of the session.
-type fakeServer struct{ log *slog.Logger }
+type fakeServer struct {
+	log       *slog.Logger
+	connected atomic.Int32
+}
 
 func newFakeServer(cfg config.Config, _ *tree, log *slog.Logger) (server, error) {
 	if cfg.Share.Tag == "unservable" {
 		return nil, errors.New("open the share: made to fail")
 	}
 	log.Debug("serving", "max-fds", cfg.Share.MaxFDs, "max-inodes", cfg.Share.MaxInodes)
-	return fakeServer{log}, nil
+	return &fakeServer{log: log}, nil
 }
 
 // Stats implements server.
-func (s fakeServer) Stats() virtiofs.Stats { return virtiofs.Stats{} }
+func (s *fakeServer) Stats() virtiofs.Stats { return virtiofs.Stats{Connected: s.connected.Load() > 0} }
 
 // Serve ends in good order with the connection, in an error after "break" and "gone", and never after "hang"; "create" makes a file.
-func (s fakeServer) Serve(ctx context.Context, conn *net.UnixConn) error {
+func (s *fakeServer) Serve(ctx context.Context, conn *net.UnixConn) error {
+	s.connected.Add(1)
+	defer s.connected.Add(-1)
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(0, 1)) })
 	defer stop()
 	buf := make([]byte, 16)
@@ -91,7 +97,7 @@ func (s fakeServer) Serve(ctx context.Context, conn *net.UnixConn) error {
 	}
 }
 
-func (s fakeServer) Close() error {
+func (s *fakeServer) Close() error {
 	s.log.Info("server closed")
 	return nil
 }

@@ -2,11 +2,14 @@ package daemon
 
 import (
 	"fmt"
+	"slices"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/pflag"
 
 	"github.com/sluicefs/sluice/control"
 	"github.com/sluicefs/sluice/control/api"
+	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/internal/configfile"
 )
@@ -17,14 +20,6 @@ type managed struct {
 	single  *source // what the options for one share describe, nil if they describe none
 	control control.Config
 	notes   []string // on the file of --config
-}
-
-// what is what extensions are told is served.
-func (m *managed) what() *source {
-	if m.single != nil {
-		return m.single
-	}
-	return emptySource()
 }
 
 // loadFile reads the file of --config, if there is one. Options in it are set in cfg, unless the command line has them.
@@ -75,12 +70,9 @@ func validListener(c control.Config) error {
 	return c.Validate()
 }
 
-// allowedBy are the extensions that may serve: those listed, and those that the shares name. None is all.
+// allowedBy are the extensions that may serve: those listed, and those that the shares name. It is not nil, which would be all.
 func allowedBy(f *configfile.File) []string {
-	if len(f.Extensions) == 0 {
-		return nil
-	}
-	names := f.Extensions
+	names := append([]string{}, f.Extensions...)
 	for _, s := range f.Shares {
 		for _, g := range s.Grafts {
 			if !isStock(g.Backend) {
@@ -103,6 +95,29 @@ func hybridListeners(f *configfile.File) (all []control.HybridListener) {
 		all = append(all, control.HybridListener{Path: v.Path, Port: v.Port, Allow: control.Allow{Operations: v.Allow, Shares: v.Shares}})
 	}
 	return all
+}
+
+// spec is what extensions are told is served before anything is: what the options for one share describe, and mounts of other
+// shares that may be for an extension. What is added later they hear of then.
+func (m *managed) spec() *specs.Spec {
+	spec := *emptySource().bundle.Spec
+	if m.single != nil {
+		spec = *m.single.bundle.Spec
+	}
+	spec.Mounts = slices.Clone(spec.Mounts)
+	for _, s := range m.shares {
+		for _, g := range s.Grafts {
+			if g.Backend != extensions.Mem && g.Backend != extensions.Passthrough {
+				spec.Mounts = append(spec.Mounts, mountOf(g))
+			}
+		}
+	}
+	return &spec
+}
+
+// mountOf is a graft as an extension is told of it.
+func mountOf(g api.GraftSpec) specs.Mount {
+	return specs.Mount{Destination: g.Path, Type: g.Type, Source: g.Source, Options: g.Options}
 }
 
 // newManaged puts together what cfg and f, which may be nil, ask for.

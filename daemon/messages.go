@@ -10,14 +10,14 @@ import (
 // What the keeper asks the server, over the link. The keeper has checked what people say; the server does as it is told.
 const (
 	askHello       = "hello"        // answered once the server is confined
-	askAddShare    = "add share"    // shareOrder; a share without grafts but its root's
-	askAddGraft    = "add graft"    // graftOrder, and its directory → api.Graft
-	askChangeGraft = "change graft" // graftChange → api.Graft
+	askAddShare    = "add share"    // shareOrder; a share without grafts but its root's, which nobody can connect to
+	askAddGraft    = "add graft"    // graftOrder, and its directory
+	askChangeGraft = "change graft" // graftChange → graftChanged
 	askRemoveGraft = "remove graft" // graftName
 	askOpenShare   = "open share"   // a tag, and the socket: front-ends may come
 	askRemoveShare = "remove share" // shareRemoval
 	askShares      = "shares"       // → []shareStatus
-	askGrafts      = "grafts"       // a tag → []api.Graft
+	askGrafts      = "grafts"       // a tag → []api.Graft, of which the keeper knows better what was asked for
 	askReplay      = "replay"       // a tag: from now on sluice-agent may come → its token
 	askAnnounce    = "announce"     // announcement
 	askStats       = "stats"        // → api.Stats
@@ -25,7 +25,7 @@ const (
 
 // shareOrder asks for a share. A graft at "/", if there is one, comes with it, and its directory.
 type shareOrder struct {
-	Spec api.ShareSpec
+	Spec api.ShareSpec // without Grafts
 	Root *graftOrder
 }
 
@@ -46,6 +46,12 @@ type graftName struct{ Tag, Path string }
 type graftChange struct {
 	graftName
 	Change api.GraftChange
+}
+
+// graftChanged says that a graft has changed.
+type graftChanged struct {
+	// Unsettled says that it is read-only from now on, but that a change by the guest that began before still goes on.
+	Unsettled bool
 }
 
 type shareRemoval struct {

@@ -159,15 +159,21 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	defer signal.Stop(signals)
 	signal.Ignore(unix.SIGPIPE) // a launcher that closed our standard error is no reason to die
 
-	switch w := (&worker{cfg: cfg, what: what, box: box, handed: handed, log: log, signals: signals}); {
-	case box == nil && cfg.Managed():
-		return p.keep(ctx, cfg, what, file, log, signals)
-	case box == nil:
-		return p.launch(cfg, what, log, signals)
-	case cfg.Managed():
-		return p.workManaged(ctx, w)
-	default:
+	w := &worker{cfg: cfg, what: what, box: box, handed: handed, log: log, signals: signals}
+	if !cfg.Managed() {
+		if box == nil {
+			return p.launch(cfg, what, log, signals)
+		}
 		return p.work(ctx, w)
+	}
+	m, err := newManaged(cfg, what, file)
+	switch {
+	case err != nil:
+		return err
+	case box == nil:
+		return p.keep(ctx, cfg, m, log, signals)
+	default:
+		return p.workManaged(ctx, w, m)
 	}
 }
 
@@ -204,9 +210,7 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 	if err := setLimits(&cfg, log); err != nil {
 		return err
 	}
-	if os.Geteuid() == 0 && cfg.Sandbox == config.SandboxNone {
-		log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
-	}
+	warnUnconfined(cfg, log)
 	for _, note := range w.what.plan.Notes {
 		log.Warn(note)
 	}
@@ -289,6 +293,12 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 	}
 }
 
+func warnUnconfined(cfg config.Config, log *slog.Logger) {
+	if os.Geteuid() == 0 && cfg.Sandbox == config.SandboxNone {
+		log.Warn("running as root without a sandbox: only sluiced's own checks keep the guest inside the directory")
+	}
+}
+
 // sessions serves front-ends one after the other: one, or with --persist until ctx is done. It returns what ended it,
 // nil if that was in order.
 func sessions(ctx context.Context, cfg config.Config, ln *listen.Listener, srv server, log *slog.Logger) error {
@@ -299,6 +309,14 @@ func sessions(ctx context.Context, cfg config.Config, ln *listen.Listener, srv s
 				_ = conn.Close()
 			}
 			return nil
+		}
+		if err != nil && cfg.Persist && passing(err) {
+			log.Error("a front-end cannot be accepted now", "error", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second):
+			}
+			continue
 		}
 		if err != nil {
 			return err
@@ -334,6 +352,16 @@ func sessions(ctx context.Context, cfg config.Config, ln *listen.Listener, srv s
 			log.Info("Client disconnected, waiting for the next")
 		}
 	}
+}
+
+// passing says whether accept(2) may succeed later: what it lacks, other shares may use up for a time.
+func passing(err error) bool {
+	for _, errno := range []syscall.Errno{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS, unix.ECONNABORTED} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
 }
 
 // openListener finds the socket that cfg names.

@@ -4,10 +4,13 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -50,6 +53,8 @@ func TestScripts(t *testing.T) {
 			"deaf":   cmdDeaf,
 			"stale":  cmdStale,
 			"mode":   cmdMode,
+			"api":    cmdAPI,
+			"strike": cmdStrike,
 		},
 	})
 }
@@ -269,6 +274,52 @@ func cmdClosed(ts *testscript.TestScript, neg bool, args []string) {
 	if n, err := conn.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
 		ts.Fatalf("read %d bytes (%v), expected the end", n, err)
 	}
+}
+
+// api STATUS METHOD PATH [BODY]: asks the control API at the socket c, as Kata's NydusClient does; stdout then looks at the answer.
+// WORK in the body is the script's directory.
+func cmdAPI(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 3 || len(args) > 4 {
+		ts.Fatalf("usage: api STATUS METHOD PATH [BODY]")
+	}
+	var body io.Reader
+	if len(args) == 4 {
+		body = strings.NewReader(strings.ReplaceAll(args[3], "WORK", ts.Getenv("WORK")))
+	}
+	r, err := http.NewRequest(args[1], "http://unix"+args[2], body)
+	ts.Check(err)
+	if body != nil {
+		r.Header.Set("Content-Type", "application/json")
+	}
+	transport := &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", ts.MkAbs("c")) }}
+	defer transport.CloseIdleConnections()
+	answer, err := (&http.Client{Transport: transport, Timeout: patience}).Do(r)
+	ts.Check(err)
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	ts.Check(err)
+	_, _ = ts.Stdout().Write(text)
+	if strconv.Itoa(answer.StatusCode) != args[0] {
+		ts.Fatalf("status %d, expected %s: %s", answer.StatusCode, args[0], text)
+	}
+}
+
+// strike SIGNAL: sends a signal to the serving process, the daemon's child.
+func cmdStrike(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 || unix.SignalNum(args[0]) == 0 {
+		ts.Fatalf("usage: strike SIGNAME")
+	}
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", of(ts).daemon.Process.Pid))
+	ts.Check(err)
+	for _, path := range tasks {
+		text, err := os.ReadFile(path)
+		ts.Check(err)
+		if child, err := strconv.Atoi(strings.TrimSpace(string(text))); err == nil {
+			ts.Check(unix.Kill(child, unix.SignalNum(args[0])))
+			return
+		}
+	}
+	ts.Fatalf("the daemon has no child")
 }
 
 // deaf: closes the pipe that is the daemon's standard error.

@@ -158,7 +158,7 @@ func TestProcessStats(t *testing.T) {
 	before := processStats()
 	ballast := make([]byte, 32<<20)
 	quit := make(chan struct{})
-	var ready [4]chan struct{}
+	var ready [16]chan struct{}
 	for i := range ready {
 		ready[i] = make(chan struct{})
 		go func() {
@@ -172,7 +172,8 @@ func TestProcessStats(t *testing.T) {
 	}
 	after := processStats()
 	close(quit)
-	if n := after.Goroutines - before.Goroutines; n < len(ready) {
+	// A few of another test's may have ended meanwhile.
+	if n := after.Goroutines - before.Goroutines; n < len(ready)/2 {
 		t.Errorf("%d goroutines more, expected %d", n, len(ready))
 	}
 	if after.Threads <= len(ready) || before.Threads < 1 {

@@ -53,7 +53,7 @@ type Config struct {
 	ControlSocket string
 	// ControlGroup names the group that may connect to ControlSocket.
 	ControlGroup string
-	// AllowExtensions are the extensions that may serve where grafts can be added later; none is all of them.
+	// AllowExtensions are the extensions that may serve where grafts can be added later; nil is all of them.
 	AllowExtensions []string
 
 	// SocketPath is where to create the listening socket. Its pid file is the same path with ".pid" appended.
@@ -153,10 +153,10 @@ func (c Config) Validate() error {
 	case c.RlimitNofile < DefaultNofile:
 		return fmt.Errorf("--rlimit-nofile: %d is out of range; expected a number of files, or 0 to leave the limit alone", c.RlimitNofile)
 	}
-	if err := c.validateSource(); err != nil {
+	if err := c.validateManaged(); err != nil {
 		return err
 	}
-	if err := c.validateManaged(); err != nil {
+	if err := c.validateSource(); err != nil {
 		return err
 	}
 	if c.Sandbox != SandboxNamespace && len(c.UIDMap)+len(c.GIDMap) > 0 {

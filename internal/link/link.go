@@ -7,6 +7,7 @@
 package link
 
 import (
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -216,8 +217,9 @@ func (k *Keeper) answers() {
 }
 
 // Call has the server do method with params, and files, which stay the caller's, and decodes its answer into result unless that
-// is nil. An error of the server's is an *api.Error; ErrClosed says that it is gone.
-func (k *Keeper) Call(method string, params, result any, files ...*os.File) error {
+// is nil. An error of the server's is an *api.Error; ErrClosed says that it is gone. When ctx ends first Call returns its error,
+// and what was asked for is done all the same.
+func (k *Keeper) Call(ctx context.Context, method string, params, result any, files ...*os.File) error {
 	body, err := json.Marshal(params)
 	if err != nil {
 		return err
@@ -233,15 +235,20 @@ func (k *Keeper) Call(method string, params, result any, files ...*os.File) erro
 	k.waiting[id] = c
 	k.mu.Unlock()
 	if err := k.line.send(&frame{ID: id, Method: method, Body: body}, files); err != nil {
-		k.mu.Lock()
-		delete(k.waiting, id)
-		k.mu.Unlock()
+		k.forget(id)
 		if errors.Is(err, unix.EPIPE) || errors.Is(err, net.ErrClosed) {
 			return ErrClosed
 		}
 		return fmt.Errorf("ask the serving process: %w", err)
 	}
-	f, ok := <-c
+	var f *frame
+	var ok bool
+	select {
+	case f, ok = <-c:
+	case <-ctx.Done():
+		k.forget(id)
+		return ctx.Err()
+	}
 	switch {
 	case !ok:
 		k.mu.Lock()
@@ -258,6 +265,13 @@ func (k *Keeper) Call(method string, params, result any, files ...*os.File) erro
 	return nil
 }
 
+// forget has nobody wait for an answer.
+func (k *Keeper) forget(id uint64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.waiting, id)
+}
+
 // Close ends the link; calls under way answer ErrClosed.
 func (k *Keeper) Close() error {
 	err := k.line.conn.Close()
@@ -269,15 +283,13 @@ func (k *Keeper) Close() error {
 type Handler func(method string, body json.RawMessage, files []*os.File) (result any, err error)
 
 // Serve answers, on the server's end f, which it takes over, until the keeper is gone: then it returns nil. Questions are
-// handled each on a goroutine of its own; Serve waits for them.
+// handled each on a goroutine of its own. Serve does not wait for those: one that hangs must not keep the process from its end.
 func Serve(f *os.File, handle Handler) error {
 	l, err := newLine(f)
 	if err != nil {
 		return err
 	}
 	defer l.conn.Close()
-	var under sync.WaitGroup
-	defer under.Wait()
 	for {
 		q, files, err := l.receive(true)
 		if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, unix.ECONNRESET) {
@@ -286,13 +298,13 @@ func Serve(f *os.File, handle Handler) error {
 		if err != nil {
 			return fmt.Errorf("link to the keeper: %w", err)
 		}
-		under.Go(func() {
+		go func() {
 			a := answer(q, files, handle)
 			if err := l.send(a, nil); err != nil {
 				// A result that is too long, say. If the link is broken, receive finds out.
 				_ = l.send(&frame{ID: q.ID, Error: api.Errorf(api.CodeInternal, "%v", err)}, nil)
 			}
-		})
+		}()
 	}
 }
 

@@ -1,6 +1,7 @@
 package link
 
 import (
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -61,7 +62,7 @@ func TestCall(t *testing.T) {
 		return nil, errors.New("what?")
 	})
 	var got string
-	if err := k.Call("repeat", "a", &got); err != nil || got != "a" {
+	if err := k.Call(t.Context(), "repeat", "a", &got); err != nil || got != "a" {
 		t.Errorf("repeat: %q, %v", got, err)
 	}
 	r, w, err := os.Pipe()
@@ -73,18 +74,18 @@ func TestCall(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.Close()
-	if err := k.Call("repeat", "a", &got, r); err != nil || got != "ab" {
+	if err := k.Call(t.Context(), "repeat", "a", &got, r); err != nil || got != "ab" {
 		t.Errorf("repeat with a descriptor: %q, %v", got, err)
 	}
 	long := strings.Repeat("long", 1<<20)
-	if err := k.Call("repeat", long, &got); err != nil || got != long {
+	if err := k.Call(t.Context(), "repeat", long, &got); err != nil || got != long {
 		t.Errorf("repeat of %d bytes: %d bytes, %v", len(long), len(got), err)
 	}
 	var refused *api.Error
-	if err := k.Call("refuse", "no", nil); !errors.As(err, &refused) || *refused != (api.Error{Code: api.CodeBusy, Message: "no", Hint: "wait"}) {
+	if err := k.Call(t.Context(), "refuse", "no", nil); !errors.As(err, &refused) || *refused != (api.Error{Code: api.CodeBusy, Message: "no", Hint: "wait"}) {
 		t.Errorf("refuse: %v", err)
 	}
-	if err := k.Call("other", "", nil); !errors.As(err, &refused) || refused.Code != api.CodeInternal || refused.Message != "what?" {
+	if err := k.Call(t.Context(), "other", "", nil); !errors.As(err, &refused) || refused.Code != api.CodeInternal || refused.Message != "what?" {
 		t.Errorf("another method: %v", err)
 	}
 	var all sync.WaitGroup
@@ -92,7 +93,7 @@ func TestCall(t *testing.T) {
 		all.Go(func() {
 			var got int
 			text, _ := json.Marshal(i)
-			if err := k.Call("repeat", string(text), &got); err == nil {
+			if err := k.Call(t.Context(), "repeat", string(text), &got); err == nil {
 				t.Error("a number was decoded from a string")
 			}
 		})
@@ -101,8 +102,51 @@ func TestCall(t *testing.T) {
 	if err := end(); err != nil {
 		t.Errorf("Serve: %v", err)
 	}
-	if err := k.Call("repeat", "", nil); !errors.Is(err, ErrClosed) {
+	if err := k.Call(t.Context(), "repeat", "", nil); !errors.Is(err, ErrClosed) {
 		t.Errorf("call after the end: %v", err)
+	}
+}
+
+// TestCallGivesUp does not wait longer than it may, and the answer that comes later is nobody's.
+func TestCallGivesUp(t *testing.T) {
+	release := make(chan struct{})
+	k, _ := pair(t, func(method string, _ json.RawMessage, _ []*os.File) (any, error) {
+		if method == "slow" {
+			<-release
+		}
+		return method, nil
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- k.Call(ctx, "slow", nil, nil) }()
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("slow: %v", err)
+	}
+	close(release)
+	var got string
+	if err := k.Call(t.Context(), "quick", nil, &got); err != nil || got != "quick" {
+		t.Errorf("quick: %q, %v", got, err)
+	}
+}
+
+// TestServeEnds with the keeper, whatever is still being done.
+func TestServeEnds(t *testing.T) {
+	begun, release := make(chan struct{}), make(chan struct{})
+	defer close(release)
+	k, end := pair(t, func(string, json.RawMessage, []*os.File) (any, error) {
+		close(begun)
+		<-release
+		return nil, nil
+	})
+	asked := make(chan error, 1)
+	go func() { asked <- k.Call(t.Context(), "hang", nil, nil) }()
+	<-begun
+	if err := end(); err != nil {
+		t.Errorf("Serve: %v", err)
+	}
+	if err := <-asked; !errors.Is(err, ErrClosed) {
+		t.Errorf("Call: %v", err)
 	}
 }
 
@@ -118,7 +162,7 @@ func TestGone(t *testing.T) {
 	}
 	defer k.Close()
 	asked := make(chan error, 1)
-	go func() { asked <- k.Call("anything", 1, nil) }()
+	go func() { asked <- k.Call(t.Context(), "anything", 1, nil) }()
 	if _, err := b.Read(make([]byte, headerSize)); err != nil {
 		t.Fatal(err)
 	}
@@ -154,7 +198,7 @@ func FuzzKeeper(f *testing.F) {
 			_ = b.Close()
 		}()
 		var result string
-		_ = k.Call("m", 1, &result) // it returns
+		_ = k.Call(t.Context(), "m", 1, &result) // it returns
 		if err := k.Close(); err != nil {
 			t.Fatal(err)
 		}

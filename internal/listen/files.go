@@ -61,6 +61,9 @@ func (f *ownFile) remove() error {
 	return nil
 }
 
+// ErrHeld says that another daemon has the path.
+var ErrHeld = errors.New("one socket path serves one daemon")
+
 // A pidFile is the lock of a socket path; virtiofsd takes the same one.
 type pidFile struct {
 	file *ownFile
@@ -102,7 +105,7 @@ func lockOpened(raw int, path string) (*pidFile, error) {
 
 	if err := unix.Flock(raw, unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("another daemon%s holds %s: one socket path serves one daemon", holder(raw), path)
+			return nil, fmt.Errorf("another daemon%s holds %s: %w", holder(raw), path, ErrHeld)
 		}
 		return nil, fmt.Errorf("lock the pid file %s: %w", path, err)
 	}

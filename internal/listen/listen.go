@@ -65,6 +65,8 @@ func (l *Listener) bind(path string, gid int) error {
 		return fmt.Errorf("look at the socket path: %w", err)
 	case info.Mode().Type() != os.ModeSocket:
 		return fmt.Errorf("%s exists and is not a socket: remove it, or choose another path", path)
+	case served(path):
+		return fmt.Errorf("somebody else listens on %s: %w", path, ErrHeld)
 	default:
 		if err := os.Remove(path); err != nil {
 			return fmt.Errorf("remove the stale socket: %w", err)
@@ -103,6 +105,16 @@ func (l *Listener) bind(path string, gid int) error {
 		return fmt.Errorf("open the socket to those who may connect: %w", err)
 	}
 	return nil
+}
+
+// served says whether somebody listens on the socket at path, who takes no pid file for a lock.
+func served(path string) bool {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	return !errors.Is(unix.Connect(fd, &unix.SockaddrUnix{Name: path}), unix.ECONNREFUSED)
 }
 
 // FD takes over the inherited descriptor fd, a Unix stream socket that is listening, as launchers of virtiofsd pass it, or

@@ -524,3 +524,21 @@ func TestNotifyReady(t *testing.T) {
 	wantError(t, notify("relative"), "NOTIFY_SOCKET")
 	wantError(t, notify(path+".gone"), "notify the service manager")
 }
+
+// TestPathLeavesServed does not take a socket from somebody who has no pid file.
+func TestPathLeavesServed(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	other, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	_, err = Path(path, "")
+	wantError(t, err, "somebody else listens on "+path)
+	if !errors.Is(err, ErrHeld) {
+		t.Errorf("%v is not ErrHeld", err)
+	}
+	if !exists(path) || exists(path+".pid") {
+		t.Error("the socket is gone, or the pid file has stayed")
+	}
+}
