@@ -118,9 +118,12 @@ type Usage struct {
 	RSS int64
 }
 
-// Usage reads the daemon's usage from /proc.
-func (d *Daemon) Usage() (Usage, error) {
-	proc := filepath.Join("/proc", strconv.Itoa(d.Server()))
+// Usage reads the usage of the process that serves from /proc.
+func (d *Daemon) Usage() (Usage, error) { return UsageOf(d.Server()) }
+
+// UsageOf reads a process's usage from /proc.
+func UsageOf(pid int) (Usage, error) {
+	proc := filepath.Join("/proc", strconv.Itoa(pid))
 	fds, err := os.ReadDir(filepath.Join(proc, "fd"))
 	if err != nil {
 		return Usage{}, err

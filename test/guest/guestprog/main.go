@@ -13,6 +13,9 @@
 //	guestprog watch FILE X,Y    say what inotify says of X and Y, and what is in FILE then
 //	guestprog vsock CID PORT TEXT  connect to a vsock port, write TEXT, print what comes back
 //	guestprog vsockecho PORT    listen on a vsock port and send five bytes back
+//	guestprog readwhile FILE X  read and check the self-checking FILE until X is there, and count how that ended
+//	guestprog timestat N X Y    nanoseconds of a stat of X and of Y, of N in turn
+//	guestprog frozen DIR A B    change what is open in DIR, which must be read-only after the first word by FIFOs, and not after the second
 //	guestprog hold FILE A B     open FILE with O_DIRECT, say so on the FIFO A, close it when B says so
 package main
 
@@ -67,6 +70,9 @@ func run(args []string) error {
 			})
 		}},
 		"vsockecho": {1, func(a []string) error { return withCount(a[0], vsockEcho) }},
+		"readwhile": {2, func(a []string) error { return readWhile(a[0], a[1]) }},
+		"timestat":  {3, func(a []string) error { return withCount(a[0], func(n int64) error { return timeStat(n, a[1:]...) }) }},
+		"frozen":    {3, func(a []string) error { return frozen(a[0], a[1], a[2]) }},
 		"hold":      {3, func(a []string) error { return hold(a[0], a[1], a[2]) }},
 	}
 	if len(args) == 0 {
