@@ -27,6 +27,7 @@ type DaemonConfig struct {
 	Program string
 	Scratch string // a directory for the socket, whose path must be short enough for a Unix socket
 	Share   string // the directory to serve; "" where Args say what is served
+	Shares  bool   // Args say what is served, in any number of shares with their own sockets and tags
 	UID     uint32 // the user, and group, to run as
 	Args    []string
 	// Surroundings names the sandbox and user among Args and UID, should the daemon be traced.
@@ -36,7 +37,10 @@ type DaemonConfig struct {
 // StartDaemon starts a server and waits until it listens.
 func StartDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
 	socket := filepath.Join(cfg.Scratch, "fs.sock")
-	args := []string{"--socket-path", socket, "--tag", Tag}
+	var args []string
+	if !cfg.Shares {
+		args = []string{"--socket-path", socket, "--tag", Tag}
+	}
 	if cfg.Share != "" {
 		args = append(args, "--shared-dir", cfg.Share)
 	}

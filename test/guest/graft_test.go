@@ -405,7 +405,9 @@ func TestGraftCycles(t *testing.T) {
 	dir := m.source("dir", map[string]string{"file": string(selfcheck.Content(1))})
 	m.boot(testguest.Config{Kind: testguest.UML})
 	// The guest drops a mount when it looks for it.
-	mounts := func() string { return m.sh("stat /mnt/graft 2>/dev/null || true; grep -c virtiofs /proc/self/mountinfo") }
+	mounts := func() string {
+		return m.sh("stat /mnt/graft 2>/dev/null || true; grep -c virtiofs /proc/self/mountinfo")
+	}
 	before := mounts()
 	reader := m.pausing(func(say, hear string) string {
 		return fmt.Sprintf("guestprog readwhile /mnt/graft/file %s.stop", say)
