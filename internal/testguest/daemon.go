@@ -27,10 +27,9 @@ type DaemonConfig struct {
 	Program string
 	Scratch string // a directory for the socket, whose path must be short enough for a Unix socket
 	Share   string // the directory to serve; "" where Args say what is served
-	// ConfigFile is a file that says what is served, Tag among it, at fs.sock in Scratch; "" where options do.
-	ConfigFile string
-	UID        uint32 // the user, and group, to run as
-	Args       []string
+	Shares  bool   // Args say what is served, in any number of shares with their own sockets and tags
+	UID     uint32 // the user, and group, to run as
+	Args    []string
 	// Surroundings names the sandbox and user among Args and UID, should the daemon be traced.
 	Surroundings string
 }
@@ -38,9 +37,9 @@ type DaemonConfig struct {
 // StartDaemon starts a server and waits until it listens.
 func StartDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
 	socket := filepath.Join(cfg.Scratch, "fs.sock")
-	args := []string{"--socket-path", socket, "--tag", Tag}
-	if cfg.ConfigFile != "" {
-		args = []string{"--config", cfg.ConfigFile}
+	var args []string
+	if !cfg.Shares {
+		args = []string{"--socket-path", socket, "--tag", Tag}
 	}
 	if cfg.Share != "" {
 		args = append(args, "--shared-dir", cfg.Share)
@@ -123,9 +122,12 @@ type Usage struct {
 	RSS int64
 }
 
-// Usage reads the daemon's usage from /proc.
-func (d *Daemon) Usage() (Usage, error) {
-	proc := filepath.Join("/proc", strconv.Itoa(d.Server()))
+// Usage reads the usage of the process that serves from /proc.
+func (d *Daemon) Usage() (Usage, error) { return UsageOf(d.Server()) }
+
+// UsageOf reads a process's usage from /proc.
+func UsageOf(pid int) (Usage, error) {
+	proc := filepath.Join("/proc", strconv.Itoa(pid))
 	fds, err := os.ReadDir(filepath.Join(proc, "fd"))
 	if err != nil {
 		return Usage{}, err

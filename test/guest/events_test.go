@@ -129,7 +129,7 @@ socket = %q
 // run starts the daemon.
 func (e *events) run() {
 	e.t.Helper()
-	e.check(e.start(testguest.DaemonConfig{Program: program, ConfigFile: e.config}))
+	e.check(e.start(testguest.DaemonConfig{Program: program, Shares: true, Args: []string{"--config", e.config}}))
 }
 
 func (e *events) graft(g api.GraftSpec) {

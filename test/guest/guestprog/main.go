@@ -14,6 +14,9 @@
 //	guestprog model DIR FILE    keep a picture of DIR by inotify alone, and say what it is whenever FILE in it changes
 //	guestprog vsock CID PORT TEXT  connect to a vsock port, write TEXT, print what comes back
 //	guestprog vsockecho PORT    listen on a vsock port and send five bytes back
+//	guestprog readwhile FILE X  read and check the self-checking FILE until X is there, and count how that ended
+//	guestprog timestat N X Y    nanoseconds of a stat of X and of Y, of N in turn
+//	guestprog frozen DIR A B    change what is open in DIR, which must be read-only after the first word by FIFOs, and not after the second
 //	guestprog hold FILE A B     open FILE with O_DIRECT, say so on the FIFO A, close it when B says so
 package main
 
@@ -69,6 +72,9 @@ func run(args []string) error {
 		}},
 		"model":     {2, func(a []string) error { return keepModel(a[0], a[1]) }},
 		"vsockecho": {1, func(a []string) error { return withCount(a[0], vsockEcho) }},
+		"readwhile": {2, func(a []string) error { return readWhile(a[0], a[1]) }},
+		"timestat":  {3, func(a []string) error { return withCount(a[0], func(n int64) error { return timeStat(n, a[1:]...) }) }},
+		"frozen":    {3, func(a []string) error { return frozen(a[0], a[1], a[2]) }},
 		"hold":      {3, func(a []string) error { return hold(a[0], a[1], a[2]) }},
 	}
 	if len(args) == 0 {
