@@ -57,6 +57,9 @@ type Context struct {
 	// Part is what PartOf has answered for this request, whose thread it runs on; nil where nobody has asked. If the node
 	// belongs to another part by now, the call is ESTALE.
 	Part *Part
+	// Shard is where what is counted for every call is to be counted: threads that are to be fast have different ones, as far
+	// as there are. It stays the same while the call runs.
+	Shard uint8
 }
 
 // Secctx is one security attribute of a new file: an extended attribute's name and value.

@@ -46,7 +46,8 @@ const knownErrnos = 134
 // Counters are what one thread counts of the requests that it answers: no two threads that are to be fast share them, or a
 // cache line of theirs. Room for an opcode is made when its first request comes, so that an idle share has next to none.
 type Counters struct {
-	ops [opcodes]atomic.Pointer[opCounters] // by opcode; see OpStats.Opcode
+	shard uint8                               // fsbackend.Context.Shard of its requests
+	ops   [opcodes]atomic.Pointer[opCounters] // by opcode; see OpStats.Opcode
 }
 
 // opCounters fill four cache lines, and Go's allocator begins each of this size on one. What every request writes is in front.
@@ -61,9 +62,9 @@ type opCounters struct {
 // NewCounters returns counters for one thread's requests; see Request.Counters. They stay the Server's: make them once for
 // a thread that lives as long.
 func (s *Server) NewCounters() *Counters {
-	c := new(Counters)
 	s.countersMu.Lock()
 	defer s.countersMu.Unlock()
+	c := &Counters{shard: uint8(len(s.counters))}
 	s.counters = append(s.counters, c)
 	return c
 }

@@ -186,6 +186,9 @@ func (s *Server) dispatch(r *Request) Errno {
 	if r.MayBlock {
 		r.ctx.Cancel = r.Cancel
 	}
+	if r.Counters != nil {
+		r.ctx.Shard = r.Counters.shard
+	}
 	r.outSize = int(op.out)
 	clear(r.out.body[:(op.out+7)/8])
 	return s.call(r)
@@ -195,7 +198,7 @@ func (s *Server) dispatch(r *Request) Errno {
 func (s *Server) call(r *Request) (errno Errno) {
 	defer s.recovered(r, &errno)
 	defer sys.Guard(&r.faulted)
-	if r.part == nil {
+	if p := r.part; p == nil || !p.Isolated && p.Enter == nil && p.Leave == nil {
 		errno = r.op.handle(s, r)
 	} else {
 		errno = s.callPart(r)

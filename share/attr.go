@@ -21,7 +21,7 @@ func (s *Share) getattr(c *fsbackend.Context, in *fuseproto.GetattrIn, out *fuse
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	fh := in.Fh_
 	if in.Flags_&fuseproto.FUSE_GETATTR_FH != 0 {
 		if fh>>indexShift != in.NodeId>>indexShift {
@@ -57,11 +57,11 @@ func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuse
 	if errno, ok := s.replay.Load().setattr(c, in, out); ok {
 		return errno
 	}
-	p, errno := toChange(s.at(c, in.NodeId))
+	p, errno := s.atToChange(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	fh := in.Fh
 	if in.Valid&fuseproto.FATTR_FH != 0 && fh>>indexShift != in.NodeId>>indexShift {
 		return unix.EBADF
@@ -125,7 +125,7 @@ func (s *Share) Statx(c *fsbackend.Context, in *fuseproto.StatxIn, out *fuseprot
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	fh, hasFh := in.Fh, in.GetattrFlags&fuseproto.FUSE_GETATTR_FH != 0
 	if hasFh && fh>>indexShift != in.NodeId>>indexShift {
 		return unix.EBADF
@@ -189,7 +189,7 @@ func (s *Share) Statfs(c *fsbackend.Context, node uint64, out *fuseproto.StatfsO
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	q := p.metered()
 	if p.StatFSer == nil {
 		out.Bsize, out.Frsize, out.NameLen = 4096, 4096, unix.NAME_MAX
@@ -211,7 +211,7 @@ func (s *Share) Access(c *fsbackend.Context, in *fuseproto.AccessIn) Errno {
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	if p.Accesser == nil && s.alone {
 		return unix.ENOSYS
 	}
@@ -234,7 +234,7 @@ func (s *Share) Readlink(c *fsbackend.Context, node uint64, dst *fsbackend.Sink)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	if p.Readlinker == nil {
 		return s.lacks(unix.EINVAL)
 	}

@@ -153,14 +153,14 @@ func (s *Share) walk(path string) {
 	names := components(path)
 	at := uint64(rootID)
 	for _, name := range names[:len(names)-1] {
-		p, errno := s.find(&fsbackend.Context{}, at)
+		p, errno := s.find(&nobodysContext, at)
 		if errno != fsbackend.OK {
 			return
 		}
 		out := new(fuseproto.EntryOut)
 		found := false
 		look := func() {
-			defer p.done()
+			defer p.done(&nobodysContext)
 			found = s.Lookup(&fsbackend.Context{MayBlock: true}, at, fsbackend.MakeName(name), out) == fsbackend.OK && out.NodeId != 0
 			if found {
 				s.Forget(out.NodeId, 1) // the share holds one of its own
@@ -264,8 +264,12 @@ func (s *Share) change(path string, c *Change) error {
 
 // settle waits for the changes under way.
 func (p *part) settle() error {
-	if !waitFor(func() bool { return !p.changing() }, time.Now().Add(patience)) {
-		return ErrUnsettled
+	deadline := time.Now().Add(patience)
+	for i := range p.calls.shards {
+		n := &p.calls.shards[i].n
+		if !waitFor(func() bool { return n.Load() < oneChange }, deadline) {
+			return ErrUnsettled
+		}
 	}
 	return nil
 }
@@ -296,7 +300,7 @@ func (s *Share) Grafts() []GraftState {
 		}
 		state := GraftState{
 			Path: p.info.Path, Extension: p.info.Name, File: string(p.file), Policy: *p.policy.Load(),
-			Leaving: p.leaving.Load(), OpenFiles: p.handles.count(), Stats: &p.info.Stats,
+			Leaving: p.leaving.Load(), OpenFiles: p.calls.kept.Load(), Stats: &p.info.Stats,
 		}
 		if q := p.metered(); q != nil {
 			q.mu.Lock()

@@ -37,11 +37,11 @@ func (s *Share) startCount(p *part) <-chan bool {
 	session, in := s.sessions, s.features != nil
 	s.mu.Unlock()
 	q := p.metered()
-	if q == nil || !in || !p.enterCall() {
+	if q == nil || !in || !p.calls.enter(0, oneCall) {
 		return nil
 	}
 	if !q.restart() {
-		p.done()
+		p.exit(&nobodysContext, oneCall)
 		return nil
 	}
 	done := make(chan bool, 1)
@@ -55,7 +55,7 @@ func (s *Share) startCount(p *part) <-chan bool {
 		q.counted = q.counted || ended
 		q.mu.Unlock()
 		q.names.Unlock()
-		p.done()
+		p.exit(&nobodysContext, oneCall)
 		done <- ended
 	}()
 	return done

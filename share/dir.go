@@ -20,7 +20,7 @@ func (s *Share) Opendir(c *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	onWay := p.dir(in.NodeId&numberMask) != nil
 	switch {
 	case p.DirReader != nil:
@@ -49,7 +49,7 @@ func (s *Share) Releasedir(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
 	if errno != fsbackend.OK {
 		return
 	}
-	defer p.done()
+	defer p.done(c)
 	defer p.released(in.NodeId & numberMask)
 	if p.DirReader == nil {
 		return
@@ -66,7 +66,7 @@ func (s *Share) Readdir(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsbacke
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	if pos := p.dir(in.NodeId & numberMask); pos != nil {
 		return s.listWay(c, p, pos, in, out)
 	}
@@ -86,7 +86,7 @@ func (s *Share) Readdirplus(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsb
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	pos := p.dir(in.NodeId & numberMask)
 	switch {
 	case pos != nil:
@@ -152,10 +152,10 @@ func (s *Share) listWay(c *fsbackend.Context, p *part, pos *position, in *fusepr
 // learn finds out what a mount point is to be listed with that nobody has looked up yet, where it is cheap.
 func (s *Share) learn(c *fsbackend.Context, pos *position) {
 	g := pos.graft.Load()
-	if g == nil || g.file != nil || g.info.Isolated || g.info.Slow || pos.ino.Load() != g.base|rootID || !g.enterCall() {
+	if g == nil || g.file != nil || g.info.Isolated || g.info.Slow || pos.ino.Load() != g.base|rootID || !g.enterCall(c) {
 		return
 	}
-	defer g.done()
+	defer g.done(c)
 	var out fuseproto.EntryOut
 	if s.lookupMount(c, g, &out) == fsbackend.OK {
 		g.unlooked(1) // the guest is not given the node

@@ -18,15 +18,15 @@ func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	switch {
 	case p.Opener == nil && s.noOpen.Load():
 		return unix.ENOSYS // agreed on only where there is nothing but the root
 	case fsbackend.OpensForWriting(in.Flags):
-		if !p.beginChange() {
+		if !p.beginChange(c) {
 			return unix.EROFS
 		}
-		defer p.endChange()
+		defer p.endChange(c)
 	}
 	policy := p.policy.Load()
 	errno = fsbackend.OK
@@ -75,7 +75,7 @@ func (s *Share) Release(c *fsbackend.Context, in *fuseproto.ReleaseIn) {
 	if errno != fsbackend.OK {
 		return
 	}
-	defer p.done()
+	defer p.done(c)
 	defer func() {
 		p.released(in.NodeId & numberMask)
 		if q := p.metered(); q != nil {
@@ -112,11 +112,11 @@ func (s *Share) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsback
 	if errno, ok := s.replay.Load().create(c, in, name, out); ok {
 		return errno
 	}
-	p, errno := toChange(s.directory(c, in.NodeId))
+	p, errno := s.directoryToChange(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	if pos := p.onWay(in.NodeId, name); pos != nil {
 		return s.createPosition(c, in, pos, out)
 	}
@@ -163,10 +163,10 @@ func (s *Share) createPosition(c *fsbackend.Context, in *fuseproto.CreateIn, pos
 		return unix.EEXIST
 	case g == nil || g.file == nil:
 		return unix.EISDIR
-	case !g.enterCall():
+	case !g.enterCall(c):
 		return unix.ENOENT // removed or replaced since
 	}
-	defer g.done()
+	defer g.done(c)
 	switch {
 	case g.leaving.Load():
 		return unix.ENOENT
@@ -252,11 +252,11 @@ func (s *Share) make(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbacken
 
 // Tmpfile implements fsbackend.Tmpfiler.
 func (s *Share) Tmpfile(c *fsbackend.Context, in *fuseproto.CreateIn, out *fuseproto.CreateOut) Errno {
-	p, errno := toChange(s.directory(c, in.NodeId))
+	p, errno := s.directoryToChange(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	if p.Tmpfiler == nil {
 		return s.lacks(unix.EOPNOTSUPP)
 	}
@@ -279,7 +279,7 @@ func (s *Share) Read(c *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	if p.Reader == nil {
 		return s.lacks(unix.EINVAL)
 	}
@@ -292,11 +292,11 @@ func (s *Share) Read(c *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.
 
 // Write implements fsbackend.Writer.
 func (s *Share) Write(c *fsbackend.Context, in *fuseproto.WriteIn, src *fsbackend.Source) (uint32, Errno) {
-	p, errno := toChange(s.opened(c, in.NodeId, in.Fh))
+	p, errno := s.openedToChange(c, in.NodeId, in.Fh)
 	if errno != fsbackend.OK {
 		return 0, errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	if p.Writer == nil {
 		return 0, s.lacks(unix.EINVAL)
 	}
@@ -323,7 +323,7 @@ func (s *Share) Flush(c *fsbackend.Context, in *fuseproto.FlushIn) Errno {
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	if p.Flusher == nil {
 		return s.lacks(fsbackend.OK)
 	}
@@ -349,7 +349,7 @@ func (s *Share) fsync(c *fsbackend.Context, in *fuseproto.FsyncIn, call func(fsb
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	if p.Fsyncer == nil {
 		return s.lacks(fsbackend.OK)
 	}
@@ -366,14 +366,14 @@ func (s *Share) Syncfs(c *fsbackend.Context, node uint64) Errno {
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	errno = s.syncfs(c, p, node)
 	if node != fuseproto.FUSE_ROOT_ID || s.submounts.Load() {
 		return errno
 	}
 	for _, other := range s.snapshot()[1:] {
 		var one Errno
-		if !other.enterCall() {
+		if !other.enterCall(c) {
 			continue
 		}
 		switch {
@@ -388,7 +388,7 @@ func (s *Share) Syncfs(c *fsbackend.Context, node uint64) Errno {
 			one = s.syncfs(c, other, fuseproto.FUSE_ROOT_ID)
 			other.end()
 		}
-		other.done()
+		other.done(c)
 		if errno == fsbackend.OK {
 			errno = one
 		}
@@ -409,11 +409,11 @@ func (s *Share) syncfs(c *fsbackend.Context, p *part, node uint64) Errno {
 
 // Fallocate implements fsbackend.Fallocater.
 func (s *Share) Fallocate(c *fsbackend.Context, in *fuseproto.FallocateIn) Errno {
-	p, errno := toChange(s.opened(c, in.NodeId, in.Fh))
+	p, errno := s.openedToChange(c, in.NodeId, in.Fh)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	if p.Fallocater == nil {
 		return s.lacks(unix.EOPNOTSUPP)
 	}
@@ -438,7 +438,7 @@ func (s *Share) Lseek(c *fsbackend.Context, in *fuseproto.LseekIn, out *fuseprot
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	if p.Lseeker == nil {
 		if s.alone {
 			return unix.ENOSYS
@@ -480,7 +480,7 @@ func (s *Share) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeI
 	if errno != fsbackend.OK {
 		return 0, errno
 	}
-	defer p.done()
+	defer p.done(c)
 	switch {
 	case in.FhOut>>indexShift != in.NodeIdOut>>indexShift:
 		return 0, unix.EBADF
@@ -489,10 +489,10 @@ func (s *Share) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeI
 			return 0, errno
 		}
 		return 0, unix.EXDEV
-	case !p.beginChange():
+	case !p.beginChange(c):
 		return 0, unix.EROFS
 	}
-	defer p.endChange()
+	defer p.endChange(c)
 	if p.CopyFileRanger == nil {
 		return 0, s.lacks(unix.EOPNOTSUPP)
 	}
@@ -523,13 +523,13 @@ func (s *Share) Ioctl(c *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, d
 	if errno != fsbackend.OK {
 		return 0, errno
 	}
-	defer p.done()
+	defer p.done(c)
 	switch {
 	case fsbackend.IoctlMayChange(in.Cmd):
-		if !p.beginChange() {
+		if !p.beginChange(c) {
 			return 0, unix.EROFS
 		}
-		defer p.endChange()
+		defer p.endChange(c)
 	}
 	if p.Ioctler == nil {
 		return 0, s.lacks(unix.ENOTTY)
@@ -557,7 +557,7 @@ func (s *Share) lock(c *fsbackend.Context, in *fuseproto.LkIn, call func(fsbacke
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	switch {
 	case p.Locker == nil:
 		return s.lacks(unix.ENOLCK)

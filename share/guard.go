@@ -82,11 +82,11 @@ func (s *Share) across(c *fsbackend.Context, p *part, call func(*fsbackend.Conte
 	}
 	own := fsbackend.Context{Caller: c.Caller, SuppGroups: slices.Clone(c.SuppGroups), MayBlock: true, Cancel: c.Cancel}
 	errno := unix.EIO
-	if !p.enterCall() {
+	if !p.enterCall(&own) {
 		return unix.ENOENT
 	}
 	done := s.aside(p, "on behalf of another part", func() {
-		defer p.done()
+		defer p.done(&own)
 		errno = call(&own)
 	})
 	timer := time.NewTimer(limit)
@@ -104,9 +104,9 @@ func (s *Share) across(c *fsbackend.Context, p *part, call func(*fsbackend.Conte
 	p.overdue.Add(1)
 	go func() {
 		// Where p has gone since, its backend has taken everything back.
-		if <-done && errno == fsbackend.OK && p.enterCall() {
+		if <-done && errno == fsbackend.OK && p.enterCall(&own) {
 			s.contained(p, "undo", undo)
-			p.done()
+			p.done(&own)
 		}
 		p.overdue.Add(-1)
 	}()
@@ -126,11 +126,11 @@ func (s *Share) all(parts []*part, what string, last bool, call func(*part)) {
 		if p.hung.Load() || p.dead.Load() && !last {
 			return false
 		}
-		return last || p.enterCall()
+		return last || p.enterCall(&nobodysContext)
 	}
 	run := func(p *part) {
 		if !last {
-			defer p.done()
+			defer p.done(&nobodysContext)
 		}
 		call(p)
 	}

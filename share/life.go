@@ -6,18 +6,18 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluicefs/sluice/fsbackend"
 )
 
-// life counts what keeps a part that may leave: its calls under way and, as one, its handles. Shares that never change do not
-// count.
+// life counts what keeps a part that may leave: its calls under way, and its handles. Shares that never change do not count,
+// and the root's calls need it only where they may change something.
 type life struct {
-	counted bool // calls are counted
-	leaves  bool // it may leave: all but the root
+	counted bool // changes and handles are
+	leaves  bool // it may leave, so all calls are counted: all but the root
 
-	// calls has calls under way in its lower half, and those of them that may change something in its upper. It is below 0
-	// once the part has gone: no call can begin then.
-	calls   atomic.Int64
+	calls   calls
 	leaving atomic.Bool // it was removed or replaced: names are gone, open files go on
 
 	// lookups are what the guest has to give back.
@@ -25,57 +25,73 @@ type life struct {
 	handles handles
 }
 
-const (
-	oneChange = 1 << 32
-	gone      = -1 << 62
-)
-
-// enterCall says whether a call may begin; done ends it.
-func (p *part) enterCall() bool {
-	if !p.counted || p.calls.Add(1) > 0 {
-		return true
-	}
-	p.calls.Add(-1)
-	return false
+// enterCall says whether a call may begin; done ends it. c is the same.
+func (p *part) enterCall(c *fsbackend.Context) bool {
+	return !p.leaves || p.calls.enter(c.Shard, oneCall)
 }
 
-func (p *part) done() {
-	if p.counted && p.calls.Add(-1) == 0 && p.leaving.Load() {
+func (p *part) done(c *fsbackend.Context) {
+	if p.leaves {
+		p.exit(c, oneCall)
+	}
+}
+
+// exit ends a call, and with it p if it was what kept that.
+func (p *part) exit(c *fsbackend.Context, by int64) {
+	p.calls.at(c.Shard).Add(-by)
+	if p.leaving.Load() && p.calls.kept.Load() == 0 {
 		p.share.retire(p)
 	}
 }
 
 // beginChange makes a call one that may change something, and fails in a graft that is read-only. What it has let begin is
-// waited for by Share.Change, so it counts before it looks.
-func (p *part) beginChange() bool {
-	if !p.counted {
-		return !p.policy.Load().ReadOnly
+// waited for by Share.Change, so it counts before it looks; and it looks before it counts, so that who is refused again and
+// again keeps nobody waiting.
+func (p *part) beginChange(c *fsbackend.Context) bool {
+	switch {
+	case p.policy.Load().ReadOnly:
+		return false
+	case !p.counted:
+		return true
 	}
-	p.calls.Add(oneChange)
+	n := p.calls.at(c.Shard)
+	n.Add(oneChange)
 	if p.policy.Load().ReadOnly {
-		p.calls.Add(-oneChange)
+		n.Add(-oneChange)
 		return false
 	}
 	return true
 }
 
-func (p *part) endChange() {
+func (p *part) endChange(c *fsbackend.Context) {
 	if p.counted {
-		p.calls.Add(-oneChange)
+		p.calls.at(c.Shard).Add(-oneChange)
 	}
 }
 
-// doneChange is done after endChange.
-func (p *part) doneChange() {
-	p.endChange()
-	p.done()
+// toChange goes on from what at and its like have answered: for a call that may change something from its beginning to its
+// end, which doneChange is.
+func (p *part) toChange(c *fsbackend.Context, errno Errno) (*part, Errno) {
+	switch {
+	case errno != fsbackend.OK:
+		return nil, errno
+	case !p.beginChange(c):
+		p.done(c)
+		return nil, unix.EROFS
+	case p.leaves:
+		p.calls.at(c.Shard).Add(-oneCall)
+	}
+	return p, fsbackend.OK
 }
 
-// changing says whether a call that may change something is under way.
-func (p *part) changing() bool { return p.calls.Load()/oneChange > 0 }
+func (p *part) doneChange(c *fsbackend.Context) {
+	if p.counted {
+		p.exit(c, oneChange)
+	}
+}
 
 // finish says whether p has gone: nothing keeps it, and nothing begins any more. It is true once.
-func (p *part) finish() bool { return p.calls.CompareAndSwap(0, gone) }
+func (p *part) finish() bool { return p.calls.close() }
 
 // awaitFinish is finish for who may wait for calls that end soon.
 func (p *part) awaitFinish(deadline time.Time) bool {
@@ -113,11 +129,10 @@ func (p *part) unlooked(n uint64) {
 	}
 }
 
-// handles counts what the guest has open, by node. What it releases without having it does not count.
+// handles are what the guest has open, by node. What it releases without having it does not count.
 type handles struct {
 	mu    sync.Mutex
 	nodes map[uint64]int
-	n     int64
 }
 
 func (h *handles) has(node uint64) bool {
@@ -126,13 +141,7 @@ func (h *handles) has(node uint64) bool {
 	return h.nodes[node] > 0
 }
 
-func (h *handles) count() int64 {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.n
-}
-
-// opened counts a handle. All of them together keep the part, as one call.
+// opened counts a handle, within a call.
 func (p *part) opened(node uint64) {
 	if !p.counted {
 		return
@@ -144,10 +153,7 @@ func (p *part) opened(node uint64) {
 		h.nodes = make(map[uint64]int)
 	}
 	h.nodes[node]++
-	h.n++
-	if h.n == 1 {
-		p.calls.Add(1)
-	}
+	p.calls.kept.Add(1)
 }
 
 // released ends a handle, within a call.
@@ -166,10 +172,7 @@ func (p *part) released(node uint64) {
 	default:
 		h.nodes[node]--
 	}
-	h.n--
-	if h.n == 0 {
-		p.calls.Add(-1)
-	}
+	p.calls.kept.Add(-1)
 }
 
 // lose ends what a session has: its lookups and handles.
@@ -177,11 +180,11 @@ func (p *part) lose() {
 	p.lookups.Store(0)
 	h := &p.handles
 	h.mu.Lock()
-	had := h.n > 0
-	h.nodes, h.n = nil, 0
+	h.nodes = nil
+	p.calls.kept.Store(0)
 	h.mu.Unlock()
-	if had {
-		p.done()
+	if p.leaving.Load() {
+		p.share.retire(p)
 	}
 	if q := p.metered(); q != nil {
 		q.lose()
@@ -260,11 +263,11 @@ func (s *Share) Forget(node, n uint64) {
 func (s *Share) forget(node, n uint64) {
 	index, number := node>>indexShift, node&numberMask
 	p := s.parts.get(index)
-	if p == nil || !p.enterCall() {
+	if p == nil || !p.enterCall(&nobodysContext) {
 		s.forgetGhost(uint16(index), n)
 		return
 	}
-	defer p.done()
+	defer p.done(&nobodysContext)
 	p.unlooked(n)
 	if p.dead.Load() || number == rootID {
 		return // the root's lookup is the share's own answer
@@ -293,11 +296,11 @@ func (s *Share) drop() {
 	s.holds = nil
 	s.mu.Unlock()
 	for _, h := range holds {
-		if !h.p.enterCall() {
+		if !h.p.enterCall(&nobodysContext) {
 			continue
 		}
 		forget := func() {
-			defer h.p.done()
+			defer h.p.done(&nobodysContext)
 			h.p.Forget(h.number, 1)
 		}
 		if h.p.info.Isolated {

@@ -23,7 +23,7 @@ func (s *Share) lookUp(c *fsbackend.Context, parent uint64, name fsbackend.Name,
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	if pos := p.onWay(parent, name); pos != nil {
 		return s.lookupPosition(c, p, parent, name, pos, out)
 	}
@@ -74,10 +74,10 @@ func (s *Share) lookupPosition(c *fsbackend.Context, p *part, parent uint64, nam
 
 // lookupGraft looks up what g shows the guest, unless g has been replaced or removed since: look at the position again then.
 func (s *Share) lookupGraft(c *fsbackend.Context, g *part, out *fuseproto.EntryOut) (errno Errno, again bool) {
-	if !g.enterCall() {
+	if !g.enterCall(c) {
 		return 0, true
 	}
-	defer g.done()
+	defer g.done(c)
 	switch {
 	case g.leaving.Load():
 		return 0, true

@@ -9,7 +9,7 @@ import (
 
 // makeIn returns the part of the directory that name is to be made in; part.doneChange ends the call.
 func (s *Share) makeIn(c *fsbackend.Context, dir uint64, name fsbackend.Name) (*part, Errno) {
-	p, errno := toChange(s.directory(c, dir))
+	p, errno := s.directoryToChange(c, dir)
 	switch {
 	case errno != fsbackend.OK:
 		return nil, errno
@@ -19,7 +19,7 @@ func (s *Share) makeIn(c *fsbackend.Context, dir uint64, name fsbackend.Name) (*
 		errno = p.mayCreate(c)
 	}
 	if errno != fsbackend.OK {
-		p.doneChange()
+		p.doneChange(c)
 		return nil, errno
 	}
 	return p, fsbackend.OK
@@ -34,7 +34,7 @@ func (s *Share) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbacken
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	if p.Maker == nil {
 		return s.lacks(unix.EPERM)
 	}
@@ -62,7 +62,7 @@ func (s *Share) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbacken
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	if p.Maker == nil {
 		return s.lacks(unix.EPERM)
 	}
@@ -82,7 +82,7 @@ func (s *Share) Symlink(c *fsbackend.Context, parent uint64, name, target fsback
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	if p.Maker == nil {
 		return s.lacks(unix.EPERM)
 	}
@@ -108,7 +108,7 @@ func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	if p.Linker == nil {
 		return s.lacks(unix.EPERM)
 	}
@@ -124,7 +124,7 @@ func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.
 
 // removeFrom returns the part of the directory that name is to be removed from; part.doneChange ends the call.
 func (s *Share) removeFrom(c *fsbackend.Context, dir uint64, name fsbackend.Name) (*part, Errno) {
-	p, errno := toChange(s.directory(c, dir))
+	p, errno := s.directoryToChange(c, dir)
 	switch {
 	case errno != fsbackend.OK:
 		return nil, errno
@@ -135,7 +135,7 @@ func (s *Share) removeFrom(c *fsbackend.Context, dir uint64, name fsbackend.Name
 	default:
 		return p, fsbackend.OK
 	}
-	p.doneChange()
+	p.doneChange(c)
 	return nil, errno
 }
 
@@ -148,7 +148,7 @@ func (s *Share) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	var v visit
 	p.enterNode(c, &v)
 	errno = p.unlink(c, parent&numberMask, name, func() Errno { return p.Unlink(c, parent&numberMask, name) })
@@ -165,7 +165,7 @@ func (s *Share) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) 
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	var v visit
 	p.enterNode(c, &v)
 	errno = p.unlink(c, parent&numberMask, name, func() Errno { return p.Rmdir(c, parent&numberMask, name) })
@@ -204,17 +204,17 @@ func (s *Share) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, n
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.done()
+	defer p.done(c)
 	if errno := s.exists((*Share).directory, in.Newdir); errno != fsbackend.OK {
 		return errno
 	}
 	switch {
 	case in.NodeId>>indexShift != in.Newdir>>indexShift:
 		return unix.EXDEV
-	case !p.beginChange():
+	case !p.beginChange(c):
 		return unix.EROFS
 	}
-	defer p.endChange()
+	defer p.endChange(c)
 	switch {
 	case p.onWay(in.NodeId, oldName) != nil:
 		return unix.EBUSY

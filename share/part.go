@@ -61,6 +61,9 @@ func (s *Share) newPart(g *Graft) *part {
 		p.counted = true
 		p.quota.Store(newQuota(p))
 	}
+	if p.counted {
+		p.calls.init()
+	}
 	p.shown = &p.info
 	p.info.Name, p.info.Path = g.Extension, g.Path
 	p.info.Isolated, p.info.Slow, p.info.Timeout = g.Isolated, g.Slow || p.Resolved.Slow, g.Timeout

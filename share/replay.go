@@ -599,7 +599,7 @@ func (r *replay) open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto
 	if errno != fsbackend.OK {
 		return errno, true
 	}
-	p.done()
+	p.done(c)
 	out.Fh = deadHandle
 	return fsbackend.OK, true
 }

@@ -31,11 +31,11 @@ func (s *Share) WantFlags(defaults uint64) uint64 {
 		want := defaults &^ (fuseproto.FUSE_NO_OPEN_SUPPORT | fuseproto.FUSE_NO_OPENDIR_SUPPORT | fuseproto.FUSE_CACHE_SYMLINKS)
 		lost := uint64(0)
 		for _, p := range grafts {
-			if !p.enterCall() {
+			if !p.enterCall(&nobodysContext) {
 				continue // it has gone since
 			}
 			flags := p.wants(defaults)
-			p.done()
+			p.done(&nobodysContext)
 			want &= flags | adaptable
 			lost |= flags &^ defaults
 		}

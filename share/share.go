@@ -265,7 +265,7 @@ func (s *Share) known(errno, otherwise Errno) Errno {
 // find returns the part that node belongs to, for a call of it: part.done ends that.
 func (s *Share) find(c *fsbackend.Context, node uint64) (*part, Errno) {
 	p := s.parts.get(node >> indexShift)
-	if p == nil || !p.enterCall() {
+	if p == nil || !p.enterCall(c) {
 		return nil, s.unknown(node)
 	}
 	errno := fsbackend.OK
@@ -281,7 +281,7 @@ func (s *Share) find(c *fsbackend.Context, node uint64) (*part, Errno) {
 	default:
 		return p, fsbackend.OK
 	}
-	p.done()
+	p.done(c)
 	return nil, errno
 }
 
@@ -301,7 +301,7 @@ func (s *Share) unknown(node uint64) Errno {
 func (s *Share) at(c *fsbackend.Context, node uint64) (*part, Errno) {
 	p, errno := s.find(c, node)
 	if errno == fsbackend.OK && p.leaving.Load() && !p.handles.has(node&numberMask) {
-		p.done()
+		p.done(c)
 		return nil, unix.ENOENT
 	}
 	return p, errno
@@ -311,18 +311,19 @@ func (s *Share) at(c *fsbackend.Context, node uint64) (*part, Errno) {
 func (s *Share) exists(find func(*Share, *fsbackend.Context, uint64) (*part, Errno), node uint64) Errno {
 	p, errno := find(s, &nobodysContext, node)
 	if errno == fsbackend.OK {
-		p.done()
+		p.done(&nobodysContext)
 	}
 	return errno
 }
 
+// nobodysContext is for calls that belong to no request. It stays as it is.
 var nobodysContext fsbackend.Context
 
 // opened is find for a request whose handle fh must be of the same part.
 func (s *Share) opened(c *fsbackend.Context, node, fh uint64) (*part, Errno) {
 	p, errno := s.find(c, node)
 	if errno == fsbackend.OK && fh>>indexShift != node>>indexShift {
-		p.done()
+		p.done(c)
 		return nil, unix.EBADF
 	}
 	return p, errno
@@ -332,7 +333,7 @@ func (s *Share) opened(c *fsbackend.Context, node, fh uint64) (*part, Errno) {
 func (s *Share) named(c *fsbackend.Context, node uint64) (*part, Errno) {
 	p, errno := s.find(c, node)
 	if errno == fsbackend.OK && p.leaving.Load() {
-		p.done()
+		p.done(c)
 		return nil, unix.ENOENT
 	}
 	return p, errno
@@ -342,17 +343,24 @@ func (s *Share) named(c *fsbackend.Context, node uint64) (*part, Errno) {
 func (s *Share) directory(c *fsbackend.Context, node uint64) (*part, Errno) {
 	p, errno := s.named(c, node)
 	if errno == fsbackend.OK && p.file != nil {
-		p.done()
+		p.done(c)
 		return nil, unix.ENOTDIR
 	}
 	return p, errno
 }
 
-// toChange takes what at and its like return, for a call that may change something: part.doneChange ends it.
-func toChange(p *part, errno Errno) (*part, Errno) {
-	if errno == fsbackend.OK && !p.beginChange() {
-		p.done()
-		return nil, unix.EROFS
-	}
-	return p, errno
+// atToChange, openedToChange and directoryToChange are for calls that may change something: part.doneChange ends them.
+func (s *Share) atToChange(c *fsbackend.Context, node uint64) (*part, Errno) {
+	p, errno := s.at(c, node)
+	return p.toChange(c, errno)
+}
+
+func (s *Share) openedToChange(c *fsbackend.Context, node, fh uint64) (*part, Errno) {
+	p, errno := s.opened(c, node, fh)
+	return p.toChange(c, errno)
+}
+
+func (s *Share) directoryToChange(c *fsbackend.Context, node uint64) (*part, Errno) {
+	p, errno := s.directory(c, node)
+	return p.toChange(c, errno)
 }

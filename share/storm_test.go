@@ -72,7 +72,7 @@ func TestStorm(t *testing.T) {
 					r.node2 = r.node&^numberMask | rnd.Uint64N(9)
 					r.fh, r.fh2 = r.node&^numberMask|spyFh, r.node&^numberMask|spyFh
 				}
-				r.c.MayBlock, r.c.Part = true, s.PartOf(r.node)
+				r.c.MayBlock, r.c.Part, r.c.Shard = true, s.PartOf(r.node), uint8(rnd.Uint32())
 				_ = ops[names[rnd.IntN(len(names))]].call(s, r)
 				if rnd.IntN(3) == 0 {
 					s.Forget(node(), rnd.Uint64()>>rnd.IntN(64))

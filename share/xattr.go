@@ -24,7 +24,7 @@ func (s *Share) Getxattr(c *fsbackend.Context, in *fuseproto.GetxattrIn, name fs
 	if errno != fsbackend.OK {
 		return 0, errno
 	}
-	defer p.done()
+	defer p.done(c)
 	switch {
 	case p.XattrReader == nil:
 		return 0, s.lacks(unix.EOPNOTSUPP)
@@ -46,7 +46,7 @@ func (s *Share) Listxattr(c *fsbackend.Context, in *fuseproto.GetxattrIn, dst *f
 	if errno != fsbackend.OK {
 		return 0, errno
 	}
-	defer p.done()
+	defer p.done(c)
 	if p.XattrReader == nil {
 		return 0, s.lacks(unix.EOPNOTSUPP)
 	}
@@ -59,11 +59,11 @@ func (s *Share) Listxattr(c *fsbackend.Context, in *fuseproto.GetxattrIn, dst *f
 
 // Setxattr implements fsbackend.XattrWriter.
 func (s *Share) Setxattr(c *fsbackend.Context, in *fuseproto.SetxattrIn, name fsbackend.Name, value []byte) Errno {
-	p, errno := toChange(s.at(c, in.NodeId))
+	p, errno := s.atToChange(c, in.NodeId)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	switch {
 	case p.XattrWriter == nil:
 		return s.lacks(unix.EOPNOTSUPP)
@@ -83,11 +83,11 @@ func (s *Share) Setxattr(c *fsbackend.Context, in *fuseproto.SetxattrIn, name fs
 
 // Removexattr implements fsbackend.XattrWriter.
 func (s *Share) Removexattr(c *fsbackend.Context, node uint64, name fsbackend.Name) Errno {
-	p, errno := toChange(s.at(c, node))
+	p, errno := s.atToChange(c, node)
 	if errno != fsbackend.OK {
 		return errno
 	}
-	defer p.doneChange()
+	defer p.doneChange(c)
 	switch {
 	case p.XattrWriter == nil:
 		return s.lacks(unix.EOPNOTSUPP)
