@@ -99,7 +99,11 @@ func openPlan(tag string, what *source) (all grafts, err error) {
 			g.Spec.GIDMap = append(g.Spec.GIDMap, api.IDRange(r))
 		}
 		if m.Kind == bundle.Dir || m.Kind == bundle.File {
-			if err := g.open(); err != nil {
+			g.Mount.Source, err = filepath.EvalSymlinks(m.Source)
+			if err == nil {
+				err = g.open()
+			}
+			if err != nil {
 				all.close()
 				return nil, fmt.Errorf("%s: %w", m.Path, err)
 			}

@@ -17,11 +17,13 @@ func ownRows(t *testing.T) map[row]bool {
 	t.Helper()
 	const pid = 0x7fff1234
 	var sources []Source
-	for i := range 1 << 2 {
-		sources = append(sources, Base(BaseOptions{PID: pid, OwnSocket: i&1 != 0, Syslog: i&2 != 0}))
+	for i := range 1 << 3 {
+		sources = append(sources, Base(BaseOptions{PID: pid, OwnSocket: i&1 != 0, Syslog: i&2 != 0, Link: i&4 != 0}))
 	}
-	for i := range 1 << 5 {
-		sources = append(sources, Passthrough(PassthroughOptions{Writable: i&1 != 0, Xattr: i&2 != 0, FileHandles: i&4 != 0, SwitchIDs: i&8 != 0, Locks: i&16 != 0}))
+	for i := range 1 << 6 {
+		sources = append(sources, Passthrough(PassthroughOptions{
+			Writable: i&1 != 0, Xattr: i&2 != 0, FileHandles: i&4 != 0, SwitchIDs: i&8 != 0, Locks: i&16 != 0, Opens: i&32 != 0,
+		}))
 	}
 	rows := make(map[row]bool)
 	for _, s := range sources {
