@@ -106,14 +106,12 @@ var unseen = map[row]string{
 	{BaseOwner, "clock_gettime", anything}:                                  elsewhere,
 	{BaseOwner, "clock_nanosleep", anything}:                                rare, // there can be no more threads for now
 	{BaseOwner, "exit_group", anything}:                                     afterReport,
-	{BaseOwner, "getrandom", anything}:                                      elsewhere, // before 6.11 it is not in the vDSO
 	{BaseOwner, "kill", "arg0 & 0xffffffff == PID"}:                         afterReport,
 	{BaseOwner, "ppoll", "arg1 == 0x1"}:                                     "neither kind of guest has pipes for call fds",
 	{BaseOwner, "prctl", "arg0 & 0xffffffff == 0x53564d41 and arg1 == 0x0"}: elsewhere, // with CONFIG_ANON_VMA_NAME
 	{BaseOwner, "restart_syscall", anything}:                                rare,
 	{BaseOwner, "rt_sigaction", anything}:                                   afterReport,
 
-	{PassthroughOwner, "fcntl", "arg1 & 0xffffffff == 0x406"}:  "takes a share on a network's file system",
 	{PassthroughOwner, "getxattr", anything}:                   elsewhere, // before 6.13
 	{PassthroughOwner, "listxattr", anything}:                  elsewhere,
 	{PassthroughOwner, "removexattr", anything}:                elsewhere,

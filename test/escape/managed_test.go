@@ -2,14 +2,19 @@ package escape_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -33,7 +38,9 @@ func (d *daemon) api(t testing.TB, status int, method, path string, body any) []
 	} else {
 		r.Header.Set("Content-Type", "application/json")
 	}
-	transport := &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", d.control) }}
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", d.control)
+	}}
 	defer transport.CloseIdleConnections()
 	answer, err := (&http.Client{Transport: transport, Timeout: patience}).Do(r)
 	if err != nil {
@@ -152,4 +159,122 @@ func TestGrafts(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestIdleShares adds a hundred shares that nobody uses. Each may cost 1 MiB of memory, and no time.
+func TestIdleShares(t *testing.T) {
+	const n, bound = 100, 1 << 20
+	dir := ownedDir(t, 0)
+	d, fe := startDaemon(t, configuration{name: "namespace", options: []string{"--sandbox", "namespace"}, managed: true}, dir, dir)
+	if _, err := fe.GetFeatures(); err != nil { // it serves
+		t.Fatal(err)
+	}
+	pids := []int{d.cmd.Process.Pid, d.server(t)}
+	var before, after [2]usage
+	for i, pid := range pids {
+		before[i] = use(t, pid)
+	}
+	add := func(tag string) {
+		d.api(t, 201, "POST", "/v1/shares", object{"tag": tag, "grafts": []object{{"path": "/", "source": dir}}})
+	}
+	for i := range n {
+		add(fmt.Sprint(i))
+	}
+	for i, pid := range pids {
+		after[i] = use(t, pid)
+		t.Logf("%s: %d KiB, %d descriptors, %d threads for each share", [...]string{"keeper", "server"}[i],
+			(after[i].private-before[i].private)/n/1024, (after[i].fds-before[i].fds)/n, (after[i].threads-before[i].threads)/n)
+	}
+	if each := (after[0].private + after[1].private - before[0].private - before[1].private) / n; each > bound {
+		t.Errorf("%d bytes for each share, expected at most %d", each, bound)
+	}
+	// Nobody runs while nothing is asked of the shares. What was begun before may end meanwhile.
+	runs := func() (runs int64) {
+		for _, pid := range pids {
+			runs += use(t, pid).switches
+		}
+		return runs
+	}
+	for deadline := time.Now().Add(patience); ; {
+		first := runs()
+		time.Sleep(500 * time.Millisecond)
+		if more := runs() - first; more < n/2 {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatalf("threads were woken %d times in half a second: expected them to sleep", more)
+		}
+	}
+	for i := range n {
+		d.api(t, 204, "DELETE", "/v1/shares/"+fmt.Sprint(i), nil)
+	}
+	for i, pid := range pids {
+		if left := use(t, pid); left.fds > before[i].fds+1 { // +1: the poller's, or a connection's
+			t.Errorf("%d descriptors are left, and %d there were", left.fds, before[i].fds)
+		}
+	}
+}
+
+// server is the process that serves, the child of the one that was started.
+func (d *daemon) server(t testing.TB) int {
+	t.Helper()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", d.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range tasks {
+		var pid int
+		if text, err := os.ReadFile(path); err == nil {
+			if _, err := fmt.Sscan(string(text), &pid); err == nil {
+				return pid
+			}
+		}
+	}
+	t.Fatal("there is no serving process")
+	return 0
+}
+
+// usage is what a process has.
+type usage struct {
+	private, switches int64 // bytes; voluntary context switches of all threads
+	fds, threads      int
+}
+
+func use(t testing.TB, pid int) (u usage) {
+	t.Helper()
+	proc := fmt.Sprintf("/proc/%d/", pid)
+	numbers := func(path string, keys ...string) (sum int64) {
+		text, err := os.ReadFile(path)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			return 0 // a thread that has ended
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			key, value, _ := strings.Cut(line, ":")
+			var n int64
+			if slices.Contains(keys, key) {
+				if _, err := fmt.Sscan(value, &n); err != nil {
+					t.Fatal(err)
+				}
+				sum += n
+			}
+		}
+		return sum
+	}
+	u.private = numbers(proc+"smaps_rollup", "Private_Clean", "Private_Dirty") * 1024
+	tasks, err := filepath.Glob(proc + "task/*/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, task := range tasks {
+		u.switches += numbers(task, "voluntary_ctxt_switches")
+	}
+	u.threads = len(tasks)
+	fds, err := os.ReadDir(proc + "fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.fds = len(fds)
+	return u
 }
