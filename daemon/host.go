@@ -99,7 +99,11 @@ func openPlan(tag string, what *source) (all grafts, err error) {
 			g.Spec.GIDMap = append(g.Spec.GIDMap, api.IDRange(r))
 		}
 		if m.Kind == bundle.Dir || m.Kind == bundle.File {
-			if err := g.open(); err != nil {
+			g.Mount.Source, err = filepath.EvalSymlinks(m.Source)
+			if err == nil {
+				err = g.open()
+			}
+			if err != nil {
 				all.close()
 				return nil, fmt.Errorf("%s: %w", m.Path, err)
 			}
@@ -146,12 +150,8 @@ func (g *openGraft) open() error {
 		dir, file = filepath.Dir(dir), filepath.Base(dir)
 	}
 	fd, err := openTree(dir, g.Spec.FollowMounts)
-	if err == nil && file != "" {
-		var st unix.Stat_t
-		if err = unix.Fstatat(fd, file, &st, unix.AT_SYMLINK_NOFOLLOW); err == nil && (st.Mode&unix.S_IFMT == unix.S_IFDIR || st.Mode&unix.S_IFMT == unix.S_IFLNK) {
-			err = errors.New("it has become something else than a file")
-		}
-		if err != nil {
+	if err == nil {
+		if err = checkOpened(fd, file); err != nil {
 			_ = unix.Close(fd)
 		}
 	}
@@ -159,6 +159,24 @@ func (g *openGraft) open() error {
 		return api.Errorf(api.CodeInvalid, "source: open %s: %v", g.Mount.Source, err)
 	}
 	g.Dir, g.dir = true, os.NewFile(uintptr(fd), dir)
+	return nil
+}
+
+// checkOpened looks at what was opened, whatever the path has become meanwhile: a directory, and a file in it unless that is "".
+func checkOpened(dir int, file string) error {
+	if err := unix.Faccessat(dir, ".", unix.X_OK, unix.AT_EACCESS); err != nil {
+		return fmt.Errorf("%w: expected a directory that the daemon's user may search", err)
+	}
+	if file == "" {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstatat(dir, file, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return err
+	}
+	if typ := st.Mode & unix.S_IFMT; typ == unix.S_IFDIR || typ == unix.S_IFLNK {
+		return errors.New("it has become something else than a file")
+	}
 	return nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -56,6 +57,10 @@ type served struct {
 	closed  bool         // they may not be any more
 }
 
+// maxThreads replaces Go's limit of 10,000, at which it ends the process: shares beyond a thousand have as many, asleep, and slow
+// disks may need more.
+const maxThreads = 1 << 17
+
 // workManaged is what the serving process does for a keeper: enter the sandbox and confine itself before there is anything to
 // serve, then serve what the keeper asks for.
 func (p *program) workManaged(ctx context.Context, w *worker, m *managed) (err error) {
@@ -91,6 +96,7 @@ func (p *program) workManaged(ctx context.Context, w *worker, m *managed) (err e
 		return err
 	}
 	unix.Umask(0)
+	debug.SetMaxThreads(maxThreads)
 	in := &inside{
 		program: p, cfg: cfg, registry: registry, procFD: w.box.ProcSelfFD(), marks: &seccomp.Marks{}, log: log,
 		shares: make(map[string]*served),

@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"fmt"
+	"reflect"
 	"slices"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -63,6 +64,31 @@ func loadFile(cfg *config.Config, flags *pflag.FlagSet) (*configfile.File, error
 		}
 	}
 	return f, nil
+}
+
+// checkShareOptions refuses options about one share where they describe none: nobody must believe in a --readonly that is not heeded.
+func checkShareOptions(cfg config.Config, flags *pflag.FlagSet) error {
+	if !cfg.Managed() || cfg.Single() {
+		return nil
+	}
+	var about config.Config
+	for _, o := range options {
+		if isShareOption(o.field(&about), &about) && flags.Changed(o.name) {
+			return fmt.Errorf("--%s is for the share of --shared-dir, --bundle or --spec: a share of --share or --config says so itself", o.name)
+		}
+	}
+	return nil
+}
+
+// isShareOption says whether a field of c is about one share.
+func isShareOption(field any, c *config.Config) bool {
+	share := reflect.ValueOf(&c.Share).Elem()
+	for i := range share.NumField() {
+		if share.Field(i).Addr().Interface() == field {
+			return true
+		}
+	}
+	return field == any(&c.Backend)
 }
 
 func validListener(c control.Config) error {

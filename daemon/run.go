@@ -105,6 +105,9 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 			return usageError{err}
 		}
 	}
+	if err := checkShareOptions(cfg, flags); err != nil {
+		return usageError{err}
+	}
 	if cfg.CheckFile {
 		_, err := fmt.Fprintf(p.out, "%s: no errors\n", cfg.File)
 		return err

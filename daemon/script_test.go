@@ -3,6 +3,7 @@ package daemon
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -291,7 +292,9 @@ func cmdAPI(ts *testscript.TestScript, neg bool, args []string) {
 	if body != nil {
 		r.Header.Set("Content-Type", "application/json")
 	}
-	transport := &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", ts.MkAbs("c")) }}
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", ts.MkAbs("c"))
+	}}
 	defer transport.CloseIdleConnections()
 	answer, err := (&http.Client{Transport: transport, Timeout: patience}).Do(r)
 	ts.Check(err)

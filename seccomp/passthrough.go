@@ -128,6 +128,9 @@ var passthroughOpens = Rules{
 	"geteuid":   MatchAll{},
 	"getegid":   MatchAll{},
 	"getgroups": MatchAll{},
+	// Can inodes be found again by file handle? Without CAP_DAC_READ_SEARCH, and thus without FileHandles, the kernel says no.
+	"name_to_handle_at": passthroughHandles["name_to_handle_at"],
+	"open_by_handle_at": passthroughHandles["open_by_handle_at"],
 }
 
 // passthroughIDs changes the thread's effective ids for a call that creates. The real and saved ones stay, so that it can

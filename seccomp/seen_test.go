@@ -17,11 +17,13 @@ func ownRows(t *testing.T) map[row]bool {
 	t.Helper()
 	const pid = 0x7fff1234
 	var sources []Source
-	for i := range 1 << 2 {
-		sources = append(sources, Base(BaseOptions{PID: pid, OwnSocket: i&1 != 0, Syslog: i&2 != 0}))
+	for i := range 1 << 3 {
+		sources = append(sources, Base(BaseOptions{PID: pid, OwnSocket: i&1 != 0, Syslog: i&2 != 0, Link: i&4 != 0}))
 	}
-	for i := range 1 << 5 {
-		sources = append(sources, Passthrough(PassthroughOptions{Writable: i&1 != 0, Xattr: i&2 != 0, FileHandles: i&4 != 0, SwitchIDs: i&8 != 0, Locks: i&16 != 0}))
+	for i := range 1 << 6 {
+		sources = append(sources, Passthrough(PassthroughOptions{
+			Writable: i&1 != 0, Xattr: i&2 != 0, FileHandles: i&4 != 0, SwitchIDs: i&8 != 0, Locks: i&16 != 0, Opens: i&32 != 0,
+		}))
 	}
 	rows := make(map[row]bool)
 	for _, s := range sources {
@@ -104,14 +106,12 @@ var unseen = map[row]string{
 	{BaseOwner, "clock_gettime", anything}:                                  elsewhere,
 	{BaseOwner, "clock_nanosleep", anything}:                                rare, // there can be no more threads for now
 	{BaseOwner, "exit_group", anything}:                                     afterReport,
-	{BaseOwner, "getrandom", anything}:                                      elsewhere, // before 6.11 it is not in the vDSO
 	{BaseOwner, "kill", "arg0 & 0xffffffff == PID"}:                         afterReport,
 	{BaseOwner, "ppoll", "arg1 == 0x1"}:                                     "neither kind of guest has pipes for call fds",
 	{BaseOwner, "prctl", "arg0 & 0xffffffff == 0x53564d41 and arg1 == 0x0"}: elsewhere, // with CONFIG_ANON_VMA_NAME
 	{BaseOwner, "restart_syscall", anything}:                                rare,
 	{BaseOwner, "rt_sigaction", anything}:                                   afterReport,
 
-	{PassthroughOwner, "fcntl", "arg1 & 0xffffffff == 0x406"}:  "takes a share on a network's file system",
 	{PassthroughOwner, "getxattr", anything}:                   elsewhere, // before 6.13
 	{PassthroughOwner, "listxattr", anything}:                  elsewhere,
 	{PassthroughOwner, "removexattr", anything}:                elsewhere,

@@ -154,12 +154,26 @@ func (fs *FS) Rmdir(_ *fsbackend.Context, parent uint64, name fsbackend.Name) fs
 	return fs.unlink(parent, name, unix.AT_REMOVEDIR)
 }
 
+// mountedOn says whether something of another mount namespace's, out of which the directory came, is mounted at a name. The kernel
+// asks after mounts of this process's namespace only, and would take the others away with the name.
+func (fs *FS) mountedOn(dir int, name fsbackend.Name) bool {
+	if fs.cfg.DirFD == 0 {
+		return false
+	}
+	var st unix.Statx_t
+	errno := sys.Statx(dir, name.CString(), unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, 0, &st)
+	return errno == 0 && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
+}
+
 func (fs *FS) unlink(parent uint64, name fsbackend.Name, flags int) errno {
 	var p ref
 	if errno := fs.useDir(parent, name, &p); errno != 0 {
 		return errno
 	}
 	defer fs.put(&p)
+	if fs.mountedOn(p.fd, name) {
+		return unix.EBUSY
+	}
 	if errno := sys.Unlinkat(p.fd, name.CString(), flags); errno != 0 {
 		return errno
 	}
@@ -186,6 +200,9 @@ func (fs *FS) Rename(_ *fsbackend.Context, in *fuseproto.Rename2In, oldName, new
 	defer fs.put(&from)
 	if from.typ != typeDir || to.typ != typeDir {
 		return unix.ENOTDIR
+	}
+	if fs.mountedOn(from.fd, oldName) || fs.mountedOn(to.fd, newName) {
+		return unix.EBUSY
 	}
 	if errno := sys.Renameat2(from.fd, oldName.CString(), to.fd, newName.CString(), in.Flags); errno != 0 {
 		return errno

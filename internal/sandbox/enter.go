@@ -101,7 +101,7 @@ func (b *Box) enterChroot(v View) ([]string, error) {
 func nowhere() (*sys.FD, error) {
 	dir, err := os.MkdirTemp("", "sluiced-root-")
 	if err != nil {
-		return nil, fmt.Errorf("make an empty root directory: %w", err)
+		return nil, fmt.Errorf("make an empty root directory: %w: expected $TMPDIR, or /tmp, to be a directory that can be written to", err)
 	}
 	defer os.Remove(dir)
 	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluicefs/sluice/internal/testguest"
 	"github.com/sluicefs/sluice/vhostuser/vhosttest"
 )
@@ -21,6 +23,22 @@ type daemon struct {
 	log    log
 	exited chan struct{}
 	err    error // how it ended, once exited is closed
+	// control is the path of the control socket, if it has one.
+	control string
+}
+
+// ownedDir makes a directory of this user's, outside of everything that a test looks at.
+func ownedDir(t testing.TB, uid uint32) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(base, "owned-")
+	if err == nil {
+		err = os.Chown(dir, int(uid), int(uid))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
 }
 
 // log keeps what the daemon says.
@@ -56,12 +74,19 @@ func startDaemon(t testing.TB, cfg configuration, share, dir string, bait ...*os
 	}
 	defer conn.Close()
 	options := []string{"--shared-dir", share, "--fd", "3", "--xattr", "--num-request-queues", "1"}
+	control, env := "", os.Environ()
+	if cfg.managed {
+		own := ownedDir(t, cfg.uid)
+		control = filepath.Join(own, "control")
+		env = append(env, "TMPDIR="+own) // for an empty root directory
+		options = append(options, "--tag", "share", "--control-socket", control)
+	}
 	more, err := testguest.TraceArgs(cfg.surroundings(), cfg.uid, cfg.options)
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := &daemon{cmd: exec.Command(program, append(options, more...)...), exited: make(chan struct{})}
-	d.cmd.Dir = dir
+	d := &daemon{control: control, cmd: exec.Command(program, append(options, more...)...), exited: make(chan struct{})}
+	d.cmd.Dir, d.cmd.Env = dir, env
 	d.cmd.ExtraFiles = append([]*os.File{conn}, bait...)
 	d.cmd.Stdout, d.cmd.Stderr = &d.log, &d.log
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: cfg.uid, Gid: cfg.uid}}
@@ -74,6 +99,9 @@ func startDaemon(t testing.TB, cfg configuration, share, dir string, bait ...*os
 	}()
 	t.Cleanup(func() {
 		_ = fe.Close()
+		if cfg.managed {
+			_ = d.cmd.Process.Signal(unix.SIGTERM)
+		}
 		select {
 		case <-d.exited:
 			if d.err != nil {

@@ -32,6 +32,8 @@ type configuration struct {
 	options []string
 	// uid is the user and the group that it runs as.
 	uid uint32
+	// managed has a control socket: what is served can change, and comes to the serving process by descriptors.
+	managed bool
 }
 
 // nobody is a user without any privilege.
@@ -47,6 +49,12 @@ var configurations = []configuration{
 	{name: "chroot", options: []string{"--sandbox", "chroot"}},
 	{name: "namespace", options: []string{"--sandbox", "namespace"}},
 	{name: "namespace unprivileged", options: []string{"--sandbox", "namespace", "--max-fds", "8"}, uid: nobody},
+
+	{name: "none managed", options: []string{"--sandbox", "none", "--max-fds", "8"}, managed: true},
+	{name: "chroot managed", options: []string{"--sandbox", "chroot"}, managed: true},
+	{name: "namespace managed", options: []string{"--sandbox", "namespace"}, managed: true},
+	{name: "none unprivileged managed", options: []string{"--sandbox", "none", "--max-fds", "8"}, uid: nobody, managed: true},
+	{name: "namespace unprivileged managed", options: []string{"--sandbox", "namespace"}, uid: nobody, managed: true},
 }
 
 // surroundings are the user and the sandbox, named as in test/guest.
