@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/mdlayher/vsock"
 	"golang.org/x/sys/unix"
@@ -215,6 +216,50 @@ func TestServeEndsGracefully(t *testing.T) {
 		t.Errorf("the request in flight got %d, %v", res.status, res.err)
 	}
 	within(t, "the end", ended)
+}
+
+// TestServeEndsWithoutAsked has a client that has asked nothing yet, for which there is nothing to wait.
+func TestServeEndsWithoutAsked(t *testing.T) {
+	for _, early := range []bool{true, false} {
+		lim := defaultLimits
+		lim.end = time.Hour
+		path := filepath.Join(t.TempDir(), "control")
+		s, err := newServer(Config{Daemon: controltest.New(), Unix: UnixListener{Path: path}}, lim)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		ended := make(chan error, 1)
+		go func() { ended <- s.Serve(ctx) }()
+		if early {
+			for {
+				s.fresh.mu.Lock()
+				n := len(s.fresh.conns)
+				s.fresh.mu.Unlock()
+				if n == 1 {
+					break
+				}
+				time.Sleep(time.Millisecond)
+			}
+		}
+		cancel()
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(3 * time.Second):
+			t.Error("Serve waits for a connection on which nothing was asked")
+			_ = s.Close()
+			<-ended
+		}
+	}
 }
 
 // TestFailingListener: one that fails ends Serve, which says so.

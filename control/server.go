@@ -123,6 +123,7 @@ type Server struct {
 	limits    limits
 	log       *slog.Logger
 	http      *http.Server
+	fresh     fresh
 	listeners []*listener
 	own       *ownMetrics
 	health    health
@@ -149,7 +150,7 @@ func newServer(cfg Config, lim limits) (*Server, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, limits: lim, log: cfg.Log, own: newOwnMetrics()}
+	s := &Server{cfg: cfg, limits: lim, log: cfg.Log, own: newOwnMetrics(), fresh: fresh{conns: make(map[net.Conn]struct{})}}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -164,6 +165,7 @@ func newServer(cfg Config, lim limits) (*Server, error) {
 		IdleTimeout:                  lim.idle,
 		MaxHeaderBytes:               lim.maxHeader,
 		ErrorLog:                     slog.NewLogLogger(limitedHandler{ratelog.New(s.log, logEvery, logBurst)}, slog.LevelWarn),
+		ConnState:                    s.fresh.note,
 		BaseContext:                  func(net.Listener) context.Context { return s.base },
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, peerKey{}, c.(*conn).peer)
@@ -192,6 +194,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	}
 
 	s.endSoon()
+	s.fresh.end()
 	patience, cancel := context.WithTimeout(context.Background(), s.limits.end)
 	defer cancel()
 	if s.http.Shutdown(patience) != nil {

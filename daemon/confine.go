@@ -204,33 +204,34 @@ const (
 	capSwitchIDs   = sandbox.CapSet(1)<<unix.CAP_SETUID | sandbox.CapSet(1)<<unix.CAP_SETGID
 )
 
-// confine gives up, for all threads and for good, what serving t does not take.
-func (w *worker) confine(registry extensions.Registry, caps sandbox.CapSet, t *tree, marks *seccomp.Marks) error {
+// confine gives up, for all threads and for good, what serving t does not take, and returns the capabilities that are left.
+func (w *worker) confine(registry extensions.Registry, caps sandbox.CapSet, t *tree, marks *seccomp.Marks) (sandbox.CapSet, error) {
 	tasks, err := w.box.Tasks()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer tasks.Close()
 	missing, err := w.box.Confine(caps)
 	if err != nil {
-		return err
+		return 0, err
 	}
+	caps &^= missing
 	if missing != 0 {
 		w.log.Debug("not all capabilities are there that could be of use", "missing", missing)
 	}
 	if w.cfg.Seccomp == config.SeccompNone {
-		return nil
+		return caps, nil
 	}
 	base := seccomp.BaseOptions{
 		PID: os.Getpid(), Syslog: w.cfg.Syslog, OwnSocket: w.handed == nil && w.cfg.SocketPath != "", Link: w.cfg.Managed(),
 	}
-	rules, err := t.rules(registry, base, w.cfg, caps&^missing)
+	rules, err := t.rules(registry, base, w.cfg, caps)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	policy, err := seccomp.New(rules...)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	for _, c := range policy.Ineffective() {
 		w.log.Warn("an extension asks for a system call that nobody may make", "extension", strings.Join(c.Owners, ","), "call", c.Syscall)
@@ -241,10 +242,10 @@ func (w *worker) confine(registry extensions.Registry, caps sandbox.CapSet, t *t
 	}
 	if install.Trace {
 		if install.Filters.Allow, err = unmerged(rules); err != nil {
-			return err
+			return 0, err
 		}
 	}
-	return seccomp.Install(install)
+	return caps, seccomp.Install(install)
 }
 
 // dumpFilter prints the filter that a run with these options would be under.

@@ -34,8 +34,10 @@ type inside struct {
 	registry extensions.Registry // of those that may serve
 	procFD   int
 	marks    *seccomp.Marks
-	log      *slog.Logger
-	ctx      context.Context // of all sessions
+	// noFileHandles says that the filter, which is there before the first backend, has no file handles.
+	noFileHandles bool
+	log           *slog.Logger
+	ctx           context.Context // of all sessions
 
 	mu     sync.Mutex
 	shares map[string]*served
@@ -102,9 +104,10 @@ func (p *program) workManaged(ctx context.Context, w *worker, m *managed) (err e
 		shares: make(map[string]*served),
 	}
 	line := w.handed[handedLink]
-	if err := w.confine(registry, caps, anything(registry), in.marks); err != nil {
+	if caps, err = w.confine(registry, caps, anything(registry), in.marks); err != nil {
 		return err
 	}
+	in.noFileHandles = !caps.Has(capFileHandles)
 	sessions, cancel := context.WithCancel(ctx)
 	defer cancel()
 	in.ctx = sessions
@@ -356,7 +359,7 @@ func (in *inside) openGraft(s *served, o *graftOrder, files []*os.File) (share.G
 	}
 	opener := opener{
 		registry: in.registry, what: &source{bundle: &bundle.Bundle{Spec: o.OCI}}, share: cfg.Share, procFD: in.procFD,
-		marks: in.marks, log: s.log,
+		marks: in.marks, noFileHandles: in.noFileHandles, log: s.log,
 	}
 	g, err := opener.open(&o.Mount, at)
 	if err != nil {

@@ -261,7 +261,7 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 	}
 	// What is created from now on is created for the guest, with the mode that it asks for.
 	unix.Umask(0)
-	if err := w.confine(p.registry, caps, tree, opener.marks); err != nil {
+	if _, err := w.confine(p.registry, caps, tree, opener.marks); err != nil {
 		return errors.Join(err, srv.Close())
 	}
 

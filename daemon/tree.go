@@ -55,7 +55,10 @@ type opener struct {
 	share    config.Share
 	procFD   int
 	marks    *seccomp.Marks
-	log      *slog.Logger
+	// noFileHandles keeps passthrough from finding out itself whether it may use them.
+	noFileHandles bool
+
+	log *slog.Logger
 
 	tree   tree
 	grafts []share.Graft
@@ -174,6 +177,7 @@ func (o *opener) openStock(g *share.Graft, m *bundle.Mount, p place) (err error)
 	o.tree.writes = o.tree.writes || !m.ReadOnly
 	g.Backend, err = passthrough.New(passthrough.Config{
 		Dir: p.dir(m), DirFD: p.fd, MaxFDs: o.share.MaxFDs, MaxInodes: o.share.MaxInodes, ProcFD: o.procFD, Log: o.log,
+		NoFileHandles: o.noFileHandles,
 	})
 	return err
 }

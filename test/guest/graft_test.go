@@ -274,7 +274,7 @@ func TestGraft(t *testing.T) {
 		if got := held.end(); got != "written by the guest" {
 			t.Errorf("what was open before the host replaced it reads %q", got)
 		}
-		m.says(noEntry, "rm -f /mnt/never; cat /mnt/etc/next 2>&1 | sed 's/.*: //'")
+		m.denies(noEntry, "cat /mnt/etc/next")
 	})
 }
 
@@ -323,7 +323,7 @@ func TestGraftsApart(t *testing.T) {
 			t.Errorf("cache %s: inode numbers are %v, want the host's, which are the same", cache, inodes)
 		}
 		m.sh(`cd /mnt/%s
-			for i in $(seq 20); do
+			for i in $(seq 5); do
 				for d in one two outer outer/inner; do
 					( cd $d/sub; ls -la . .. >/dev/null; cat ../file >/dev/null; touch new; rm new; [ "$(pwd)" = /mnt/%[1]s/$d/sub ] )
 				done
@@ -331,7 +331,7 @@ func TestGraftsApart(t *testing.T) {
 				[ $(cat /tmp/found) = 4 ]
 			done`, cache)
 	}
-	m.sh("umount /mnt/never/outer/inner 2>/dev/null || true; cat /mnt/never/outer/inner/file")
+	m.says("outer/inner", "umount /mnt/never/outer/inner; cat /mnt/never/outer/inner/file") // it is mounted again
 }
 
 // TestRemovedGraft removes a graft in which the guest reads a file, and has its working directory (C6).

@@ -55,7 +55,7 @@ func (s *steered) on(tags ...string) *machine {
 	return m
 }
 
-// share is how the daemon has a share now.
+// shareNow is a share as the daemon has it now.
 func (s *steered) shareNow(tag string) api.Share {
 	s.t.Helper()
 	shares, err := s.c.Shares(s.ctx)
@@ -122,16 +122,19 @@ func TestManyShares(t *testing.T) {
 	if got := reading["c"].end(); strings.Contains(got, "\n") || !strings.HasSuffix(got, " read") {
 		t.Errorf("while the others came and went, a guest's reads ended as %q", got)
 	}
-	ctx, cancel := context.WithTimeout(m.ctx, 5*time.Second)
-	defer cancel()
-	r, err := guests["b"].guest.Run(ctx, testguest.Command{Args: []string{"sh", "-c", "cat /mnt/b/name; ls /mnt/b; umount -l /mnt/b"}})
-	t.Logf("%+v %v", r, err)
+	for _, use := range []string{"cat /mnt/b/file", "ls /mnt/b", "echo x >/mnt/b/new"} {
+		guests["b"].denies("Transport endpoint is not connected", use)
+	}
+	guests["b"].guest.Close() // what was in its queue then, nobody answers
+	<-reading["b"].ended
 	// And there again.
 	_, err = m.c.AddShare(m.ctx, api.ShareSpec{Tag: "b", Grafts: []api.GraftSpec{{Path: "/", Source: filepath.Join(m.scratch, "d")}}})
 	m.check(err)
 	m.on("b").says("d", "cat /mnt/b/name")
-	if _, err := os.Lstat(fmt.Sprint("/proc/", m.daemon.Server())); err != nil {
-		t.Error(err)
+	select {
+	case <-m.daemon.Exited():
+		t.Error("the daemon has ended")
+	default:
 	}
 }
 
@@ -170,13 +173,13 @@ func TestManyGrafts(t *testing.T) {
 	t.Logf("the guest has listed them in %v", time.Since(begin))
 	g.sh("ls /mnt/one/g/500")
 	begin = time.Now()
-	if got := g.sh("cd /mnt/many/g; for i in $(seq 0 %d); do cat $i/file; done", n-1); got+"\n" != want.String() {
+	if got := g.sh("cd /mnt/many/g; for i in $(seq 0 %d); do read -r line <$i/file; echo $line; done", n-1); got+"\n" != want.String() {
 		t.Errorf("the guest reads %d lines, not what is in the grafts", strings.Count(got, "\n")+1)
 	}
 	t.Logf("and read a file in each in %v", time.Since(begin))
 	g.says(fmt.Sprint(n), "find /mnt/many -type f | wc -l")
 	g.says(fmt.Sprint(n), "grep -c ' /mnt/many/g/' /proc/self/mountinfo")
-	times := strings.Fields(g.sh("guestprog timestat %d /mnt/one/g/500/file /mnt/many/g/500/file", size{3000, 50_000}.n()))
+	times := strings.Fields(g.sh("guestprog timestat %d /mnt/one/g/500/file /mnt/many/g/500/file", size{1000, 50_000}.n()))
 	t.Logf("a stat takes %s ns with one graft, %s ns with %d", times[0], times[1], n)
 	begin = time.Now()
 	for i := range n {
@@ -285,7 +288,6 @@ func TestKilled(t *testing.T) {
 		}
 		slowest = max(slowest, time.Since(begin))
 		if time.Since(begin) > time.Second {
-			t.Logf("SLOW %d %v %s", i, time.Since(begin), m.daemon.Log())
 		}
 		operators.Wait()
 		if guest {
@@ -296,12 +298,15 @@ func TestKilled(t *testing.T) {
 		}
 	}
 	t.Logf("%d times both processes were gone, within %v at most", 2*rounds, slowest)
+	if slowest > 4*time.Second {
+		t.Errorf("it took %v until both processes were gone: something was waited for", slowest)
+	}
 	m.startSteered(testguest.DaemonConfig{Program: program, Share: m.share})
 	m.check(unix.Kill(m.daemon.PID(), unix.SIGTERM))
 	m.check(m.daemon.Wait(m.ctx))
 	entries, err := os.ReadDir(m.scratch)
 	m.check(err)
-	for _, e := range entries {
+	for _, e := range entries { // uml is the guest's
 		if !slices.Contains([]string{"dir", "share", "uml"}, e.Name()) {
 			t.Errorf("%s is left behind", e.Name())
 		}

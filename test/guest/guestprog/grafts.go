@@ -89,6 +89,10 @@ func frozen(dir, say, hear string) error {
 		return err
 	}
 	defer at.Close()
+	owner, err := lstat(held.Name())
+	if err != nil {
+		return err
+	}
 	memory, err := unix.Mmap(int(held.Fd()), 0, 6, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		return err
@@ -113,7 +117,7 @@ func frozen(dir, say, hear string) error {
 			return err
 		}},
 		{"chmod", func() error { return unix.Fchmod(fd, 0o600) }},
-		{"chown", func() error { return unix.Fchown(fd, os.Getuid(), os.Getgid()) }},
+		{"chown", func() error { return unix.Fchown(fd, int(owner.Uid), int(owner.Gid)) }},
 		{"set times", func() error { return unix.Futimes(fd, []unix.Timeval{{Sec: 1}, {Sec: 1}}) }},
 		{"set xattr", func() error { return unix.Fsetxattr(fd, "user.b", []byte("1"), 0) }},
 		{"remove xattr", func() error { return unix.Fremovexattr(fd, "user.b") }},
