@@ -15,8 +15,10 @@ import (
 )
 
 const (
-	// keptEvents is how many events of a share can be asked for again.
-	keptEvents = 1 << 16
+	// keptEvents and keptBytes are how many events of a share, and bytes in their paths, can be asked for again, and half as many
+	// more at times. The server can have more than that replayed, so that nobody is sent what it has forgotten.
+	keptEvents = 1 << 13
+	keptBytes  = 2 << 20
 	// pendingEvents is how many may wait to be published before a watch has to gather its own, and how many are published at a time.
 	pendingEvents = 1 << 8
 )
@@ -34,13 +36,17 @@ type eventLog struct {
 	token   string         // "" until something is watched
 	pending chan api.Event // nil until then
 	ended   chan struct{}  // nil until then; closed when nothing is published any more
+	watched []string       // where in the share rescans look
 	events  []api.Event    // the last ones, in order
+	bytes   int            // in their paths
 	last    uint64         // ID of the last one that there was
 	changed chan struct{}  // closed when there are more
 }
 
 func newEventLog(announce func([]api.Event) error, log *slog.Logger) *eventLog {
 	l := &eventLog{announce: announce, log: log, changed: make(chan struct{})}
+	// The clock, so that an ID that another daemon has given is never taken for one of these.
+	l.last = uint64(time.Now().UnixMicro())
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	return l
 }
@@ -112,23 +118,37 @@ func (l *eventLog) publishBatch(batch []api.Event) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.last += uint64(len(batch))
+	for _, e := range batch {
+		l.bytes += len(e.Path) + len(e.To)
+	}
 	l.events = append(l.events, batch...)
-	if n := len(l.events); n > 2*keptEvents {
-		l.events = slices.Clone(l.events[n-keptEvents:]) // followers may still read the old ones
+	if len(l.events) > keptEvents*3/2 || l.bytes > keptBytes*3/2 {
+		n := 0
+		for ; len(l.events)-n > keptEvents || l.bytes > keptBytes; n++ {
+			l.bytes -= len(l.events[n].Path) + len(l.events[n].To)
+		}
+		l.events = slices.Clone(l.events[n:]) // followers may still read the old ones, which then go
 	}
 	l.wakeLocked()
 }
 
 // after returns the token, the events after the one with ID since, and what is closed when there is more. Where some of them are not
-// kept any more, or never were, because since is another daemon's, a rescan of everything stands for them all.
+// kept any more, or never were, because since is another daemon's, rescans of all that is watched stand for them.
 func (l *eventLog) after(since uint64) (token string, events []api.Event, more <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	first := l.last - uint64(len(l.events)) // ID of the one before the first kept
-	if since < first || since > l.last {
-		return l.token, []api.Event{{ID: l.last, Time: time.Now(), Kind: api.EventRescan, Path: "/", Dir: true}}, l.changed
+	if since >= first && since <= l.last {
+		return l.token, l.events[since-first:], l.changed
 	}
-	return l.token, l.events[since-first:], l.changed
+	for _, dir := range l.watched {
+		events = append(events, api.Event{ID: since, Time: time.Now(), Kind: api.EventRescan, Path: dir, Dir: true})
+	}
+	if events == nil {
+		events = []api.Event{{Time: time.Now(), Kind: api.EventRescan, Path: "/", Dir: true}}
+	}
+	events[len(events)-1].ID = l.last // who has not seen this one has to see all of them
+	return l.token, events, l.changed
 }
 
 // follow is control.Daemon's Events. There is a second hello if the token comes late.
@@ -143,7 +163,7 @@ func (l *eventLog) follow(ctx context.Context, since uint64, send func(api.Event
 		token, events, more := l.after(since)
 		if !greeted || told != token {
 			greeted, told = true, token
-			if err := send(api.Event{Kind: api.EventHello, Time: time.Now(), Token: token}); err != nil {
+			if err := send(api.Event{ID: since, Kind: api.EventHello, Time: time.Now(), Token: token}); err != nil {
 				return err
 			}
 		}
@@ -177,8 +197,20 @@ func (l *eventLog) close() {
 	}
 }
 
+// setWatched says whether what is at path is told of.
+func (l *eventLog) setWatched(path string, watched bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.watched = slices.DeleteFunc(l.watched, func(p string) bool { return p == path })
+	if watched {
+		l.watched = append(l.watched, path)
+	}
+}
+
 // watching is the watch of one graft. nil is none.
 type watching struct {
+	events  *eventLog
+	path    string // of the graft
 	watcher *watch.Watcher
 	log     *slog.Logger
 	emit    func(context.Context, watch.Event)
@@ -208,10 +240,18 @@ func watchGraft(o *graftOrder, l *eventLog, log *slog.Logger) (*watching, error)
 		}
 		return path.Join(spec.Path, p)
 	}
+	there := true // the single file
 	emit := func(ctx context.Context, e watch.Event) {
+		if file != "" && e.Kind == watch.Create && there {
+			// Another one by that name: who watches the one that was there has to hear that it is gone.
+			l.add(ctx, api.Event{Time: time.Now(), Kind: api.EventDelete, Path: spec.Path})
+		}
+		if e.Kind == watch.Create || e.Kind == watch.Delete {
+			there = e.Kind == watch.Create
+		}
 		l.add(ctx, api.Event{Time: time.Now(), Kind: eventKinds[e.Kind], Path: place(e.Path), To: place(e.To), Dir: e.Dir})
 	}
-	return &watching{watcher: watcher, log: log, emit: emit}, nil
+	return &watching{events: l, path: spec.Path, watcher: watcher, log: log, emit: emit}, nil
 }
 
 // start has the log be told.
@@ -221,6 +261,7 @@ func (w *watching) start() {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	w.stop, w.done = cancel, make(chan struct{})
+	w.events.setWatched(w.path, true)
 	go func() {
 		defer close(w.done)
 		if err := w.watcher.Run(ctx, func(e watch.Event) { w.emit(ctx, e) }); err != nil && ctx.Err() == nil {
@@ -237,6 +278,7 @@ func (w *watching) close() error {
 	if w.stop != nil {
 		w.stop()
 		<-w.done
+		w.events.setWatched(w.path, false)
 	}
 	return w.watcher.Close()
 }

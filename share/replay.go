@@ -32,7 +32,7 @@ const (
 
 // ReplayEvent is a change that the host has made and that a helper in the guest is to have its kernel notice.
 type ReplayEvent struct {
-	// ID is 1 and up and rises by 1.
+	// ID is not 0 and not RescanID, and rises by 1.
 	ID   uint64
 	Kind ReplayKind
 	// Path and, of a rename, To are where in the share; both are clean and absolute.
@@ -56,6 +56,9 @@ const (
 // ReplayPrefix begins the reserved names: the token, "-" and an event's ID in decimal follow, and "-to" in the directory that a
 // rename leads to. ID 0 disarms.
 const ReplayPrefix = ".sluice-replay-"
+
+// RescanID stands for an event of kind ReplayRescan that is always known: it harms nobody to look again.
+const RescanID = 1<<64 - 1
 
 const (
 	tokenSize = 32 // hex digits
@@ -230,6 +233,9 @@ func (r *replay) arm(pid uint32, parent, id uint64, to bool) Errno {
 		return ReplayArmed
 	}
 	e, ok := r.event(id)
+	if id == RescanID {
+		e, ok = ReplayEvent{ID: id, Kind: ReplayRescan, Path: "/", Dir: true}, true
+	}
 	if !ok {
 		r.disarm(pid)
 		return ReplayUnknown

@@ -30,6 +30,8 @@ Makes inotify in this guest fire for what the host changes in a share.
                        stdin          standard input, without a request: a line of JSON for each event
   --tag TAG          the share; without, what is mounted at DIR
   --close-write      have a change of a file fire IN_OPEN and IN_CLOSE_WRITE, too
+  --state FILE       remember there which event was the last, for the agent that is started after this one; best where
+                       nothing outlives the guest's boot, as /run
   --once             end with the stream, and do not connect again
   --version          say which version this is
   --help             say this
@@ -45,8 +47,8 @@ const (
 )
 
 type options struct {
-	mount, connect, tag string
-	closeWrite, once    bool
+	mount, connect, tag, state string
+	closeWrite, once           bool
 }
 
 func main() {
@@ -62,6 +64,7 @@ func run(args []string, stdin, stdout *os.File, stderr io.Writer) int {
 	flags.StringVar(&o.mount, "mount", "", "")
 	flags.StringVar(&o.connect, "connect", "", "")
 	flags.StringVar(&o.tag, "tag", "", "")
+	flags.StringVar(&o.state, "state", "", "")
 	flags.BoolVar(&o.closeWrite, "close-write", false, "")
 	flags.BoolVar(&o.once, "once", false, "")
 	version := flags.Bool("version", false, "")
@@ -115,8 +118,10 @@ type agent struct {
 	log   *limited
 
 	r      *replayer
+	saved  *state    // nil without --state
 	last   uint64    // ID of the last event
 	at     time.Time // its time, by the host's clock
+	behind bool      // the server has forgotten some since
 	counts struct{ replayed, skipped, failed uint64 }
 }
 
@@ -137,6 +142,13 @@ func (a *agent) run() error {
 		}
 	}
 	a.r = &replayer{root: root, closeWrite: a.closeWrite}
+	if a.state != "" {
+		if a.saved, err = openState(a.state); err != nil {
+			return err
+		}
+		defer a.saved.close()
+		a.last, a.at = a.saved.load()
+	}
 	address, err := parseAddress(a.connect)
 	if err != nil {
 		return err
@@ -189,7 +201,23 @@ func (a *agent) follow(address address) error {
 		if err := a.event(&e); err != nil {
 			return err
 		}
+		if s.idle() {
+			a.catchUp()
+		}
 	}
+}
+
+// catchUp makes up for what the server has forgotten, once there is something that it remembers, or nothing more.
+func (a *agent) catchUp() {
+	if !a.behind {
+		return
+	}
+	a.behind = false
+	a.log.printf("too far behind: looking at everything again")
+	if err := a.r.replay(&api.Event{Kind: api.EventRescan, Path: "/", Dir: true}); err != nil {
+		a.log.printf("look at everything again: %v", err)
+	}
+	a.save()
 }
 
 // event replays one event. Only what makes the rest of the stream useless is an error.
@@ -200,8 +228,8 @@ func (a *agent) event(e *api.Event) error {
 			return errors.New("read events: the first has no token of 32 hexadecimal digits: is replay enabled for the share?")
 		}
 		a.r.token = e.Token
-		if a.at.IsZero() {
-			a.at = e.Time
+		if a.last == 0 {
+			a.reached(e)
 		}
 		return nil
 	case api.EventLimit:
@@ -211,10 +239,15 @@ func (a *agent) event(e *api.Event) error {
 	if a.r.token == "" {
 		return errors.New("read events: the first is not hello")
 	}
-	a.r.since = a.at
+	if !a.behind {
+		a.r.since = a.at
+	}
 	err := a.r.replay(e)
-	a.last, a.at = e.ID, e.Time
+	a.behind = a.behind || errors.Is(err, errUnknown)
+	a.reached(e)
 	switch {
+	case errors.Is(err, errUnknown):
+		a.counts.skipped++
 	case err == nil:
 		a.counts.replayed++
 	case errors.Is(err, errSkip):
@@ -224,6 +257,22 @@ func (a *agent) event(e *api.Event) error {
 		a.log.printf("replay %s of %s: %v", e.Kind, e.Path, err)
 	}
 	return nil
+}
+
+// reached notes that e is dealt with.
+func (a *agent) reached(e *api.Event) {
+	a.last, a.at = e.ID, e.Time
+	a.save()
+}
+
+// save is for the next agent, which has to look at everything again if this one had to, and did not come to it.
+func (a *agent) save() {
+	if a.saved == nil || a.behind {
+		return
+	}
+	if err := a.saved.store(a.last, a.at); err != nil {
+		a.log.printf("%v", err)
+	}
 }
 
 // limited is a log that nobody can fill: so many lines in so long.

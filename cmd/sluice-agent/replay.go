@@ -23,8 +23,11 @@ const (
 	refused = unix.ECANCELED
 )
 
-// errSkip is an event that there is nothing to replay for any more.
-var errSkip = errors.New("skipped")
+// errSkip is an event that there is nothing to replay for any more, and errUnknown one that the server has forgotten.
+var (
+	errSkip    = errors.New("skipped")
+	errUnknown = errors.New("the server remembers the event no more")
+)
 
 // replayer makes events happen in the guest.
 type replayer struct {
@@ -205,7 +208,7 @@ func (r *replayer) arm(dir int, id uint64, suffix string) error {
 	case err == armed:
 		return nil
 	case err == unknown:
-		return fmt.Errorf("%w: the server remembers the event no more", errSkip)
+		return errUnknown
 	case err == unix.ENOENT:
 		return errors.New("the server does not know the token: is the share of these events mounted there?")
 	case err == nil:

@@ -22,8 +22,10 @@ const (
 	maxDirs = 1 << 16
 	// The server answers an armed event for 30 s.
 	armEvery = 5 * time.Second
-	// slack is how much later than a file's own time an event's can be.
-	slack = 2 * time.Second
+	// slack is how much later than a file's own time an event's can be: it may have waited for others to be sent.
+	slack = 10 * time.Second
+	// rescanID arms a rescan, whatever event causes it (share.RescanID).
+	rescanID = 1<<64 - 1
 )
 
 // rescan tells of all files at and below e.Path that have changed since the event before e: what has happened to them is not
@@ -35,7 +37,10 @@ func (r *replayer) rescan(e *api.Event) error {
 	for len(dirs) > 0 {
 		dir := dirs[len(dirs)-1]
 		dirs = dirs[:len(dirs)-1]
-		below, err := r.rescanDir(e, dir, &told, &walked)
+		below, err := r.rescanDir(dir, &told, &walked)
+		if errors.Is(err, unix.ENOTDIR) && dir == e.Path {
+			err = r.rescanFile(dir, &told) // a graft of a single file
+		}
 		if errors.Is(err, errSkip) {
 			continue // it is gone again
 		}
@@ -50,14 +55,14 @@ func (r *replayer) rescan(e *api.Event) error {
 }
 
 // rescanDir tells of one directory and returns those in it.
-func (r *replayer) rescanDir(e *api.Event, dir string, told, walked *int) (below []string, err error) {
+func (r *replayer) rescanDir(dir string, told, walked *int) (below []string, err error) {
 	fd, err := r.openAt(dir, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		return nil, gone(err)
 	}
 	list := os.NewFile(uintptr(fd), dir)
 	defer list.Close()
-	if err := r.arm(fd, e.ID, ""); err != nil {
+	if err := r.arm(fd, rescanID, ""); err != nil {
 		return nil, err
 	}
 	defer r.disarm(fd)
@@ -69,7 +74,7 @@ func (r *replayer) rescanDir(e *api.Event, dir string, told, walked *int) (below
 				return below, nil
 			}
 			if time.Since(begun) >= armEvery {
-				if err := r.arm(fd, e.ID, ""); err != nil {
+				if err := r.arm(fd, rescanID, ""); err != nil {
 					return nil, err
 				}
 				begun = time.Now()
@@ -88,6 +93,21 @@ func (r *replayer) rescanDir(e *api.Event, dir string, told, walked *int) (below
 			return below, err
 		}
 	}
+}
+
+// rescanFile tells of what is no directory.
+func (r *replayer) rescanFile(name string, told *int) error {
+	dir, err := r.openDir(path.Dir(name))
+	if err != nil {
+		return gone(err)
+	}
+	defer unix.Close(dir)
+	if err := r.arm(dir, rescanID, ""); err != nil {
+		return err
+	}
+	defer r.disarm(dir)
+	_, err = r.refresh(dir, path.Base(name), told)
+	return gone(err)
 }
 
 // refresh tells of one file, if it has changed.

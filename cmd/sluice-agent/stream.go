@@ -139,6 +139,9 @@ func (s *stream) head() error {
 	return fmt.Errorf("ask for events: %w (%s)", &said, said.Code)
 }
 
+// idle says that nothing more has come yet.
+func (s *stream) idle() bool { return s.r.Buffered() == 0 }
+
 // next returns the next event; empty lines only keep the connection open. At the end it is io.EOF.
 func (s *stream) next() (e api.Event, err error) {
 	for {

@@ -17,7 +17,8 @@ const (
 
 // Event is a change that the host has made in a watched graft. Events of a share are in order, and later than what they tell.
 type Event struct {
-	ID   uint64    `json:"id"` // 1 and up, rising by 1 in each share; 0 for EventHello
+	// ID rises by 1 in each share, and no two runs of the daemon give the same. That of EventHello is of the event before the first to come.
+	ID   uint64    `json:"id"`
 	Time time.Time `json:"time"`
 	Kind string    `json:"kind"`
 	// Path and To are paths in the share, that of the graft included.
