@@ -88,7 +88,7 @@ func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuse
 	}
 	p.leave(c, &in.InHeader, &v)
 	in.Fh, in.Owner, in.Mode = fh, owner, mode
-	return p.attrs(in.NodeId, out, s.known(errno, unix.EPERM))
+	return s.replay.Load().ownAttr(in.NodeId, out, p.attrs(in.NodeId, out, s.known(errno, unix.EPERM)))
 }
 
 // setattr is the backend's; only what changes the size is metered.

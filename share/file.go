@@ -39,6 +39,9 @@ func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.
 	if errno = s.handle(p, &out.Fh, errno); errno == fsbackend.OK {
 		p.opened(in.NodeId & numberMask)
 		policy.open(out, fsbackend.CachePolicy.FileFlags)
+		if in.Flags&unix.O_TRUNC != 0 {
+			s.replay.Load().ownChanged(c, in.NodeId, errno)
+		}
 	}
 	return errno
 }
@@ -134,7 +137,7 @@ func (s *Share) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsback
 	if errno == unix.ENOSYS && !s.alone {
 		return s.make(c, in, name, out)
 	}
-	return s.created(p, out, errno)
+	return s.replay.Load().ownMade(in.NodeId, name, &out.EntryOut, s.created(p, out, errno))
 }
 
 // created makes the guest's numbers of those that a call has answered errno with.
@@ -309,7 +312,7 @@ func (s *Share) Write(c *fsbackend.Context, in *fuseproto.WriteIn, src *fsbacken
 		return errno
 	})
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
-	return n, s.known(errno, unix.EINVAL)
+	return n, s.replay.Load().ownChanged(c, in.NodeId, s.known(errno, unix.EINVAL))
 }
 
 // Flush implements fsbackend.Flusher.
@@ -421,7 +424,7 @@ func (s *Share) Fallocate(c *fsbackend.Context, in *fuseproto.FallocateIn) Errno
 		return growth(a, in.Offset, in.Length)
 	}, func() Errno { return p.Fallocate(c, in) })
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
-	return s.known(errno, unix.EOPNOTSUPP)
+	return s.replay.Load().ownChanged(c, in.NodeId, s.known(errno, unix.EOPNOTSUPP))
 }
 
 // Lseek implements fsbackend.Lseeker.
@@ -505,7 +508,7 @@ func (s *Share) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeI
 	})
 	p.leave(c, &in.InHeader, &v)
 	in.FhIn, in.NodeIdOut, in.FhOut = fhIn, node, fhOut
-	return n, s.known(errno, unix.EOPNOTSUPP)
+	return n, s.replay.Load().ownChanged(c, in.NodeIdOut, s.known(errno, unix.EOPNOTSUPP))
 }
 
 // Ioctl implements fsbackend.Ioctler. On a read-only part only those go that are declared to return something and take

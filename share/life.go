@@ -251,9 +251,13 @@ func (s *Share) bury(b *burial) {
 
 // Forget implements fsbackend.Backend.
 func (s *Share) Forget(node, n uint64) {
-	if n = s.replay.Load().forget(node, n); n == 0 {
-		return
+	if n = s.replay.Load().forget(node, n); n > 0 {
+		s.forget(node, n)
 	}
+}
+
+// forget is Forget of what a lookUp of the share's own, of which the guest has not heard, has counted.
+func (s *Share) forget(node, n uint64) {
 	index, number := node>>indexShift, node&numberMask
 	p := s.parts.get(index)
 	if p == nil || !p.enterCall() {

@@ -50,7 +50,7 @@ func (s *Share) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbacken
 	errno = p.create(c, in.NodeId, name, 0, out, func() Errno { return p.Mknod(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
 	in.Mode = mode
-	return s.entry(p, out, s.known(errno, unix.EPERM))
+	return s.replay.Load().ownMade(in.NodeId, name, out, s.entry(p, out, s.known(errno, unix.EPERM)))
 }
 
 // Mkdir implements fsbackend.Maker.
@@ -70,7 +70,7 @@ func (s *Share) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbacken
 	p.enter(c, &in.InHeader, &v)
 	errno = p.create(c, in.NodeId, name, 0, out, func() Errno { return p.Mkdir(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
-	return s.entry(p, out, s.known(errno, unix.EPERM))
+	return s.replay.Load().ownMade(in.NodeId, name, out, s.entry(p, out, s.known(errno, unix.EPERM)))
 }
 
 // Symlink implements fsbackend.Maker.
@@ -90,7 +90,7 @@ func (s *Share) Symlink(c *fsbackend.Context, parent uint64, name, target fsback
 	p.enterNode(c, &v)
 	errno = p.create(c, parent&numberMask, name, blockSize, out, func() Errno { return p.Symlink(c, parent&numberMask, name, target, out) })
 	p.leaveNode(c, &v)
-	return s.entry(p, out, s.known(errno, unix.EPERM))
+	return s.replay.Load().ownMade(parent, name, out, s.entry(p, out, s.known(errno, unix.EPERM)))
 }
 
 // Link implements fsbackend.Linker.
@@ -119,7 +119,7 @@ func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.
 	errno = p.link(c, in.Oldnodeid, func() Errno { return p.Link(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
 	in.Oldnodeid = old
-	return s.entry(p, out, s.known(errno, unix.EPERM))
+	return s.replay.Load().ownMade(in.NodeId, name, out, s.entry(p, out, s.known(errno, unix.EPERM)))
 }
 
 // removeFrom returns the part of the directory that name is to be removed from; part.doneChange ends the call.
@@ -153,7 +153,7 @@ func (s *Share) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name)
 	p.enterNode(c, &v)
 	errno = p.unlink(c, parent&numberMask, name, func() Errno { return p.Unlink(c, parent&numberMask, name) })
 	p.leaveNode(c, &v)
-	return s.known(errno, unix.EPERM)
+	return s.replay.Load().ownRemoved(parent, name, s.known(errno, unix.EPERM))
 }
 
 // Rmdir implements fsbackend.Remover.
@@ -170,7 +170,7 @@ func (s *Share) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) 
 	p.enterNode(c, &v)
 	errno = p.unlink(c, parent&numberMask, name, func() Errno { return p.Rmdir(c, parent&numberMask, name) })
 	p.leaveNode(c, &v)
-	return s.known(errno, unix.EPERM)
+	return s.replay.Load().ownRemoved(parent, name, s.known(errno, unix.EPERM))
 }
 
 // rename is the backend's; it may be the end of what newName was, and makes a file of its own with RENAME_WHITEOUT.
@@ -238,6 +238,7 @@ func (s *Share) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, n
 	errno = p.rename(c, in, oldName, newName)
 	p.leave(c, &in.InHeader, &v)
 	in.Newdir = newdir
+	s.replay.Load().ownMoved(c, in, oldName, newName, errno)
 	if in.Flags != 0 {
 		return s.known(errno, unix.EINVAL) // as Linux makes of ENOSYS (fs/fuse/dir.c, fuse_rename2)
 	}

@@ -48,6 +48,8 @@ const (
 	ReplayArmed = unix.EINPROGRESS
 	// ReplayUnknown says that the event is not known, or no longer.
 	ReplayUnknown = unix.ENODATA
+	// ReplayOwn says that the event tells of nothing but what this guest has done itself, of which its kernel has told already.
+	ReplayOwn = unix.EALREADY
 	// ReplayRefused is the answer to a caller with an event armed that asks for a change which is not that event's. The change is
 	// not made.
 	ReplayRefused = unix.ECANCELED
@@ -99,6 +101,7 @@ type replay struct {
 	nodes  map[uint64]*nodeKnown
 	// owed counts lookups that replays have answered with a node of a backend that has not counted them.
 	owed map[uint64]uint64
+	own  own
 }
 
 // armed is the event that a caller has armed.
@@ -147,6 +150,7 @@ func (s *Share) EnableReplay() (token string) {
 	r := &replay{
 		share: s, token: hex.EncodeToString(random[:]),
 		armed: make(map[uint32]*armed), names: make(map[entryKey]*entryKnown), nodes: make(map[uint64]*nodeKnown), owed: make(map[uint64]uint64),
+		own: newOwn(),
 	}
 	s.replay.CompareAndSwap(nil, r)
 	return s.replay.Load().token
@@ -173,8 +177,18 @@ func (s *Share) Announce(e ReplayEvent) {
 	}
 }
 
+// known is event, without r.mu.
+func (r *replay) known(id uint64) (ReplayEvent, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.event(id)
+}
+
 // event finds an event. r.mu is held.
 func (r *replay) event(id uint64) (ReplayEvent, bool) {
+	if id == RescanID {
+		return ReplayEvent{ID: id, Kind: ReplayRescan, Path: "/", Dir: true}, true
+	}
 	if len(r.events) == 0 || id < r.events[0].ID || id-r.events[0].ID >= uint64(len(r.events)) {
 		return ReplayEvent{}, false
 	}
@@ -192,6 +206,7 @@ func (r *replay) reset() {
 	clear(r.names)
 	clear(r.nodes)
 	clear(r.owed)
+	r.own = newOwn()
 	r.armedCount.Store(0)
 	r.owedCount.Store(0)
 }
@@ -212,7 +227,11 @@ func (r *replay) reserved(name fsbackend.Name) (id uint64, to, ok bool) {
 }
 
 // arm arms the event id for a caller that has looked the reserved name up in the directory parent.
-func (r *replay) arm(pid uint32, parent, id uint64, to bool) Errno {
+func (r *replay) arm(c *fsbackend.Context, parent, id uint64, to bool) Errno {
+	pid := c.Caller.Pid
+	if e, ok := r.known(id); ok && !to && pid != 0 && r.isOwn(c, &e, place{parent, path.Base(e.Path)}) {
+		return ReplayOwn
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	a := r.armed[pid]
@@ -230,12 +249,13 @@ func (r *replay) arm(pid uint32, parent, id uint64, to bool) Errno {
 		return unix.EXDEV
 	case to:
 		a.to = place{parent, path.Base(a.event.To)}
+		if r.own.of(entryKey(a.from)).to == entryKey(a.to) {
+			r.disarm(pid)
+			return ReplayOwn
+		}
 		return ReplayArmed
 	}
 	e, ok := r.event(id)
-	if id == RescanID {
-		e, ok = ReplayEvent{ID: id, Kind: ReplayRescan, Path: "/", Dir: true}, true
-	}
 	if !ok {
 		r.disarm(pid)
 		return ReplayUnknown
@@ -393,6 +413,9 @@ func (r *replay) knows(p place, not uint64) (identity, bool) {
 func (r *replay) moved(from, to place) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	// The guest's kernel takes the names for what the event says: whatever is there now has to be told of.
+	delete(r.own.names, entryKey(from))
+	delete(r.own.names, entryKey(to))
 	known := r.names[entryKey(from)]
 	delete(r.names, entryKey(from))
 	if known == nil || to.parent == 0 {
@@ -407,7 +430,7 @@ func (r *replay) moved(from, to place) {
 // lookup is LOOKUP.
 func (r *replay) lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
 	if id, to, ok := r.reserved(name); ok {
-		return r.arm(c.Caller.Pid, parent, id, to)
+		return r.arm(c, parent, id, to)
 	}
 	if a, ok := r.of(c); ok {
 		switch {
@@ -425,6 +448,7 @@ func (r *replay) lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name
 	errno := r.share.lookUp(c, parent, name, out)
 	if errno == fsbackend.OK && out.NodeId != 0 {
 		r.learn(parent, name, out)
+		r.notOwn(parent, name, out.NodeId)
 	}
 	return errno
 }
@@ -495,7 +519,7 @@ func (r *replay) lookupReplaced(c *fsbackend.Context, a *armed, out *fuseproto.E
 	}
 	moved := out.NodeId
 	if moved != 0 {
-		r.share.Forget(moved, 1)
+		r.share.forget(moved, 1)
 	}
 	*out = fuseproto.EntryOut{}
 	if i, ok := r.knows(a.to, moved); ok && r.lend(c, i, out) {
@@ -525,11 +549,12 @@ func (r *replay) made(c *fsbackend.Context, a *armed, parent uint64, name fsback
 	case out.NodeId == 0:
 		return unix.ENOENT
 	case out.Mode&unix.S_IFMT != typ&unix.S_IFMT:
-		r.share.Forget(out.NodeId, 1)
+		r.share.forget(out.NodeId, 1)
 		*out = fuseproto.EntryOut{}
 		return ReplayRefused
 	}
 	r.learn(parent, name, out)
+	r.notOwn(parent, name, out.NodeId)
 	r.done(c, a)
 	return fsbackend.OK
 }

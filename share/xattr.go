@@ -78,7 +78,7 @@ func (s *Share) Setxattr(c *fsbackend.Context, in *fuseproto.SetxattrIn, name fs
 		return int64(len(name)+len(value)+2*blockSize-1) &^ (blockSize - 1)
 	}, func() Errno { return p.Setxattr(c, in, name, value) })
 	p.leave(c, &in.InHeader, &v)
-	return s.known(errno, unix.EOPNOTSUPP)
+	return s.replay.Load().ownChanged(c, in.NodeId, s.known(errno, unix.EOPNOTSUPP))
 }
 
 // Removexattr implements fsbackend.XattrWriter.
@@ -98,5 +98,5 @@ func (s *Share) Removexattr(c *fsbackend.Context, node uint64, name fsbackend.Na
 	p.enterNode(c, &v)
 	errno = p.change(c, file{node: node & numberMask}, nothing, func() Errno { return p.Removexattr(c, node&numberMask, name) })
 	p.leaveNode(c, &v)
-	return s.known(errno, unix.EOPNOTSUPP)
+	return s.replay.Load().ownChanged(c, node, s.known(errno, unix.EOPNOTSUPP))
 }

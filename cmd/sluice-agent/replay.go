@@ -20,6 +20,7 @@ import (
 const (
 	armed   = unix.EINPROGRESS
 	unknown = unix.ENODATA
+	own     = unix.EALREADY
 	refused = unix.ECANCELED
 )
 
@@ -209,6 +210,8 @@ func (r *replayer) arm(dir int, id uint64, suffix string) error {
 		return nil
 	case err == unknown:
 		return errUnknown
+	case err == own:
+		return fmt.Errorf("%w: it is what this guest has done itself", errSkip)
 	case err == unix.ENOENT:
 		return errors.New("the server does not know the token: is the share of these events mounted there?")
 	case err == nil:
