@@ -27,8 +27,10 @@ type DaemonConfig struct {
 	Program string
 	Scratch string // a directory for the socket, whose path must be short enough for a Unix socket
 	Share   string // the directory to serve; "" where Args say what is served
-	UID     uint32 // the user, and group, to run as
-	Args    []string
+	// ConfigFile is a file that says what is served, Tag among it, at fs.sock in Scratch; "" where options do.
+	ConfigFile string
+	UID        uint32 // the user, and group, to run as
+	Args       []string
 	// Surroundings names the sandbox and user among Args and UID, should the daemon be traced.
 	Surroundings string
 }
@@ -37,6 +39,9 @@ type DaemonConfig struct {
 func StartDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
 	socket := filepath.Join(cfg.Scratch, "fs.sock")
 	args := []string{"--socket-path", socket, "--tag", Tag}
+	if cfg.ConfigFile != "" {
+		args = []string{"--config", cfg.ConfigFile}
+	}
 	if cfg.Share != "" {
 		args = append(args, "--shared-dir", cfg.Share)
 	}

@@ -211,6 +211,12 @@ func (w *watched) contents(of string) (held []string) {
 func (w *watched) happened() (events []string) {
 	w.t.Helper()
 	w.tell(api.EventModify, "/end", "", false)
+	return w.fired()
+}
+
+// fired returns what has fired up to the end.
+func (w *watched) fired() (events []string) {
+	w.t.Helper()
 	cookies := map[string][]string{}
 	for {
 		number, rest, _ := strings.Cut(w.line(), " ")

@@ -11,6 +11,7 @@
 //	guestprog lock FILE HOW     lock FILE as flock(2) and fcntl(2) do; with HOW "wait" and not "try", when it can be had
 //	guestprog holdlock FILE A B the same, say so on the FIFO A, and end when B says so
 //	guestprog watch FILE X,Y    say what inotify says of X and Y, and what is in FILE then
+//	guestprog model DIR FILE    keep a picture of DIR by inotify alone, and say what it is whenever FILE in it changes
 //	guestprog vsock CID PORT TEXT  connect to a vsock port, write TEXT, print what comes back
 //	guestprog vsockecho PORT    listen on a vsock port and send five bytes back
 //	guestprog hold FILE A B     open FILE with O_DIRECT, say so on the FIFO A, close it when B says so
@@ -66,6 +67,7 @@ func run(args []string) error {
 				return withCount(a[1], func(port int64) error { return vsock(cid, port, a[2]) })
 			})
 		}},
+		"model":     {2, func(a []string) error { return keepModel(a[0], a[1]) }},
 		"vsockecho": {1, func(a []string) error { return withCount(a[0], vsockEcho) }},
 		"hold":      {3, func(a []string) error { return hold(a[0], a[1], a[2]) }},
 	}
