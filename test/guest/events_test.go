@@ -181,18 +181,21 @@ func (e *events) look(script string) string {
 	return out
 }
 
-// await reads what fires until all of want have, in this order, and returns everything.
-func (e *events) await(want ...string) (events []string) {
+// await reads what fires until all of want have, in this order.
+func (e *events) await(want ...string) {
 	e.t.Helper()
 	for len(want) > 0 {
-		f := strings.Fields(e.line())
-		event := strings.Join(slices.Delete(f[:4:4], 2, 3), " ")
-		events = append(events, event)
-		if event == want[0] {
+		if e.next() == want[0] {
 			want = want[1:]
 		}
 	}
-	return events
+}
+
+// next is what fires next: watch, event and name.
+func (e *events) next() string {
+	e.t.Helper()
+	f := strings.Fields(e.line())
+	return strings.Join([]string{f[0], f[1], f[3]}, " ")
 }
 
 // agentSays fails the test if the agent has said anything.
@@ -450,27 +453,11 @@ func TestEventsInterrupted(t *testing.T) {
 	e.check(os.Rename(e.path("created"), e.path("renamed")))
 	start()
 	e.await("0 MODIFY f", "0 MOVED_FROM created", "0 MOVED_TO renamed")
-	// It has missed more than the daemon remembers.
-	kill()
-	for i := range 13_000 {
-		e.check(os.Chmod(e.path("f"), os.FileMode(0o600|i&1)))
-		if i%100 == 0 {
-			e.put("renamed", strconv.Itoa(i))
-		}
-	}
-	e.put("late", "x")
-	start()
-	e.await("0 MODIFY late")
-	if got := e.sh("cat /mnt/g/late"); got != "x" {
-		t.Errorf("the guest reads %q", got)
-	}
-
 	// The kernel's queue of the daemon overflows.
 	e.check(unix.Kill(e.daemon.PID(), unix.SIGSTOP))
-	e.check(os.Remove(e.path("late")))
-	for range 9_000 { // 16,384 is the usual limit of fs.inotify.max_queued_events
-		e.check(os.Rename(e.path("f"), e.path("f~")))
-		e.check(os.Rename(e.path("f~"), e.path("f")))
+	e.check(os.Remove(e.path("renamed")))
+	for range 9_000 { // two events each; 16,384 is the usual limit of fs.inotify.max_queued_events
+		e.put("f", "x")
 	}
 	e.put("lost", "x")
 	e.check(unix.Kill(e.daemon.PID(), unix.SIGCONT))
@@ -480,7 +467,7 @@ func TestEventsInterrupted(t *testing.T) {
 	if len(stats.Events) != 1 || stats.Events[0].Overflows == 0 || stats.Events[0].Rescans == 0 {
 		t.Errorf("after an overflow the daemon counts %+v", stats.Events)
 	}
-	e.sh("[ ! -e /mnt/g/late ]")
+	e.sh("[ ! -e /mnt/g/renamed ]")
 
 	// As an ordinary user of the guest, as far as that user may.
 	kill()
@@ -506,7 +493,8 @@ func TestEventsInterrupted(t *testing.T) {
 // ask sends a request to the daemon over vsock and returns its answer.
 func (e *events) ask(format string, args ...any) string {
 	e.t.Helper()
-	return e.sh("timeout 10 guestprog vsock %d %d '%s'", testguest.VsockHost, eventsPort, fmt.Sprintf(format, args...))
+	// A stream of events has no end.
+	return e.sh("timeout 2 guestprog vsock %d %d '%s' || [ $? -ge 124 ]", testguest.VsockHost, eventsPort, fmt.Sprintf(format, args...))
 }
 
 // TestEventsRemoved removes the share that the agent follows.
