@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -63,6 +64,7 @@ func newTestLog(t *testing.T) (l *eventLog, announced func() []uint64, add func(
 		}
 		return nil
 	}, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	l.last = 0
 	t.Cleanup(func() {
 		l.close()
 		l.close() // does nothing
@@ -118,11 +120,11 @@ func TestEventOrder(t *testing.T) {
 	}
 	// Who comes later, from an event on, gets what comes after it, and with 0 nothing that was before.
 	since := follow(t, l, n-2)
-	since.want(t, api.EventHello, 0)
+	since.want(t, api.EventHello, n-2)
 	since.want(t, api.EventModify, n-1)
 	since.want(t, api.EventModify, n)
 	now := follow(t, l, 0)
-	now.want(t, api.EventHello, 0)
+	now.want(t, api.EventHello, n)
 	add(1)
 	now.want(t, api.EventModify, n+1)
 	since.want(t, api.EventModify, n+1)
@@ -172,9 +174,19 @@ func TestEventsGone(t *testing.T) {
 			}
 		})
 	}
+	l.setWatched("/a", true)
+	l.setWatched("/b", true)
+	l.setWatched("/c", true)
+	l.setWatched("/b", false)
 	f := follow(t, l, 1)
-	f.want(t, api.EventHello, 0)
-	f.want(t, api.EventRescan, n)
+	f.want(t, api.EventHello, 1)
+	// Who is cut off between the two has to see both again.
+	if e := f.want(t, api.EventRescan, 1); e.Path != "/a" {
+		t.Errorf("rescan of %s", e.Path)
+	}
+	if e := f.want(t, api.EventRescan, n); e.Path != "/c" {
+		t.Errorf("rescan of %s", e.Path)
+	}
 	add(1)
 	f.want(t, api.EventModify, n+1) // and goes on from there
 }
@@ -203,11 +215,47 @@ func TestEventsSlow(t *testing.T) {
 func TestAnnounceFails(t *testing.T) {
 	l := newEventLog(func([]api.Event) error { return errors.New("made to fail") }, slog.New(slog.DiscardHandler))
 	defer l.close()
+	l.last = 0
 	l.enable("secret")
 	f := follow(t, l, 0)
 	f.want(t, api.EventHello, 0)
 	l.add(t.Context(), api.Event{Kind: api.EventCreate})
 	f.want(t, api.EventCreate, 1)
+	f.stop()
+	<-f.done
+}
+
+// TestEventsKept keeps no more than the server can replay, however long the paths are, and numbers events as no daemon before did.
+func TestEventsKept(t *testing.T) {
+	before := newEventLog(nil, slog.New(slog.DiscardHandler))
+	defer before.close()
+	l := newEventLog(func([]api.Event) error { return nil }, slog.New(slog.DiscardHandler))
+	defer l.close()
+	if before.last == 0 || l.last < before.last {
+		t.Errorf("IDs begin after %d, and later after %d", before.last, l.last)
+	}
+	l.enable("secret")
+	f := follow(t, l, 0)
+	f.want(t, api.EventHello, l.last)
+	path := strings.Repeat("x", 4096)
+	for range 2 * keptBytes / len(path) {
+		l.add(t.Context(), api.Event{Kind: api.EventModify, Path: path})
+		if e := <-f.sent; e.Kind != api.EventModify {
+			t.Fatalf("%+v", e)
+		}
+		l.mu.Lock()
+		bytes := 0
+		for _, e := range l.events {
+			bytes += len(e.Path)
+		}
+		if bytes > 2*keptBytes || bytes != l.bytes {
+			t.Fatalf("%d bytes of paths are kept, and %d counted", bytes, l.bytes)
+		}
+		l.mu.Unlock()
+	}
+	if len(l.events) == 2*keptBytes/len(path) {
+		t.Error("all events are kept")
+	}
 	f.stop()
 	<-f.done
 }
