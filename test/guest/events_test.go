@@ -435,9 +435,15 @@ func TestEventsCheckout(t *testing.T) {
 	want := files.Sum(e.machine.share, "end")
 	got := ""
 	// A rescan tells of the file that ends it in no order; a change that was lost is never told of.
-	for deadline := time.Now().Add(2 * time.Minute); got != want && time.Now().Before(deadline); {
+	for late := time.After(3 * time.Minute); got != want && late != nil; {
 		e.put("end", "x")
-		got = strings.TrimPrefix(e.line(), "model ")
+		select {
+		case line := <-e.lines:
+			got = strings.TrimPrefix(line, "model ")
+		case <-time.After(10 * time.Second):
+		case <-late:
+			late = nil
+		}
 	}
 	stats, err := e.control.Stats(e.ctx)
 	e.check(err)
