@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -49,16 +50,6 @@ func (f *follower) want(t *testing.T, kind string, id uint64) api.Event {
 	return e
 }
 
-// hello waits for the first event, or the second hello.
-func (f *follower) hello(t *testing.T) api.Event {
-	t.Helper()
-	e := <-f.sent
-	if e.Kind != api.EventHello {
-		t.Fatalf("%+v, expected hello", e)
-	}
-	return e
-}
-
 // newTestLog returns an event log, what it has announced, and a function that adds events and waits until they are published.
 func newTestLog(t *testing.T) (l *eventLog, announced func() []uint64, add func(n int)) {
 	t.Helper()
@@ -73,7 +64,7 @@ func newTestLog(t *testing.T) (l *eventLog, announced func() []uint64, add func(
 		}
 		return nil
 	}, slog.New(slog.NewTextHandler(t.Output(), nil)))
-	l.last = 0 // not the clock, so that IDs are known here
+	l.last = 0
 	t.Cleanup(func() {
 		l.close()
 		l.close() // does nothing
@@ -106,12 +97,12 @@ func newTestLog(t *testing.T) (l *eventLog, announced func() []uint64, add func(
 func TestEventOrder(t *testing.T) {
 	l, announced, add := newTestLog(t)
 	f := follow(t, l, 0)
-	if e := f.hello(t); e.Token != "" {
+	if e := f.want(t, api.EventHello, 0); e.Token != "" {
 		t.Errorf("token %q before anything is watched", e.Token)
 	}
 	l.enable("secret")
 	l.enable("another") // the first holds
-	if e := f.hello(t); e.Token != "secret" {
+	if e := f.want(t, api.EventHello, 0); e.Token != "secret" {
 		t.Errorf("token %q in the second hello", e.Token)
 	}
 	const n = 3 * pendingEvents
@@ -129,13 +120,11 @@ func TestEventOrder(t *testing.T) {
 	}
 	// Who comes later, from an event on, gets what comes after it, and with 0 nothing that was before.
 	since := follow(t, l, n-2)
-	if e := since.hello(t); e.ID != n-2 {
-		t.Errorf("hello has ID %d, expected that of the event before the first to come, %d", e.ID, n-2)
-	}
+	since.want(t, api.EventHello, n-2)
 	since.want(t, api.EventModify, n-1)
 	since.want(t, api.EventModify, n)
 	now := follow(t, l, 0)
-	now.hello(t)
+	now.want(t, api.EventHello, n)
 	add(1)
 	now.want(t, api.EventModify, n+1)
 	since.want(t, api.EventModify, n+1)
@@ -185,9 +174,19 @@ func TestEventsGone(t *testing.T) {
 			}
 		})
 	}
+	l.setWatched("/a", true)
+	l.setWatched("/b", true)
+	l.setWatched("/c", true)
+	l.setWatched("/b", false)
 	f := follow(t, l, 1)
-	f.hello(t)
-	f.want(t, api.EventRescan, n)
+	f.want(t, api.EventHello, 1)
+	// Who is cut off between the two has to see both again.
+	if e := f.want(t, api.EventRescan, 1); e.Path != "/a" {
+		t.Errorf("rescan of %s", e.Path)
+	}
+	if e := f.want(t, api.EventRescan, n); e.Path != "/c" {
+		t.Errorf("rescan of %s", e.Path)
+	}
 	add(1)
 	f.want(t, api.EventModify, n+1) // and goes on from there
 }
@@ -197,25 +196,18 @@ func TestEventsSlow(t *testing.T) {
 	l, _, add := newTestLog(t)
 	l.enable("secret")
 	slow, quick := follow(t, l, 0), follow(t, l, 0)
-	slow.hello(t)
-	quick.hello(t)
+	slow.want(t, api.EventHello, 0)
+	quick.want(t, api.EventHello, 0)
 	add(1)
 	const n = 3 * keptEvents
 	for id := range uint64(n) {
 		quick.want(t, api.EventModify, id+1)
 		add(1)
 	}
-	// It has what it was at, which is no longer kept when it comes back for more.
-	id := uint64(1)
-	for ; id <= n; id++ {
-		if e := <-slow.sent; e.Kind == api.EventRescan {
-			break
-		} else if e.ID != id {
-			t.Fatalf("%+v is out of order", e)
-		}
-	}
-	if id > n {
-		t.Error("it was not told that events are lost")
+	slow.want(t, api.EventModify, 1)
+	// What it was at is no longer kept when it comes back.
+	if e := <-slow.sent; e.Kind != api.EventRescan {
+		t.Errorf("%+v, expected to be told that events are lost", e)
 	}
 }
 
@@ -226,9 +218,44 @@ func TestAnnounceFails(t *testing.T) {
 	l.last = 0
 	l.enable("secret")
 	f := follow(t, l, 0)
-	f.hello(t)
+	f.want(t, api.EventHello, 0)
 	l.add(t.Context(), api.Event{Kind: api.EventCreate})
 	f.want(t, api.EventCreate, 1)
+	f.stop()
+	<-f.done
+}
+
+// TestEventsKept keeps no more than the server can replay, however long the paths are, and numbers events as no daemon before did.
+func TestEventsKept(t *testing.T) {
+	before := newEventLog(nil, slog.New(slog.DiscardHandler))
+	defer before.close()
+	l := newEventLog(func([]api.Event) error { return nil }, slog.New(slog.DiscardHandler))
+	defer l.close()
+	if before.last == 0 || l.last < before.last {
+		t.Errorf("IDs begin after %d, and later after %d", before.last, l.last)
+	}
+	l.enable("secret")
+	f := follow(t, l, 0)
+	f.want(t, api.EventHello, l.last)
+	path := strings.Repeat("x", 4096)
+	for range 2 * keptBytes / len(path) {
+		l.add(t.Context(), api.Event{Kind: api.EventModify, Path: path})
+		if e := <-f.sent; e.Kind != api.EventModify {
+			t.Fatalf("%+v", e)
+		}
+		l.mu.Lock()
+		bytes := 0
+		for _, e := range l.events {
+			bytes += len(e.Path)
+		}
+		if bytes > 2*keptBytes || bytes != l.bytes {
+			t.Fatalf("%d bytes of paths are kept, and %d counted", bytes, l.bytes)
+		}
+		l.mu.Unlock()
+	}
+	if len(l.events) == 2*keptBytes/len(path) {
+		t.Error("all events are kept")
+	}
 	f.stop()
 	<-f.done
 }

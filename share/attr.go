@@ -78,6 +78,11 @@ func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuse
 		}
 		in.Owner.Uid, in.Owner.Gid = uid, gid
 	}
+	r := s.replay.Load()
+	kinds := ownContent
+	if in.Valid&fuseproto.FATTR_SIZE == 0 {
+		kinds = ownAttrs | r.ownBefore(c, in.NodeId)
+	}
 	if in.Valid&fuseproto.FATTR_FH != 0 {
 		in.Fh &= numberMask
 	}
@@ -88,7 +93,7 @@ func (s *Share) Setattr(c *fsbackend.Context, in *fuseproto.SetattrIn, out *fuse
 	}
 	p.leave(c, &in.InHeader, &v)
 	in.Fh, in.Owner, in.Mode = fh, owner, mode
-	return s.replay.Load().ownAttr(in.NodeId, out, p.attrs(in.NodeId, out, s.known(errno, unix.EPERM)))
+	return r.ownChanged(c, in.NodeId, kinds, p.attrs(in.NodeId, out, s.known(errno, unix.EPERM)))
 }
 
 // setattr is the backend's; only what changes the size is metered.

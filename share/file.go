@@ -42,7 +42,7 @@ func (s *Share) Open(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.
 		p.opened(in.NodeId & numberMask)
 		policy.open(out, fsbackend.CachePolicy.FileFlags)
 		if in.Flags&unix.O_TRUNC != 0 {
-			s.replay.Load().ownChanged(c, in.NodeId, errno)
+			s.replay.Load().ownChanged(c, in.NodeId, ownContent, errno)
 		}
 	}
 	return errno
@@ -314,7 +314,7 @@ func (s *Share) Write(c *fsbackend.Context, in *fuseproto.WriteIn, src *fsbacken
 		return errno
 	})
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
-	return n, s.replay.Load().ownChanged(c, in.NodeId, s.known(errno, unix.EINVAL))
+	return n, s.replay.Load().ownChanged(c, in.NodeId, ownContent, s.known(errno, unix.EINVAL))
 }
 
 // Flush implements fsbackend.Flusher.
@@ -429,7 +429,7 @@ func (s *Share) Fallocate(c *fsbackend.Context, in *fuseproto.FallocateIn) Errno
 		return growth(a, in.Offset, in.Length)
 	}, func() Errno { return p.Fallocate(c, in) })
 	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
-	return s.replay.Load().ownChanged(c, in.NodeId, s.known(errno, unix.EOPNOTSUPP))
+	return s.replay.Load().ownChanged(c, in.NodeId, ownContent, s.known(errno, unix.EOPNOTSUPP))
 }
 
 // Lseek implements fsbackend.Lseeker.
@@ -513,7 +513,7 @@ func (s *Share) CopyFileRange(c *fsbackend.Context, in *fuseproto.CopyFileRangeI
 	})
 	p.leave(c, &in.InHeader, &v)
 	in.FhIn, in.NodeIdOut, in.FhOut = fhIn, node, fhOut
-	return n, s.replay.Load().ownChanged(c, in.NodeIdOut, s.known(errno, unix.EOPNOTSUPP))
+	return n, s.replay.Load().ownChanged(c, in.NodeIdOut, ownContent, s.known(errno, unix.EOPNOTSUPP))
 }
 
 // Ioctl implements fsbackend.Ioctler. On a read-only part only those go that are declared to return something and take

@@ -112,14 +112,16 @@ func (s *Share) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.
 	if p.Linker == nil {
 		return s.lacks(unix.EPERM)
 	}
-	old := in.Oldnodeid
+	old, r := in.Oldnodeid, s.replay.Load()
+	kinds := r.ownBefore(c, old)
 	in.Oldnodeid &= numberMask
 	var v visit
 	p.enter(c, &in.InHeader, &v)
 	errno = p.link(c, in.Oldnodeid, func() Errno { return p.Link(c, in, name, out) })
 	p.leave(c, &in.InHeader, &v)
 	in.Oldnodeid = old
-	return s.replay.Load().ownMade(in.NodeId, name, out, s.entry(p, out, s.known(errno, unix.EPERM)))
+	r.ownChanged(c, old, kinds, errno)
+	return r.ownMade(in.NodeId, name, out, s.entry(p, out, s.known(errno, unix.EPERM)))
 }
 
 // removeFrom returns the part of the directory that name is to be removed from; part.doneChange ends the call.
@@ -149,11 +151,15 @@ func (s *Share) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name)
 		return errno
 	}
 	defer p.doneChange(c)
+	r := s.replay.Load()
+	other := r.ownLinked(parent, name) // if it has another name
+	kinds := r.ownBefore(c, other)
 	var v visit
 	p.enterNode(c, &v)
 	errno = p.unlink(c, parent&numberMask, name, func() Errno { return p.Unlink(c, parent&numberMask, name) })
 	p.leaveNode(c, &v)
-	return s.replay.Load().ownRemoved(parent, name, s.known(errno, unix.EPERM))
+	r.ownChanged(c, other, kinds, errno)
+	return r.ownRemoved(parent, name, s.known(errno, unix.EPERM))
 }
 
 // Rmdir implements fsbackend.Remover.
@@ -231,14 +237,17 @@ func (s *Share) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, n
 			return errno
 		}
 	}
-	newdir := in.Newdir
+	newdir, r := in.Newdir, s.replay.Load()
+	moved := r.ownLinked(in.NodeId, oldName)
+	kinds := r.ownBefore(c, moved)
 	in.Newdir &= numberMask
 	var v visit
 	p.enter(c, &in.InHeader, &v)
 	errno = p.rename(c, in, oldName, newName)
 	p.leave(c, &in.InHeader, &v)
 	in.Newdir = newdir
-	s.replay.Load().ownMoved(c, in, oldName, newName, errno)
+	r.ownChanged(c, moved, kinds, errno)
+	r.ownMoved(in, oldName, newName, errno)
 	if in.Flags != 0 {
 		return s.known(errno, unix.EINVAL) // as Linux makes of ENOSYS (fs/fuse/dir.c, fuse_rename2)
 	}

@@ -38,8 +38,17 @@ type ownNode struct {
 	ctime     uint64
 	ctimensec uint32
 	size      uint64
+	kinds     ownKind // of the changes up to here, between which nobody else has made one of that kind
 	until     time.Time
 }
+
+// ownKind says what of a file is changed.
+type ownKind uint8
+
+const (
+	ownContent ownKind = 1 << iota
+	ownAttrs
+)
 
 func (n ownNode) is(a *fuseproto.Attr) bool {
 	return n.ctime == a.Ctime && n.ctimensec == a.Ctimensec && n.size == a.Size && time.Now().Before(n.until)
@@ -47,7 +56,7 @@ func (n ownNode) is(a *fuseproto.Attr) bool {
 
 func newOwn() own { return own{make(map[entryKey]ownName), make(map[uint64]ownNode)} }
 
-// remember sets what key is, and makes room for key if there is none.
+// remember sets what key is, and makes room for it if there is none.
 func remember[K comparable, V any](m map[K]V, key K, v V) {
 	if _, there := m[key]; !there && len(m) >= maxOwn {
 		for other := range m { // any one
@@ -58,19 +67,15 @@ func remember[K comparable, V any](m map[K]V, key K, v V) {
 	m[key] = v
 }
 
-func (o *own) attr(node uint64, a *fuseproto.Attr) {
-	remember(o.nodes, node, ownNode{a.Ctime, a.Ctimensec, a.Size, time.Now().Add(ownFor)})
+func (o *own) attr(node uint64, a *fuseproto.Attr, kinds ownKind) {
+	remember(o.nodes, node, ownNode{a.Ctime, a.Ctimensec, a.Size, kinds, time.Now().Add(ownFor)})
 }
 
 // name has f note what was done to key now.
 func (o *own) name(key entryKey, f func(*ownName)) {
-	n := o.names[key]
-	now := time.Now()
-	if now.After(n.until) {
-		n = ownName{}
-	}
+	n := o.of(key)
 	f(&n)
-	n.until = now.Add(ownFor)
+	n.until = time.Now().Add(ownFor)
 	remember(o.names, key, n)
 }
 
@@ -91,7 +96,9 @@ func (r *replay) ownMade(parent uint64, name fsbackend.Name, out *fuseproto.Entr
 	r.learn(parent, name, out)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.own.attr(out.NodeId, &out.Attr)
+	if n := r.own.nodes[out.NodeId]; time.Now().After(n.until) {
+		r.own.attr(out.NodeId, &out.Attr, ownContent|ownAttrs)
+	}
 	r.own.name(entryKey{parent, string(name)}, func(n *ownName) { n.made = out.NodeId })
 	return errno
 }
@@ -108,37 +115,31 @@ func (r *replay) ownRemoved(parent uint64, name fsbackend.Name, errno Errno) Err
 }
 
 // ownMoved notes that the guest has renamed, unless errno says that it has not.
-func (r *replay) ownMoved(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, newName fsbackend.Name, errno Errno) Errno {
+func (r *replay) ownMoved(in *fuseproto.Rename2In, oldName, newName fsbackend.Name, errno Errno) {
 	if r == nil || errno != fsbackend.OK {
-		return errno
+		return
 	}
 	from, to := entryKey{in.NodeId, string(oldName)}, entryKey{in.Newdir, string(newName)}
-	r.ownLook(c, from, to, true)
-	if in.Flags&unix.RENAME_EXCHANGE != 0 {
-		r.ownLook(c, to, from, false)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	moved, replaced := r.own.of(from).made, r.own.of(to).made
+	if in.Flags&unix.RENAME_EXCHANGE == 0 {
+		replaced = 0
+	} else {
+		r.own.name(to, func(n *ownName) { n.to = from })
 	}
-	return errno
+	r.own.name(from, func(n *ownName) { n.made, n.to = replaced, to })
+	r.own.name(to, func(n *ownName) { n.made = moved })
 }
 
-// ownLook notes what the guest has moved from one name to another. leaves says that nothing of the guest's remains at the first.
-func (r *replay) ownLook(c *fsbackend.Context, from, to entryKey, leaves bool) {
-	out := new(fuseproto.EntryOut)
-	found := r.share.lookUp(c, to.parent, fsbackend.MakeName(to.name), out) == fsbackend.OK && out.NodeId != 0
-	if found {
-		defer r.share.forget(out.NodeId, 1)
+// ownLinked returns the node that the guest has given name itself, whose time changes with its names.
+func (r *replay) ownLinked(parent uint64, name fsbackend.Name) uint64 {
+	if r == nil {
+		return 0
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.own.name(from, func(n *ownName) {
-		n.to = to
-		if leaves {
-			n.made = 0
-		}
-	})
-	if found {
-		r.own.attr(out.NodeId, &out.Attr)
-		r.own.name(to, func(n *ownName) { n.made = out.NodeId })
-	}
+	return r.own.of(entryKey{parent, string(name)}).made
 }
 
 // notOwn notes that the guest has found node there. If it is somebody else's, what the guest has done before is past.
@@ -150,29 +151,49 @@ func (r *replay) notOwn(parent uint64, name fsbackend.Name, node uint64) {
 	}
 }
 
-// ownAttr notes that the guest has changed node, whose attributes out is; errno as above.
-func (r *replay) ownAttr(node uint64, out *fuseproto.AttrOut, errno Errno) Errno {
-	if r == nil || errno != fsbackend.OK {
-		return errno
+// ownBefore is to be called before the guest changes other than the content of node, and returns what has to be given to ownChanged
+// after it: what of the node the guest alone has changed so far.
+func (r *replay) ownBefore(c *fsbackend.Context, node uint64) ownKind {
+	if r == nil || node == 0 {
+		return 0
 	}
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.own.attr(node, &out.Attr)
+	n := r.own.nodes[node]
+	r.mu.Unlock()
+	if n.kinds == 0 || time.Now().After(n.until) {
+		return 0
+	}
+	var kinds ownKind
+	r.look(c, node, func(a *fuseproto.Attr) {
+		if n.is(a) {
+			kinds = n.kinds
+		}
+	})
+	return kinds
+}
+
+// ownChanged notes that the guest has changed node, unless errno, which it returns, says that it has not. kinds are what it has changed, and
+// of what it has changed before what nobody else can have changed since.
+func (r *replay) ownChanged(c *fsbackend.Context, node uint64, kinds ownKind, errno Errno) Errno {
+	if r == nil || node == 0 || kinds == 0 || errno != fsbackend.OK {
+		return errno
+	}
+	r.look(c, node, func(a *fuseproto.Attr) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.own.attr(node, a, kinds)
+	})
 	return errno
 }
 
-// ownChanged is ownAttr where the attributes are not in the answer.
-func (r *replay) ownChanged(c *fsbackend.Context, node uint64, errno Errno) Errno {
-	if r == nil || errno != fsbackend.OK {
-		return errno
-	}
+// look has f see the attributes of node, if it has any.
+func (r *replay) look(c *fsbackend.Context, node uint64, f func(*fuseproto.Attr)) {
 	q := questions.Get().(*question)
 	defer questions.Put(q)
 	*q = question{in: fuseproto.GetattrIn{InHeader: fuseproto.InHeader{NodeId: node, Caller: c.Caller}}}
 	if r.share.getattr(c, &q.in, &q.out) == fsbackend.OK {
-		r.ownAttr(node, &q.out, errno)
+		f(&q.out.Attr)
 	}
-	return errno
 }
 
 // questions are kept, as there may be one for each WRITE.
@@ -197,13 +218,16 @@ func (r *replay) isOwn(c *fsbackend.Context, e *ReplayEvent, p place) bool {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	name, same := r.own.of(entryKey(p)), found && r.own.nodes[out.NodeId].is(&out.Attr)
-	made := found && name.made == out.NodeId
+	name, node := r.own.of(entryKey(p)), r.own.nodes[out.NodeId]
+	made, same := found && name.made == out.NodeId, found && node.is(&out.Attr)
 	switch e.Kind {
 	case ReplayCreate:
-		return made && same
+		// A directory's time is that of the last change in it, of which other events tell.
+		return made && (same && node.kinds&ownContent != 0 || out.Mode&unix.S_IFMT == unix.S_IFDIR)
 	case ReplayDelete:
 		return made || name.gone
+	case ReplayModify:
+		return same && node.kinds&ownContent != 0
 	}
-	return same
+	return same && node.kinds&ownAttrs != 0
 }

@@ -72,13 +72,15 @@ func (s *Share) Setxattr(c *fsbackend.Context, in *fuseproto.SetxattrIn, name fs
 	case p.noSUID(p.policy.Load()) && string(name) == capability:
 		return unix.EPERM
 	}
+	r := s.replay.Load()
+	kinds := ownAttrs | r.ownBefore(c, in.NodeId)
 	var v visit
 	p.enter(c, &in.InHeader, &v)
 	errno = p.change(c, file{node: in.NodeId}, func(*fuseproto.Attr) int64 {
 		return int64(len(name)+len(value)+2*blockSize-1) &^ (blockSize - 1)
 	}, func() Errno { return p.Setxattr(c, in, name, value) })
 	p.leave(c, &in.InHeader, &v)
-	return s.replay.Load().ownChanged(c, in.NodeId, s.known(errno, unix.EOPNOTSUPP))
+	return r.ownChanged(c, in.NodeId, kinds, s.known(errno, unix.EOPNOTSUPP))
 }
 
 // Removexattr implements fsbackend.XattrWriter.
@@ -94,9 +96,11 @@ func (s *Share) Removexattr(c *fsbackend.Context, node uint64, name fsbackend.Na
 	case p.holdsIDs(name):
 		return unix.EOPNOTSUPP
 	}
+	r := s.replay.Load()
+	kinds := ownAttrs | r.ownBefore(c, node)
 	var v visit
 	p.enterNode(c, &v)
 	errno = p.change(c, file{node: node & numberMask}, nothing, func() Errno { return p.Removexattr(c, node&numberMask, name) })
 	p.leaveNode(c, &v)
-	return s.replay.Load().ownChanged(c, node, s.known(errno, unix.EOPNOTSUPP))
+	return r.ownChanged(c, node, kinds, s.known(errno, unix.EOPNOTSUPP))
 }

@@ -213,6 +213,11 @@ func (r *replayer) arm(dir int, id uint64, suffix string) error {
 	case err == own:
 		return fmt.Errorf("%w: it is what this guest has done itself", errSkip)
 	case err == unix.ENOENT:
+		// In a directory that is removed the guest's kernel finds nothing, without asking.
+		var st unix.Stat_t
+		if err := again(func() error { return unix.Fstat(dir, &st) }); err != nil || st.Nlink == 0 {
+			return fmt.Errorf("%w: its directory is gone", errSkip)
+		}
 		return errors.New("the server does not know the token: is the share of these events mounted there?")
 	case err == nil:
 		return errors.New("a file has a reserved name")

@@ -61,7 +61,7 @@ func (a address) dial() (*os.File, error) {
 	}
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err == nil {
-		if err = unix.Connect(fd, to); err == nil {
+		if err = again(func() error { return unix.Connect(fd, to) }); err == nil {
 			return os.NewFile(uintptr(fd), a.String()), nil
 		}
 		unix.Close(fd)

@@ -16,7 +16,10 @@ func vsock(cid, port int64, text string) error {
 	}
 	f := os.NewFile(uintptr(fd), "vsock")
 	defer f.Close()
-	if err := unix.Connect(fd, &unix.SockaddrVM{CID: uint32(cid), Port: uint32(port)}); err != nil {
+	for err = unix.EINTR; err == unix.EINTR; { // the Go runtime sends itself signals
+		err = unix.Connect(fd, &unix.SockaddrVM{CID: uint32(cid), Port: uint32(port)})
+	}
+	if err != nil {
 		return fmt.Errorf("connect to port %d of %d: %w", port, cid, err)
 	}
 	if _, err := io.WriteString(f, text); err != nil {
