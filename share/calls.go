@@ -1,8 +1,6 @@
 package share
 
 import (
-	"math/bits"
-	"runtime"
 	"sync"
 	"sync/atomic"
 )
@@ -13,10 +11,9 @@ import (
 // To begin, a call counts itself and then looks at state. Who closes sets state and then adds up: so either they see the
 // call, or it sees them, steps back and waits for what they find.
 type calls struct {
-	shards []callShard // as many as a power of two
+	shards *[shards]callShard
 	state  atomic.Uint32
 	mu     sync.Mutex // held while state is closing
-
 	// kept is what keeps them open beside calls: handles. It rises only during a call, so whoever finds no calls, and then
 	// nothing here, has not missed any.
 	kept atomic.Int64
@@ -40,16 +37,11 @@ const (
 	callsClosed
 )
 
-// maxShards bounds what a graft costs: 2 KiB.
-const maxShards = 32
-
-func (c *calls) init() {
-	n := min(runtime.NumCPU(), maxShards)
-	c.shards = make([]callShard, 1<<bits.Len(uint(n-1)))
-}
+// shards cost a graft 2 KiB.
+const shards = 32
 
 func (c *calls) at(shard uint8) *atomic.Int64 {
-	return &c.shards[int(shard)&(len(c.shards)-1)].n
+	return &c.shards[shard%shards].n
 }
 
 // enter counts one call as by, unless they are closed.

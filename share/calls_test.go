@@ -18,7 +18,7 @@ func (c *calls) sum() (n int64) {
 // afterwards, and somebody has closed.
 func TestCalls(t *testing.T) {
 	for range 300 {
-		c := calls{shards: make([]callShard, 4)}
+		c := calls{shards: new([shards]callShard)}
 		var inside atomic.Int64
 		var closed atomic.Int32
 		var threads sync.WaitGroup
@@ -78,8 +78,7 @@ func BenchmarkCalls(b *testing.B) {
 		spread uint32
 	}{{"shared", 0}, {"sharded", 1}} {
 		b.Run(tt.name, func(b *testing.B) {
-			var c calls
-			c.init()
+			c := calls{shards: new([shards]callShard)}
 			var threads atomic.Uint32
 			b.RunParallel(func(pb *testing.PB) {
 				shard := uint8(threads.Add(1) * tt.spread)

@@ -183,6 +183,7 @@ func New(cfg Config) (*Share, error) {
 	}
 	s.put(0, s.root)
 	s.nobody = s.newMadeUp()
+	s.nobody.picky = true
 	s.nobody.shown = &s.root.info
 	s.nobody.setIndex(madeUpIndex)
 	s.parts.set(madeUpIndex, s.nobody)
@@ -268,16 +269,16 @@ func (s *Share) find(c *fsbackend.Context, node uint64) (*part, Errno) {
 	if p == nil || !p.enterCall(c) {
 		return nil, s.unknown(node)
 	}
-	errno := fsbackend.OK
+	errno := unix.ESTALE
 	switch {
-	case p == s.nobody && p.dir(node&numberMask) == nil:
-		return nil, s.unknown(node)
+	case c.Part != nil && c.Part != p.shown:
 	case p.dead.Load():
 		errno = unix.EIO
-	case c.Part != nil && c.Part != p.shown:
-		errno = unix.ESTALE
-	case p.file != nil && node&numberMask == fuseproto.FUSE_ROOT_ID:
-		errno = unix.ESTALE // its directory is not the guest's to see
+	case !p.picky:
+		return p, fsbackend.OK
+	case p == s.nobody && p.dir(node&numberMask) == nil:
+		errno = s.unknown(node)
+	case p.file != nil && node&numberMask == fuseproto.FUSE_ROOT_ID: // its directory is not the guest's to see
 	default:
 		return p, fsbackend.OK
 	}
