@@ -37,7 +37,7 @@ func (s *Share) startCount(p *part) <-chan bool {
 	session, in := s.sessions, s.features != nil
 	s.mu.Unlock()
 	q := p.metered()
-	if q == nil || !in || !p.calls.enter(0, oneCall) {
+	if q == nil || !in || !p.calls.enter(0) {
 		return nil
 	}
 	uncount := func() {

@@ -27,7 +27,7 @@ type life struct {
 
 // enterCall says whether a call may begin; done ends it. c is the same.
 func (p *part) enterCall(c *fsbackend.Context) bool {
-	return !p.leaves || p.calls.enter(c.Shard, oneCall)
+	return !p.leaves || p.calls.enter(c.Shard)
 }
 
 func (p *part) done(c *fsbackend.Context) {
