@@ -87,7 +87,10 @@ func (s *Server) assign(r *Request) {
 	if r.isolated() {
 		r.gate = fsbackend.Gate{}
 		gate = &r.gate
+	} else if !r.gated {
+		return
 	}
+	r.gated = gate != nil
 	r.dst.SetGate(gate)
 	r.src.SetGate(gate)
 }

@@ -81,6 +81,7 @@ type Request struct {
 	dst     fsbackend.DirList // over body
 	src     fsbackend.Source  // over readable, behind args
 	gate    fsbackend.Gate    // before dst and src, where part is isolated
+	gated   bool              // it is
 	nowhere fsbackend.Sink    // no room at all
 	started bool              // dst or src is set up: a call made again goes on from there
 	moved   uint32            // bytes of READ or WRITE moved by calls that ended in ErrMayBlock

@@ -1,8 +1,6 @@
 package share
 
 import (
-	"math/bits"
-	"runtime"
 	"sync"
 	"sync/atomic"
 )
@@ -10,13 +8,12 @@ import (
 // calls counts the calls of a part under way, until there are none and none is to begin any more. Each thread counts in a
 // shard of its own (fsbackend.Context.Shard): queues that use one graft do not wait for each other's cache lines.
 //
-// To begin, a call counts itself and then looks at state. Who closes sets state and then adds up: so either they see the
-// call, or it sees them, steps back and waits for what they find.
+// Who closes makes all shards negative in turn, and takes that back where a call is found. A call that comes meanwhile finds
+// the same, steps back, and waits for what becomes of it.
 type calls struct {
-	shards []callShard // as many as a power of two
-	state  atomic.Uint32
-	mu     sync.Mutex // held while state is closing
-
+	shards *[shards]callShard
+	mu     sync.Mutex // held while closing
+	closed bool
 	// kept is what keeps them open beside calls: handles. It rises only during a call, so whoever finds no calls, and then
 	// nothing here, has not missed any.
 	kept atomic.Int64
@@ -31,67 +28,67 @@ type callShard struct {
 const (
 	oneCall   = 1
 	oneChange = 1 << 32 // a call that may change something
+	closing   = 1 << 62
 )
 
-// What calls.state is.
-const (
-	callsOpen uint32 = iota
-	callsClosing
-	callsClosed
-)
-
-// maxShards bounds what a graft costs: 2 KiB.
-const maxShards = 32
-
-func (c *calls) init() {
-	n := min(runtime.NumCPU(), maxShards)
-	c.shards = make([]callShard, 1<<bits.Len(uint(n-1)))
-}
+// shards cost a graft 2 KiB.
+const shards = 32
 
 func (c *calls) at(shard uint8) *atomic.Int64 {
-	return &c.shards[int(shard)&(len(c.shards)-1)].n
+	return &c.shards[shard%shards].n
 }
 
-// enter counts one call as by, unless they are closed.
-func (c *calls) enter(shard uint8, by int64) bool {
+// enter counts a call, unless they are closed.
+func (c *calls) enter(shard uint8) bool {
+	return c.at(shard).Add(oneCall) > 0 || c.await(shard)
+}
+
+// await is the rest of enter while somebody is closing, or has.
+func (c *calls) await(shard uint8) bool {
 	n := c.at(shard)
-	n.Add(by)
-	return c.state.Load() == callsOpen || c.await(n, by)
-}
-
-// await is enter while somebody is closing, or has.
-func (c *calls) await(n *atomic.Int64, by int64) bool {
-	n.Add(-by)
+	n.Add(-oneCall)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.state.Load() != callsOpen {
+	if c.closed {
 		return false
 	}
-	n.Add(by)
+	n.Add(oneCall)
 	return true
+}
+
+// changing says whether there are calls in a shard that may change something.
+func (c *calls) changing(shard uint8) bool {
+	n := c.at(shard).Load()
+	if n < 0 {
+		n += closing
+	}
+	return n >= oneChange
 }
 
 // close lets no further call begin, if there is none and nothing else that is kept. It is true once.
 func (c *calls) close() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.state.Load() != callsOpen {
+	if c.closed {
 		return false
 	}
-	c.state.Store(callsClosing)
-	if !c.none() {
-		c.state.Store(callsOpen)
-		return false
-	}
-	c.state.Store(callsClosed)
-	return true
-}
-
-func (c *calls) none() bool {
 	for i := range c.shards {
-		if c.shards[i].n.Load() != 0 {
+		if c.shards[i].n.Add(-closing) != -closing {
+			c.open(i + 1)
 			return false
 		}
 	}
-	return c.kept.Load() == 0
+	if c.kept.Load() != 0 {
+		c.open(shards)
+		return false
+	}
+	c.closed = true
+	return true
+}
+
+// open takes back what close has done to the first shards.
+func (c *calls) open(first int) {
+	for i := range first {
+		c.shards[i].n.Add(closing)
+	}
 }

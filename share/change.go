@@ -266,8 +266,7 @@ func (s *Share) change(path string, c *Change) error {
 func (p *part) settle() error {
 	deadline := time.Now().Add(patience)
 	for i := range p.calls.shards {
-		n := &p.calls.shards[i].n
-		if !waitFor(func() bool { return n.Load() < oneChange }, deadline) {
+		if !waitFor(func() bool { return !p.calls.changing(uint8(i)) }, deadline) {
 			return ErrUnsettled
 		}
 	}

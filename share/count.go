@@ -37,11 +37,15 @@ func (s *Share) startCount(p *part) <-chan bool {
 	session, in := s.sessions, s.features != nil
 	s.mu.Unlock()
 	q := p.metered()
-	if q == nil || !in || !p.calls.enter(0, oneCall) {
+	if q == nil || !in || !p.calls.enter(0) {
 		return nil
 	}
+	uncount := func() {
+		p.calls.at(0).Add(-oneCall)
+		p.left()
+	}
 	if !q.restart() {
-		p.exit(&nobodysContext, oneCall)
+		uncount()
 		return nil
 	}
 	done := make(chan bool, 1)
@@ -55,7 +59,7 @@ func (s *Share) startCount(p *part) <-chan bool {
 		q.counted = q.counted || ended
 		q.mu.Unlock()
 		q.names.Unlock()
-		p.exit(&nobodysContext, oneCall)
+		uncount()
 		done <- ended
 	}()
 	return done

@@ -283,10 +283,13 @@ func (s *Share) Read(c *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.
 	if p.Reader == nil {
 		return s.lacks(unix.EINVAL)
 	}
+	fh := in.Fh
+	in.Fh &= numberMask
 	var v visit
-	p.enterFile(c, &in.InHeader, &in.Fh, &v)
+	p.enter(c, &in.InHeader, &v)
 	errno = p.Read(c, in, dst)
-	p.leaveFile(c, &in.InHeader, &in.Fh, &v)
+	p.leave(c, &in.InHeader, &v)
+	in.Fh = fh
 	return s.known(errno, unix.EINVAL)
 }
 

@@ -14,31 +14,33 @@ import (
 // life counts what keeps a part that may leave: its calls under way, and its handles. Shares that never change do not count,
 // and the root's calls need it only where they may change something.
 type life struct {
-	counted bool // changes and handles are
-	leaves  bool // it may leave, so all calls are counted: all but the root
-
 	calls   calls
 	leaving atomic.Bool // it was removed or replaced: names are gone, open files go on
+	dead    atomic.Bool // Init or Reset failed: every request is EIO
+	counted bool        // changes and handles are
+	leaves  bool        // it may leave, so all calls are counted: all but the root
 
-	// lookups are what the guest has to give back.
-	lookups atomic.Uint64
-	handles handles
+	// Here for their place in memory.
+	mapped bool // ids are translated
+	picky  bool // not all of its nodes are the guest's: see Share.find
 }
 
 // enterCall says whether a call may begin; done ends it. c is the same.
 func (p *part) enterCall(c *fsbackend.Context) bool {
-	return !p.leaves || p.calls.enter(c.Shard, oneCall)
+	return !p.leaves || p.calls.enter(c.Shard)
 }
 
 func (p *part) done(c *fsbackend.Context) {
 	if p.leaves {
-		p.exit(c, oneCall)
+		p.calls.at(c.Shard).Add(-oneCall)
+		if p.leaving.Load() {
+			p.left()
+		}
 	}
 }
 
-// exit ends a call, and with it p if it was what kept that.
-func (p *part) exit(c *fsbackend.Context, by int64) {
-	p.calls.at(c.Shard).Add(-by)
+// left ends p if it leaves and the call that is over was what kept it.
+func (p *part) left() {
 	if p.leaving.Load() && p.calls.kept.Load() == 0 {
 		p.share.retire(p)
 	}
@@ -86,7 +88,8 @@ func (p *part) toChange(c *fsbackend.Context, errno Errno) (*part, Errno) {
 
 func (p *part) doneChange(c *fsbackend.Context) {
 	if p.counted {
-		p.exit(c, oneChange)
+		p.calls.at(c.Shard).Add(-oneChange)
+		p.left()
 	}
 }
 
@@ -109,7 +112,7 @@ func waitFor(done func() bool, deadline time.Time) bool {
 	return true
 }
 
-// looked counts lookups of the guest.
+// looked counts lookups of the guest, which it has to give back.
 func (p *part) looked(n uint64) {
 	if p.leaves && n > 0 {
 		p.lookups.Add(n)

@@ -13,27 +13,30 @@ import (
 const rootID = fuseproto.FUSE_ROOT_ID
 
 // part is a backend with what the share adds to it.
+//
+// Every request reads the first cache line of it, and the Server above the second, each after a system call that has put
+// others in their place: so what is read for every request is there (TestLayout).
 type part struct {
 	*fsbackend.Resolved
+	shown *fsbackend.Part // info, or the root's for directories made up
 	life
-	share  *Share
-	info   fsbackend.Part
-	shown  *fsbackend.Part // info, or the root's for directories made up
-	base   uint64          // the index where it is in a number
-	policy atomic.Pointer[Policy]
-	quota  atomic.Pointer[quota] // nil: nothing is counted
-	unsafe atomic.Bool           // the session leaves to the backend what it cannot do: to clear set-id bits
-	uids   IDMap
-	gids   IDMap
-	mapped bool           // uids or gids is not identity
-	file   fsbackend.Name // Graft.File, nil for a directory
-	madeUp bool           // its backend is a madeUp
-	edit   func(*fuseproto.EntryOut)
+	info    fsbackend.Part
+	share   *Share
+	handles handles
+	lookups atomic.Uint64
+	base    uint64 // the index where it is in a number
+	policy  atomic.Pointer[Policy]
+	quota   atomic.Pointer[quota] // nil: nothing is counted
+	unsafe  atomic.Bool           // the session leaves to the backend what it cannot do: to clear set-id bits
+	uids    IDMap
+	gids    IDMap
+	file    fsbackend.Name // Graft.File, nil for a directory
+	madeUp  bool           // its backend is a madeUp
+	edit    func(*fuseproto.EntryOut)
 
 	// dirs are the positions in this part by the number of their directory; nil if there are none.
 	dirs atomic.Pointer[map[uint64]*position]
 
-	dead    atomic.Bool  // Init or Reset failed: every request is EIO
 	hung    atomic.Bool  // and is still running
 	overdue atomic.Int32 // calls given up that have not come back
 	waiting atomic.Int32 // calls under way that another part's requests wait for
@@ -49,10 +52,11 @@ func (s *Share) newPart(g *Graft) *part {
 	p := &part{
 		Resolved: fsbackend.Resolve(g.Backend),
 		share:    s,
-		life:     life{counted: s.dynamic, leaves: s.dynamic && g.Path != "/"},
-		uids:     g.UIDMap, gids: g.GIDMap, mapped: len(g.UIDMap)+len(g.GIDMap) > 0,
+		life:     life{counted: s.dynamic, leaves: s.dynamic && g.Path != "/", mapped: len(g.UIDMap)+len(g.GIDMap) > 0},
+		uids:     g.UIDMap, gids: g.GIDMap,
 	}
 	if g.File != "" {
+		p.picky = true
 		p.file = fsbackend.MakeName(g.File)
 	}
 	policy := g.own()
@@ -62,7 +66,7 @@ func (s *Share) newPart(g *Graft) *part {
 		p.quota.Store(newQuota(p))
 	}
 	if p.counted {
-		p.calls.init()
+		p.calls.shards = new([shards]callShard)
 	}
 	p.shown = &p.info
 	p.info.Name, p.info.Path = g.Extension, g.Path

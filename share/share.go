@@ -183,6 +183,7 @@ func New(cfg Config) (*Share, error) {
 	}
 	s.put(0, s.root)
 	s.nobody = s.newMadeUp()
+	s.nobody.picky = true
 	s.nobody.shown = &s.root.info
 	s.nobody.setIndex(madeUpIndex)
 	s.parts.set(madeUpIndex, s.nobody)
@@ -268,16 +269,16 @@ func (s *Share) find(c *fsbackend.Context, node uint64) (*part, Errno) {
 	if p == nil || !p.enterCall(c) {
 		return nil, s.unknown(node)
 	}
-	errno := fsbackend.OK
+	errno := unix.ESTALE
 	switch {
-	case p == s.nobody && p.dir(node&numberMask) == nil:
-		return nil, s.unknown(node)
+	case c.Part != nil && c.Part != p.shown:
 	case p.dead.Load():
 		errno = unix.EIO
-	case c.Part != nil && c.Part != p.shown:
-		errno = unix.ESTALE
-	case p.file != nil && node&numberMask == fuseproto.FUSE_ROOT_ID:
-		errno = unix.ESTALE // its directory is not the guest's to see
+	case !p.picky:
+		return p, fsbackend.OK
+	case p == s.nobody && p.dir(node&numberMask) == nil:
+		errno = s.unknown(node)
+	case p.file != nil && node&numberMask == fuseproto.FUSE_ROOT_ID: // its directory is not the guest's to see
 	default:
 		return p, fsbackend.OK
 	}
@@ -319,8 +320,19 @@ func (s *Share) exists(find func(*Share, *fsbackend.Context, uint64) (*part, Err
 // nobodysContext is for calls that belong to no request. It stays as it is.
 var nobodysContext fsbackend.Context
 
-// opened is find for a request whose handle fh must be of the same part.
+// opened is find for a request whose handle fh must be of the same part. Most requests are such, so what find does for most
+// parts is here, too: each function more is 5 ns, after a system call that has had others in the caches.
 func (s *Share) opened(c *fsbackend.Context, node, fh uint64) (*part, Errno) {
+	p := s.parts.get(node >> indexShift)
+	if p != nil && !p.picky && !p.dead.Load() && (c.Part == p.shown || c.Part == nil) && fh>>indexShift == node>>indexShift &&
+		(!p.leaves || p.calls.enter(c.Shard)) {
+		return p, fsbackend.OK
+	}
+	return s.openedElse(c, node, fh)
+}
+
+// openedElse is opened for what is not as usual.
+func (s *Share) openedElse(c *fsbackend.Context, node, fh uint64) (*part, Errno) {
 	p, errno := s.find(c, node)
 	if errno == fsbackend.OK && fh>>indexShift != node>>indexShift {
 		p.done(c)
