@@ -62,6 +62,21 @@ func (p CachePolicy) Validate() error {
 	return nil
 }
 
+// Stale, as the nanoseconds of a validity of no seconds, is of what the guest may not trust at all; 0 leaves it to who answers the
+// guest. It goes out as 0: Linux rounds a nanosecond up to its clock's ticks, and trusts it for up to 20 ms.
+const Stale = 1
+
+// FillValid completes a validity: what a backend has left open becomes valid seconds, and Stale nothing.
+func FillValid(sec *uint64, nsec *uint32, valid uint64) {
+	switch {
+	case *sec != 0:
+	case *nsec == 0:
+		*sec = valid
+	case *nsec == Stale:
+		*nsec = 0
+	}
+}
+
 // Valid returns for how many seconds names and attributes are.
 func (p CachePolicy) Valid() uint64 { return policies[p].valid }
 

@@ -283,12 +283,10 @@ func (l *DirList) add(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, na
 		if l.Translate != nil {
 			l.Translate(e)
 		}
-		if e.NodeId != 0 && e.EntryValid == 0 && e.EntryValidNsec == 0 {
-			e.EntryValid = l.EntryValid
+		if e.NodeId != 0 {
+			FillValid(&e.EntryValid, &e.EntryValidNsec, l.EntryValid)
 		}
-		if e.AttrValid == 0 && e.AttrValidNsec == 0 {
-			e.AttrValid = l.AttrValid
-		}
+		FillValid(&e.AttrValid, &e.AttrValidNsec, l.AttrValid)
 		at, node = copy(b, entryBytes(e)), e.NodeId
 	}
 	at += copy(b[at:], direntBytes(&fuseproto.Dirent{Ino: ino, Off: off, Namelen: uint32(len(name)), Type: typ}))

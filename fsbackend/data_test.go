@@ -367,7 +367,7 @@ func TestDirListTimeouts(t *testing.T) {
 		{fuseproto.EntryOut{NodeId: 9}, 5, 6},
 		{fuseproto.EntryOut{}, 0, 6},
 		{fuseproto.EntryOut{NodeId: 9, EntryValid: 1, AttrValid: 2}, 1, 2},
-		{fuseproto.EntryOut{NodeId: 9, EntryValidNsec: 1, AttrValidNsec: 1}, 0, 0},
+		{fuseproto.EntryOut{NodeId: 9, EntryValidNsec: Stale, AttrValidNsec: Stale}, 0, 0},
 	}
 	for _, tt := range tests {
 		iov, joined := pieces(200)

@@ -12,7 +12,7 @@ import (
 func opGetattr(s *Server, r *Request) Errno {
 	o := out[fuseproto.AttrOut](r)
 	errno := s.backend.Getattr(&r.ctx, in[fuseproto.GetattrIn](r), o)
-	fill(&o.AttrValid, o.AttrValidNsec, s.valid)
+	fsbackend.FillValid(&o.AttrValid, &o.AttrValidNsec, s.valid)
 	return errno
 }
 
@@ -22,7 +22,7 @@ func opSetattr(s *Server, r *Request) Errno {
 	}
 	o := out[fuseproto.AttrOut](r)
 	errno := s.backend.Setattr(&r.ctx, in[fuseproto.SetattrIn](r), o)
-	fill(&o.AttrValid, o.AttrValidNsec, s.valid)
+	fsbackend.FillValid(&o.AttrValid, &o.AttrValidNsec, s.valid)
 	return errno
 }
 
@@ -32,7 +32,7 @@ func opStatx(s *Server, r *Request) Errno {
 	}
 	o := out[fuseproto.StatxOut](r)
 	errno := s.backend.Statx(&r.ctx, in[fuseproto.StatxIn](r), o)
-	fill(&o.AttrValid, o.AttrValidNsec, s.valid)
+	fsbackend.FillValid(&o.AttrValid, &o.AttrValidNsec, s.valid)
 	return errno
 }
 

@@ -14,7 +14,7 @@ func opLookup(s *Server, r *Request) Errno {
 		return errno
 	}
 	if e.NodeId == 0 {
-		if e.EntryValid == 0 && e.EntryValidNsec == 0 {
+		if e.EntryValid == 0 && e.EntryValidNsec <= fsbackend.Stale {
 			return syscall.ENOENT
 		}
 		return fsbackend.OK // the backend knows that the name will not exist for that long

@@ -16,16 +16,9 @@ const (
 	CacheAlways   = fsbackend.CacheAlways
 )
 
-// fill sets the timeout of a reply that the backend left at 0.
-func fill(sec *uint64, nsec uint32, valid uint64) {
-	if *sec == 0 && nsec == 0 {
-		*sec = valid
-	}
-}
-
 func (s *Server) fillEntry(e *fuseproto.EntryOut) {
-	fill(&e.EntryValid, e.EntryValidNsec, s.valid)
-	fill(&e.AttrValid, e.AttrValidNsec, s.valid)
+	fsbackend.FillValid(&e.EntryValid, &e.EntryValidNsec, s.valid)
+	fsbackend.FillValid(&e.AttrValid, &e.AttrValidNsec, s.valid)
 }
 
 func fillOpen(o *fuseproto.OpenOut, flags uint32) {

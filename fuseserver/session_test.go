@@ -364,8 +364,12 @@ func TestBackendDecidesItself(t *testing.T) {
 		t.Errorf("negative entry: %x, %v", body, errno)
 	}
 	b.valid, b.nsec = 0, 1
-	if body, errno := g.do(lookup); errno != 0 || !bytes.Equal(body[16:40], cat(uint64(0), uint64(0), uint32(1), uint32(1))) {
-		t.Errorf("entry valid for 1 ns: %x, %v", body, errno)
+	if body, errno := g.do(lookup); errno != 0 || !bytes.Equal(body[16:40], make([]byte, 24)) {
+		t.Errorf("an entry that is stale: %x, %v, want that it is not valid at all", body, errno)
+	}
+	b.nsec = 2
+	if body, errno := g.do(lookup); errno != 0 || !bytes.Equal(body[16:40], cat(uint64(0), uint64(0), uint32(2), uint32(2))) {
+		t.Errorf("entry valid for 2 ns: %x, %v", body, errno)
 	}
 	for flags, want := range map[uint32]uint32{
 		fuseproto.FOPEN_DIRECT_IO:  fuseproto.FOPEN_DIRECT_IO,
