@@ -155,7 +155,7 @@ func TestConfigRefusals(t *testing.T) {
 		{"no guest", vsockPort(ok), "expected the CIDs of some, or 4294967295 for all"},
 		{"no operation", vsockPort(with(func(a *Allow) { a.CIDs, a.Operations = []uint32{3}, nil })), "expected some of getInfo"},
 		{"unknown operation", vsockPort(with(func(a *Allow) { a.CIDs, a.Operations = []uint32{3}, []string{"getevents"} })), `no operation "getevents"`},
-		{"bad share", vsockPort(with(func(a *Allow) { a.CIDs, a.Shares = []uint32{3}, []string{""} })), "tag is empty"},
+		{"bad share", vsockPort(with(func(a *Allow) { a.CIDs, a.Shares = []uint32{3}, []string{""} })), "tag: it is empty"},
 		{"no port", Config{Vsock: []VsockListener{{Allow: withCID}}}, "expected a port"},
 		{"guest twice", Config{Vsock: []VsockListener{{7000, withCID}, {7000, withCID}}}, "guest 3 is there twice"},
 		{"hybrid without path", Config{Hybrid: []HybridListener{{Port: 7000, Allow: ok}}}, "expected the path"},

@@ -24,7 +24,7 @@ func TestShares(t *testing.T) {
 	}
 
 	var share api.Share
-	spec := api.ShareSpec{Tag: "a/b c", Cache: "always", Grafts: []api.GraftSpec{{Path: "/", Source: "/srv"}}}
+	spec := api.ShareSpec{Tag: "a?b c", Cache: "always", Grafts: []api.GraftSpec{{Path: "/", Source: "/srv"}}}
 	body, err := json.Marshal(spec)
 	if err != nil {
 		t.Fatal(err)
@@ -34,7 +34,7 @@ func TestShares(t *testing.T) {
 		t.Errorf("share added is %+v", share)
 	}
 	var same api.Share
-	r.expect("GET", "/v1/shares/a%2Fb%20c", "", 200, &same)
+	r.expect("GET", "/v1/shares/a%3Fb%20c", "", 200, &same)
 	if !reflect.DeepEqual(same, share) {
 		t.Errorf("share is %+v, was added as %+v", same, share)
 	}
@@ -49,10 +49,10 @@ func TestShares(t *testing.T) {
 	}
 
 	r.daemon.Connect(spec.Tag)
-	r.expect("DELETE", "/v1/shares/a%2Fb%20c", "", 409, nil)
-	r.expect("DELETE", "/v1/shares/a%2Fb%20c?force=false", "", 409, nil)
-	r.expect("DELETE", "/v1/shares/a%2Fb%20c?force=true", "", 204, nil)
-	r.expect("DELETE", "/v1/shares/a%2Fb%20c", "", 404, nil)
+	r.expect("DELETE", "/v1/shares/a%3Fb%20c", "", 409, nil)
+	r.expect("DELETE", "/v1/shares/a%3Fb%20c?force=false", "", 409, nil)
+	r.expect("DELETE", "/v1/shares/a%3Fb%20c?force=true", "", 204, nil)
+	r.expect("DELETE", "/v1/shares/a%3Fb%20c", "", 404, nil)
 }
 
 func TestGrafts(t *testing.T) {
@@ -117,7 +117,7 @@ func TestRefusals(t *testing.T) {
 		{"DELETE", "/v1/shares/data?force=true&force=false", "", 400, "2 times"},
 		{"GET", "/v1/shares/data/events?since=-1", "", 400, "expected an event's id"},
 		{"DELETE", "/v1/shares/data/grafts", "", 400, "?path="},
-		{"DELETE", "/v1/shares/data/grafts?path=", "", 400, "path is empty"},
+		{"DELETE", "/v1/shares/data/grafts?path=", "", 400, "path: it is empty"},
 		{"DELETE", "/v1/shares/data/grafts?path=x", "", 400, "relative"},
 		{"DELETE", "/v1/shares/data/grafts?path=/x/../y", "", 400, `expected "/y"`},
 		{"DELETE", "/v1/shares/data/grafts?path=/x%00", "", 400, "NUL"},
@@ -131,7 +131,7 @@ func TestRefusals(t *testing.T) {
 		{"POST", "/v1/shares", `{"tag":"x"}{}`, 400, "more behind"},
 		{"POST", "/v1/shares", `{"tag":"x","colour":"red"}`, 400, `no field "colour"`},
 		{"POST", "/v1/shares", `{"tag":"x","grafts":[{"path":"/","sauce":"/srv"}]}`, 400, `no field "sauce"`},
-		{"POST", "/v1/shares", `{"tag":""}`, 400, "tag is empty"},
+		{"POST", "/v1/shares", `{"tag":""}`, 400, "tag: it is empty"},
 		{"POST", "/v1/shares", `{"tag":"` + strings.Repeat("x", 37) + `"}`, 400, "37 bytes"},
 		{"POST", "/v1/shares", `{"tag":"x","grafts":[{"path":"y"}]}`, 400, "relative"},
 		{"POST", "/v1/shares", strings.Repeat("[", 20000), 400, "body"},

@@ -164,12 +164,12 @@ func (s *Share) createPosition(c *fsbackend.Context, in *fuseproto.CreateIn, pos
 	case g == nil || g.file == nil:
 		return unix.EISDIR
 	case !g.enterCall(c):
-		return unix.ENOENT // removed or replaced since
+		return g.absence()
 	}
 	defer g.done(c)
 	switch {
 	case g.leaving.Load():
-		return unix.ENOENT
+		return g.absence()
 	case g.dead.Load():
 		return unix.EIO
 	case g.policy.Load().ReadOnly && fsbackend.OpensForWriting(in.Flags):

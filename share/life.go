@@ -23,6 +23,23 @@ type life struct {
 	// Here for their place in memory.
 	mapped bool // ids are translated
 	picky  bool // not all of its nodes are the guest's: see Share.find
+
+	replaced atomic.Bool // it leaves, and there is another one in its place
+}
+
+// absence is the answer to names in a part that leaves. Of one that was replaced it is ESTALE, upon which Linux looks up the whole
+// path once more (retry_estale) and finds what is there now: between two looks there is never nothing.
+func (l *life) absence() Errno {
+	if l.replaced.Load() {
+		return unix.ESTALE
+	}
+	return unix.ENOENT
+}
+
+// ghost is a part that has gone, of which the guest still has something.
+type ghost struct {
+	lookups uint64 // that the guest has to give back
+	absence Errno  // the answer to what it asks for there
 }
 
 // enterCall says whether a call may begin; done ends it. c is the same.
@@ -210,7 +227,7 @@ func (s *Share) retire(p *part) {
 	index := uint16(p.base >> indexShift)
 	s.parts.set(index, nil)
 	if n := p.lookups.Load(); n > 0 {
-		s.ghosts[index] = n
+		s.ghosts[index] = ghost{n, p.absence()}
 	}
 	s.list = without(s.list, p)
 	b := &burial{p, make(chan struct{})}
@@ -285,8 +302,9 @@ func (s *Share) forget(node, n uint64) {
 func (s *Share) forgetGhost(index uint16, n uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if left := s.ghosts[index]; n < left {
-		s.ghosts[index] = left - n
+	if left := s.ghosts[index]; n < left.lookups {
+		left.lookups -= n
+		s.ghosts[index] = left
 	} else {
 		delete(s.ghosts, index)
 	}

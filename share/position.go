@@ -173,6 +173,7 @@ func (s *Share) place(p *part, replace bool) error {
 		s.link(pos)
 	}
 	if old != nil {
+		old.replaced.Store(true)
 		old.leaving.Store(true)
 	}
 	return nil

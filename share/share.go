@@ -151,7 +151,7 @@ type Share struct {
 	live     bool                // New has returned: what readers may have is copied, not changed
 	list     []*part             // all of them but nobody, the root first; those that leave too
 	closing  []*burial           // of those that have gone
-	ghosts   map[uint16]uint64   // lookups that the guest still has to give back, by the index of a part that has gone
+	ghosts   map[uint16]ghost    // by index
 	last     uint16              // index given last
 	madeUps  uint64              // number given last to a directory made up
 	holds    []hold              // see drop
@@ -169,7 +169,7 @@ func New(cfg Config) (*Share, error) {
 	}
 	s := &Share{
 		log: cfg.Log, dynamic: cfg.Dynamic, alone: len(cfg.Grafts) == 1 && !cfg.Dynamic,
-		onRemoved: cfg.OnRemoved, onGone: func(*fsbackend.Part) {}, ghosts: make(map[uint16]uint64),
+		onRemoved: cfg.OnRemoved, onGone: func(*fsbackend.Part) {}, ghosts: make(map[uint16]ghost),
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -292,7 +292,10 @@ func (s *Share) unknown(node uint64) Errno {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	index, number := node>>indexShift, node&numberMask
-	if s.ghosts[uint16(index)] > 0 || index == madeUpIndex && number > rootID && number <= s.madeUps {
+	if g, ok := s.ghosts[uint16(index)]; ok {
+		return g.absence
+	}
+	if index == madeUpIndex && number > rootID && number <= s.madeUps {
 		return unix.ENOENT
 	}
 	return unix.ESTALE
@@ -303,7 +306,7 @@ func (s *Share) at(c *fsbackend.Context, node uint64) (*part, Errno) {
 	p, errno := s.find(c, node)
 	if errno == fsbackend.OK && p.leaving.Load() && !p.handles.has(node&numberMask) {
 		p.done(c)
-		return nil, unix.ENOENT
+		return nil, p.absence()
 	}
 	return p, errno
 }
@@ -346,7 +349,7 @@ func (s *Share) named(c *fsbackend.Context, node uint64) (*part, Errno) {
 	p, errno := s.find(c, node)
 	if errno == fsbackend.OK && p.leaving.Load() {
 		p.done(c)
-		return nil, unix.ENOENT
+		return nil, p.absence()
 	}
 	return p, errno
 }

@@ -52,7 +52,7 @@ func (s *Share) freeIndex() uint16 {
 		if s.last++; s.last == nothingIndex {
 			s.last = 1
 		}
-		if s.parts.get(uint64(s.last)) == nil && s.ghosts[s.last] == 0 {
+		if s.parts.get(uint64(s.last)) == nil && s.ghosts[s.last].lookups == 0 {
 			return s.last
 		}
 	}
