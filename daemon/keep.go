@@ -47,7 +47,11 @@ var modes = map[config.Sandbox]sandbox.Mode{
 // the server's end.
 func (p *program) keep(ctx context.Context, cfg config.Config, m *managed, log *slog.Logger, signals <-chan os.Signal) (err error) {
 	warnUnconfined(cfg, log)
-	for _, note := range m.notes {
+	notes := m.notes
+	if m.single != nil {
+		notes = append(notes[:len(notes):len(notes)], m.single.plan.Notes...)
+	}
+	for _, note := range notes {
 		log.Warn(note)
 	}
 	k := &keeper{log: log, sandbox: cfg.Sandbox, started: time.Now(), shares: make(map[string]*kept), id: rand.Text()}
