@@ -33,8 +33,8 @@ func (s *Share) lookUp(c *fsbackend.Context, parent uint64, name fsbackend.Name,
 // lookupName looks up what is no position. Where one may come, that there is nothing now must not be remembered.
 func (s *Share) lookupName(c *fsbackend.Context, p *part, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) Errno {
 	errno := p.lookup(c, parent, name, out)
-	if s.dynamic && errno == fsbackend.OK && out.NodeId == 0 {
-		return unix.ENOENT
+	if errno == unix.ENOENT || s.dynamic && errno == fsbackend.OK && out.NodeId == 0 {
+		return p.absence() // another graft may have taken p's place since, and what was below it
 	}
 	return s.entry(p, out, errno)
 }

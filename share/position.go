@@ -144,6 +144,7 @@ func (s *Share) place(p *part, replace bool) error {
 	old := at.graft.Load()
 	switch {
 	case old != nil:
+		old.replaced.Store(true) // before it loses what is below it: see lookupName
 		old.dirs.Store(nil)
 	case len(fresh) == 0:
 		s.unplace(at)
@@ -173,7 +174,6 @@ func (s *Share) place(p *part, replace bool) error {
 		s.link(pos)
 	}
 	if old != nil {
-		old.replaced.Store(true)
 		old.leaving.Store(true)
 	}
 	return nil

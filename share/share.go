@@ -287,16 +287,12 @@ func (s *Share) find(c *fsbackend.Context, node uint64) (*part, Errno) {
 }
 
 // unknown is the answer to a node of no part, or to a directory that is not made up: the guest may still have it from what has
-// gone.
+// gone. A directory that was made up may be another now: see life.absence.
 func (s *Share) unknown(node uint64) Errno {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	index, number := node>>indexShift, node&numberMask
-	if g, ok := s.ghosts[uint16(index)]; ok {
+	if g, ok := s.ghosts[uint16(node>>indexShift)]; ok {
 		return g.absence
-	}
-	if index == madeUpIndex && number > rootID && number <= s.madeUps {
-		return unix.ENOENT
 	}
 	return unix.ESTALE
 }
