@@ -35,14 +35,12 @@ type events struct {
 // eventsConfig says what is served and watched.
 type eventsConfig struct {
 	kind    testguest.Kind
-	grafts  []api.GraftSpec // beside /g
-	reads   string          // a file to read at each event
-	watch   []string        // below the mount; nil is nothing
-	model   bool            // have guestprog keep a model of /g instead
-	agent   string          // more options
-	user    bool            // run the agent as an ordinary user
-	share   string          // more of the configuration of the share
+	reads   string   // a file to read at each event
+	watch   []string // below the mount; nil is nothing
+	model   bool     // have guestprog keep a model of /g instead
+	user    bool     // run the agent as an ordinary user
 	noAgent bool
+	early   bool // start the agent before anything is watched
 }
 
 // eventsPort is the port of the host that guests connect to.
@@ -67,8 +65,7 @@ tag = "other"
 [[share]]
 tag = %q
 socket = %q
-%s
-`, filepath.Join(e.scratch, "control.sock"), e.vsock.Path(), eventsPort, testguest.Tag, testguest.Tag, filepath.Join(e.scratch, "fs.sock"), cfg.share), 0o644))
+`, filepath.Join(e.scratch, "control.sock"), e.vsock.Path(), eventsPort, testguest.Tag, testguest.Tag, filepath.Join(e.scratch, "fs.sock")), 0o644))
 	e.run()
 	var err error
 	e.control, err = client.New(client.Config{Socket: filepath.Join(e.scratch, "control.sock")})
@@ -103,11 +100,11 @@ socket = %q
 		cfg.kind = testguest.UML
 	}
 	e.boot(testguest.Config{Kind: cfg.kind, Vsock: e.vsock, Serial: theirs})
-	e.graft(api.GraftSpec{Path: "/g", Source: e.machine.share, Watch: true})
-	for _, g := range cfg.grafts {
-		e.graft(g)
+	if cfg.early {
+		e.startAgent(cfg)
 	}
-	if !cfg.noAgent {
+	e.graft(api.GraftSpec{Path: "/g", Source: e.machine.share, Watch: true})
+	if !cfg.noAgent && !cfg.early {
 		e.startAgent(cfg)
 	}
 	program := "guestprog model /mnt/g end"
@@ -141,7 +138,7 @@ func (e *events) graft(g api.GraftSpec) {
 // startAgent starts the agent and waits until it hears of what happens.
 func (e *events) startAgent(cfg eventsConfig) {
 	e.t.Helper()
-	command := fmt.Sprintf("exec sluice-agent --mount /mnt --connect vsock:%d:%d --state /tmp/state/agent %s", testguest.VsockHost, eventsPort, cfg.agent)
+	command := fmt.Sprintf("exec sluice-agent --mount /mnt --connect vsock:%d:%d --state /tmp/state/agent", testguest.VsockHost, eventsPort)
 	if cfg.user {
 		command = "exec su user -c '" + command + "'"
 	}
@@ -530,11 +527,13 @@ func (e *events) ask(format string, args ...any) string {
 	return e.sh("timeout 1 guestprog vsock %d %d '%s' || [ $? -ge 124 ]", testguest.VsockHost, eventsPort, fmt.Sprintf(format, args...))
 }
 
-// TestEventsRemoved removes the share that the agent follows.
+// TestEventsRemoved removes the share that the agent follows, which was there before anything was watched.
 func TestEventsRemoved(t *testing.T) {
 	t.Parallel()
-	e := newEvents(t, eventsConfig{watch: []string{"g/."}}, func(*events) {})
-	e.serving = e.ctx
+	e := newEvents(t, eventsConfig{early: true, watch: []string{"g/."}}, func(*events) {})
+	e.put("new", "")
+	e.await("0 CREATE new")
+	e.agentSays()
 	e.check(e.control.RemoveShare(e.ctx, testguest.Tag, true))
 	e.sh("until grep -q 'there is no share' /tmp/agent; do sleep 0.05; done")
 }
