@@ -207,8 +207,7 @@ func (e *events) agentSays() {
 func TestEvents(t *testing.T) {
 	eachKind(t, func(t *testing.T, kind testguest.Kind) {
 		elsewhere := func(e *events, name string) string { return filepath.Join(e.scratch, "elsewhere", name) }
-		var e *events
-		e = newEvents(t, eventsConfig{kind: kind, watch: []string{"g/d", "g/d/f", "g/e", "g/e/w"}}, func(e *events) {
+		e := newEvents(t, eventsConfig{kind: kind, watch: []string{"g/d", "g/d/f", "g/e", "g/e/w"}}, func(e *events) {
 			e.check(os.MkdirAll(e.path("d/sub"), 0o755))
 			e.check(os.Mkdir(e.path("e"), 0o755))
 			e.put("e/w", "")
@@ -325,8 +324,7 @@ func (e *events) latency(n int) {
 func TestEventsKubelet(t *testing.T) {
 	t.Parallel()
 	few := func(e *events, name string) string { return filepath.Join(e.scratch, "few", name) }
-	var e *events
-	e = newEvents(t, eventsConfig{watch: []string{"g/v"}, reads: "/mnt/g/v/key"}, func(e *events) {
+	e := newEvents(t, eventsConfig{watch: []string{"g/v"}, reads: "/mnt/g/v/key"}, func(e *events) {
 		e.check(os.MkdirAll(e.path("v/..0"), 0o755))
 		e.put("v/..0/key", "0")
 		e.check(os.Symlink("..0", e.path("v/..data")))
@@ -406,8 +404,7 @@ func TestEventsCheckout(t *testing.T) {
 		_ = os.Remove(path)
 		e.check(os.WriteFile(path, []byte(content), 0o644))
 	}
-	var e *events
-	e = newEvents(t, eventsConfig{model: true}, func(e *events) {
+	e := newEvents(t, eventsConfig{model: true}, func(e *events) {
 		e.check(os.Mkdir(e.path("repo"), 0o755))
 		for i := range n {
 			checkout(e, i, fmt.Sprint("old ", i))
@@ -453,8 +450,7 @@ func TestEventsCheckout(t *testing.T) {
 // TestEventsInterrupted has all that takes part end and begin again while the host goes on.
 func TestEventsInterrupted(t *testing.T) {
 	t.Parallel()
-	var e *events
-	e = newEvents(t, eventsConfig{watch: []string{"g/."}}, func(e *events) { e.put("f", "") })
+	e := newEvents(t, eventsConfig{watch: []string{"g/."}}, func(e *events) { e.put("f", "") })
 	kill := func() {
 		e.sh("kill -9 $(pidof sluice-agent); while pidof sluice-agent >/dev/null; do sleep 0.02; done")
 	}
