@@ -266,7 +266,7 @@ func TestEvents(t *testing.T) {
 			}
 		}
 		t.Logf("%d files made, written to and removed by the guest: %v", many, count)
-		if count["CREATE"] != many || count["DELETE"] != many || count["MODIFY"] > 2*many+many/20 {
+		if count["CREATE"] != many || count["DELETE"] != many || count["MODIFY"] > 2*many+many/4 {
 			t.Errorf("%d files made, written to and removed by the guest fire %v", many, count)
 		}
 		e.do("modify after the guest", func() { e.put("d/kept", "host") }, "0 MODIFY kept")
