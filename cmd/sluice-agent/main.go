@@ -224,9 +224,10 @@ func (a *agent) catchUp() {
 func (a *agent) event(e *api.Event) error {
 	switch e.Kind {
 	case api.EventHello:
-		if !isToken(e.Token) {
-			return errors.New("read events: the first has no token of 32 hexadecimal digits: is replay enabled for the share?")
+		if e.Token != "" && !isToken(e.Token) {
+			return errors.New("read events: hello has a token that is not 32 hexadecimal digits")
 		}
+		// Without one nothing is watched yet; there will be another hello.
 		a.r.token = e.Token
 		if a.last == 0 {
 			a.reached(e)
@@ -237,7 +238,7 @@ func (a *agent) event(e *api.Event) error {
 		return nil
 	}
 	if a.r.token == "" {
-		return errors.New("read events: the first is not hello")
+		return errors.New("read events: no hello with a token came before the first")
 	}
 	if !a.behind {
 		a.r.since = a.at

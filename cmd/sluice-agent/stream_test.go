@@ -143,7 +143,7 @@ func TestFollow(t *testing.T) {
 // TestEventsOfNoUse has streams that cannot be followed.
 func TestEventsOfNoUse(t *testing.T) {
 	for _, e := range []api.Event{
-		{Kind: api.EventHello},
+		{Kind: api.EventHello, Token: "x"},
 		{Kind: api.EventHello, Token: strings.Repeat("0", 31) + "/"},
 		{Kind: api.EventModify, ID: 1, Path: "/x"},
 	} {
@@ -151,6 +151,10 @@ func TestEventsOfNoUse(t *testing.T) {
 		if err := a.event(&e); err == nil {
 			t.Errorf("%+v is taken", e)
 		}
+	}
+	a := &agent{r: &replayer{root: -1}, log: &limited{to: io.Discard, now: time.Now}}
+	if err := a.event(&api.Event{Kind: api.EventHello, ID: 7}); err != nil || a.last != 7 {
+		t.Errorf("hello of a share where nothing is watched: %v, the last event is %d", err, a.last)
 	}
 	// What is wrong with one event is no reason to give up the others.
 	r := &replayer{root: -1, token: strings.Repeat("0", 32)}
@@ -202,4 +206,46 @@ func FuzzStream(f *testing.F) {
 		}
 		t.Error("there are more events than bytes")
 	})
+}
+
+// TestState is of agents that come after each other.
+func TestState(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state")
+	for _, content := range []string{"", "x", strings.Repeat("x", 42), "1 2\n"} {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			s, err := openState(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			last, at := s.load()
+			if last != 0 || !at.IsZero() {
+				t.Errorf("%q is %d at %v", content, last, at)
+			}
+			s.close()
+		}
+		s, err := openState(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := time.Unix(1, 2)
+		if err := s.store(1<<64-1, want); err != nil {
+			t.Fatal(err)
+		}
+		a := &agent{saved: s, log: &limited{to: io.Discard, now: time.Now}, behind: true}
+		a.reached(&api.Event{ID: 5}) // this one is not to be relied on
+		s.close()
+		if s, err = openState(path); err != nil {
+			t.Fatal(err)
+		}
+		if last, at := s.load(); last != 1<<64-1 || !at.Equal(want) {
+			t.Errorf("what was stored is %d at %v", last, at)
+		}
+		s.close()
+	}
+	if _, err := openState(filepath.Join(path, "below")); err == nil {
+		t.Error("a file in a file is opened")
+	}
 }
