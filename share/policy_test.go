@@ -148,6 +148,28 @@ func TestPolicies(t *testing.T) {
 	if _, _, errno := g.Getxattr(f, capability, 100); errno != unix.ENODATA {
 		t.Errorf("GETXATTR of capabilities: %v, expected ENODATA", errno)
 	}
+	listed := func(want string) {
+		t.Helper()
+		for _, size := range []int{0, len(want) - 1, len(want), 1000} {
+			list, n, errno := g.Listxattr(f, size)
+			ok := errno == 0 && string(list) == want && n == uint32(len(want))
+			switch size {
+			case 0:
+				ok = errno == 0 && len(list) == 0 && n == uint32(len(want))
+			case len(want) - 1:
+				ok = errno == unix.ERANGE && len(list) == 0
+			}
+			if !ok {
+				t.Errorf("LISTXATTR with room for %d: %q, %d, %v, expected %q", size, list, n, errno, want)
+			}
+		}
+	}
+	for _, name := range []string{"user.a", "user.z"} {
+		g.want(g.Setxattr(f, name, nil, 0), "SETXATTR", 0)
+	}
+	listed("user.a\x00user.z\x00")
+	g.change("/g", Change{NoSUID: new(false)})
+	listed(capability + "\x00user.a\x00user.z\x00")
 	g.change("/g", Change{NoSUID: new(false), NoExec: new(true)})
 	mode(f, 0o600)
 	chmod(0o644)

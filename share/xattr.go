@@ -1,7 +1,9 @@
 package share
 
 import (
+	"bytes"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -11,7 +13,7 @@ import (
 
 // holdsIDs says whether the values of an extended attribute hold ids, which an id map would have to translate: access
 // lists do, and are out of reach in such a part.
-func (p *part) holdsIDs(name fsbackend.Name) bool {
+func (p *part) holdsIDs(name []byte) bool {
 	return p.mapped && strings.HasPrefix(string(name), "system.posix_acl_")
 }
 
@@ -50,11 +52,59 @@ func (s *Share) Listxattr(c *fsbackend.Context, in *fuseproto.GetxattrIn, dst *f
 	if p.XattrReader == nil {
 		return 0, s.lacks(unix.EOPNOTSUPP)
 	}
+	list := p.Listxattr
+	if p.mapped || p.noSUID(p.policy.Load()) {
+		list = p.listShown
+	}
 	var v visit
 	p.enter(c, &in.InHeader, &v)
-	size, errno := p.Listxattr(c, in, dst)
+	size, errno := list(c, in, dst)
 	p.leave(c, &in.InHeader, &v)
 	return size, s.known(errno, unix.EOPNOTSUPP)
+}
+
+// nameList is room for the longest list there is (Linux include/uapi/linux/limits.h, XATTR_LIST_MAX).
+type nameList struct {
+	sink fsbackend.Sink
+	iov  [1]unix.Iovec
+	buf  [64 << 10]byte
+}
+
+var nameLists = sync.Pool{New: func() any { return new(nameList) }}
+
+// listShown lists the attributes that can be read: see Getxattr.
+func (p *part) listShown(c *fsbackend.Context, in *fuseproto.GetxattrIn, dst *fsbackend.Sink) (uint32, Errno) {
+	l := nameLists.Get().(*nameList)
+	defer nameLists.Put(l)
+	l.iov[0] = unix.Iovec{Base: &l.buf[0]}
+	l.iov[0].SetLen(len(l.buf))
+	l.sink.Reset(l.iov[:], 0, uint64(len(l.buf)))
+	given := in.Size
+	in.Size = uint32(len(l.buf))
+	_, errno := p.Listxattr(c, in, &l.sink)
+	in.Size = given
+	if errno != fsbackend.OK {
+		return 0, errno
+	}
+	noSUID := p.noSUID(p.policy.Load())
+	shown := l.buf[:0]
+	for rest := l.buf[:l.sink.Written()]; ; {
+		name, behind, whole := bytes.Cut(rest, []byte{0})
+		if !whole {
+			break
+		}
+		if !p.holdsIDs(name) && !(noSUID && string(name) == capability) {
+			shown = append(shown, rest[:len(name)+1]...)
+		}
+		rest = behind
+	}
+	if dst.Len() > 0 {
+		if len(shown) > dst.Len() {
+			return 0, unix.ERANGE
+		}
+		dst.Write(shown)
+	}
+	return uint32(len(shown)), fsbackend.OK
 }
 
 // Setxattr implements fsbackend.XattrWriter.
