@@ -73,10 +73,10 @@ func code(err error) string {
 func TestCalls(t *testing.T) {
 	ctx := t.Context()
 	d := controltest.New()
-	d.SetStats(api.Stats{Shares: []api.ShareStats{{Tag: "a/b c", BytesRead: 1 << 60, FDs: map[string]uint64{"opath": 3}}}, Threads: 7})
+	d.SetStats(api.Stats{Shares: []api.ShareStats{{Tag: "a b", BytesRead: 1 << 60, FDs: map[string]uint64{"opath": 3}}}, Threads: 7})
 	c, _ := connect(t, d)
 
-	const tag = "a/b c?d" // everything that a path of a URL could misunderstand
+	const tag = "a%b c?d" // everything that a path of a URL could misunderstand
 	spec := api.ShareSpec{Tag: tag, Cache: "never", Writeback: true, RequestQueues: 3, Grafts: []api.GraftSpec{{Path: "/x", Source: "/srv/x", UIDMap: []api.IDRange{{Guest: 1, Host: 2, Count: 3}}}}}
 	share, err := c.AddShare(ctx, spec)
 	if err != nil || share.Tag != tag || share.State != api.StateWaiting || share.RequestQueues != 3 {
