@@ -29,7 +29,9 @@ func newCommand(cfg *config.Config, groups []extensions.FlagGroup, serve func(*p
 		Use:   "sluiced {--shared-dir DIR | --bundle DIR} {--socket-path PATH | --fd FD} [OPTION]...",
 		Short: "Serve a directory to a virtual machine over vhost-user (virtio-fs)",
 		Long: "sluiced serves a directory to a virtual machine: it is a vhost-user back-end of the virtio-fs device,\n" +
-			"with the options of virtiofsd.",
+			"with the options of virtiofsd.\n\n" +
+			"With --config, --share or --control-socket it serves any number of shares, which can be added, changed\n" +
+			"and removed while it runs: see sluicectl --help.",
 		Version: buildVersion(),
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 {

@@ -190,6 +190,7 @@ In the guest:
 mount \-t virtiofs TAG /mnt
 .fi
 .SH SEE ALSO
+.BR sluicectl (1),
 .BR qemu\-system\-x86_64 (1),
 .BR mount (8)
 `
