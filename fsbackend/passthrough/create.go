@@ -160,11 +160,22 @@ func (fs *FS) unlink(parent uint64, name fsbackend.Name, flags int) errno {
 		return errno
 	}
 	defer fs.put(&p)
+	if mountedOn(p.fd, name) {
+		return unix.EBUSY
+	}
 	if errno := sys.Unlinkat(p.fd, name.CString(), flags); errno != 0 {
 		return errno
 	}
 	fs.nodes.moved(parent, name, 0, nil)
 	return 0
+}
+
+// mountedOn says whether something is mounted on name. The kernel refuses to remove such a name only where the mount is in our own
+// namespace; else it takes the mount away, the host's too (Linux fs/namei.c, is_local_mountpoint and detach_mounts). Trees that
+// we were handed descriptors of are in none.
+func mountedOn(dirfd int, name fsbackend.Name) bool {
+	var st unix.Statx_t
+	return sys.Statx(dirfd, name.CString(), statxFlags, 0, &st) == 0 && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
 }
 
 // Rename implements fsbackend.Renamer.
@@ -186,6 +197,9 @@ func (fs *FS) Rename(_ *fsbackend.Context, in *fuseproto.Rename2In, oldName, new
 	defer fs.put(&from)
 	if from.typ != typeDir || to.typ != typeDir {
 		return unix.ENOTDIR
+	}
+	if mountedOn(from.fd, oldName) || mountedOn(to.fd, newName) {
+		return unix.EBUSY
 	}
 	if errno := sys.Renameat2(from.fd, oldName.CString(), to.fd, newName.CString(), in.Flags); errno != 0 {
 		return errno

@@ -15,7 +15,11 @@ import (
 	"github.com/sluicefs/sluice/vhostuser/vhosttest"
 )
 
-// daemon is a running sluiced. It ends with its only connection, which it has inherited: so nothing outlives the tests.
+// controlSocket is in the scratch directory.
+const controlSocket = "control.sock"
+
+// daemon is a running sluiced. It ends with its only connection, which it has inherited, or, managed, when it is told to: so nothing
+// outlives the tests.
 type daemon struct {
 	cmd    *exec.Cmd
 	log    log
@@ -56,6 +60,9 @@ func startDaemon(t testing.TB, cfg configuration, share, dir string, bait ...*os
 	}
 	defer conn.Close()
 	options := []string{"--shared-dir", share, "--fd", "3", "--xattr", "--num-request-queues", "1"}
+	if cfg.managed {
+		options = append(options, "--tag", "escape", "--control-socket", filepath.Join(filepath.Dir(dir), controlSocket))
+	}
 	more, err := testguest.TraceArgs(cfg.surroundings(), cfg.uid, cfg.options)
 	if err != nil {
 		t.Fatal(err)
@@ -74,6 +81,9 @@ func startDaemon(t testing.TB, cfg configuration, share, dir string, bait ...*os
 	}()
 	t.Cleanup(func() {
 		_ = fe.Close()
+		if cfg.managed {
+			_ = d.cmd.Process.Signal(syscall.SIGTERM) // it could be told to serve something else
+		}
 		select {
 		case <-d.exited:
 			if d.err != nil {

@@ -32,6 +32,8 @@ type configuration struct {
 	options []string
 	// uid is the user and the group that it runs as.
 	uid uint32
+	// managed has the share be one that can change: it is served by a process that is sent its descriptors.
+	managed bool
 }
 
 // nobody is a user without any privilege.
@@ -47,6 +49,7 @@ var configurations = []configuration{
 	{name: "chroot", options: []string{"--sandbox", "chroot"}},
 	{name: "namespace", options: []string{"--sandbox", "namespace"}},
 	{name: "namespace unprivileged", options: []string{"--sandbox", "namespace", "--max-fds", "8"}, uid: nobody},
+	{name: "namespace managed", options: []string{"--sandbox", "namespace"}, managed: true},
 }
 
 // surroundings are the user and the sandbox, named as in test/guest.
