@@ -160,7 +160,7 @@ func (fs *FS) unlink(parent uint64, name fsbackend.Name, flags int) errno {
 		return errno
 	}
 	defer fs.put(&p)
-	if mountedOn(p.fd, name) {
+	if fs.mountedOn(p.fd, name) {
 		return unix.EBUSY
 	}
 	if errno := sys.Unlinkat(p.fd, name.CString(), flags); errno != 0 {
@@ -171,9 +171,12 @@ func (fs *FS) unlink(parent uint64, name fsbackend.Name, flags int) errno {
 }
 
 // mountedOn says whether something is mounted on name. The kernel refuses to remove such a name only where the mount is in our own
-// namespace; else it takes the mount away, the host's too (Linux fs/namei.c, is_local_mountpoint and detach_mounts). Trees that
-// we were handed descriptors of are in none.
-func mountedOn(dirfd int, name fsbackend.Name) bool {
+// namespace; else it takes the mount away, the host's too (Linux fs/namei.c, is_local_mountpoint and detach_mounts). A tree that
+// we were handed a descriptor of may be in none.
+func (fs *FS) mountedOn(dirfd int, name fsbackend.Name) bool {
+	if fs.cfg.DirFD == 0 {
+		return false
+	}
 	var st unix.Statx_t
 	return sys.Statx(dirfd, name.CString(), statxFlags, 0, &st) == 0 && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0
 }
@@ -198,7 +201,7 @@ func (fs *FS) Rename(_ *fsbackend.Context, in *fuseproto.Rename2In, oldName, new
 	if from.typ != typeDir || to.typ != typeDir {
 		return unix.ENOTDIR
 	}
-	if mountedOn(from.fd, oldName) || mountedOn(to.fd, newName) {
+	if fs.mountedOn(from.fd, oldName) || fs.mountedOn(to.fd, newName) {
 		return unix.EBUSY
 	}
 	if errno := sys.Renameat2(from.fd, oldName.CString(), to.fd, newName.CString(), in.Flags); errno != 0 {
