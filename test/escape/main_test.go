@@ -34,6 +34,8 @@ type configuration struct {
 	uid uint32
 	// managed has a control socket: what is served can change, and comes to the serving process by descriptors.
 	managed bool
+	// rare leaves it out, but with SLUICE_FULL or where system calls are traced.
+	rare bool
 }
 
 // nobody is a user without any privilege.
@@ -50,10 +52,10 @@ var configurations = []configuration{
 	{name: "namespace", options: []string{"--sandbox", "namespace"}},
 	{name: "namespace unprivileged", options: []string{"--sandbox", "namespace", "--max-fds", "8"}, uid: nobody},
 
-	{name: "none managed", options: []string{"--sandbox", "none", "--max-fds", "8"}, managed: true},
-	{name: "chroot managed", options: []string{"--sandbox", "chroot"}, managed: true},
+	{name: "none managed", rare: true, options: []string{"--sandbox", "none", "--max-fds", "8"}, managed: true},
+	{name: "chroot managed", rare: true, options: []string{"--sandbox", "chroot"}, managed: true},
 	{name: "namespace managed", options: []string{"--sandbox", "namespace"}, managed: true},
-	{name: "none unprivileged managed", options: []string{"--sandbox", "none", "--max-fds", "8"}, uid: nobody, managed: true},
+	{name: "none unprivileged managed", rare: true, options: []string{"--sandbox", "none", "--max-fds", "8"}, uid: nobody, managed: true},
 	{name: "namespace unprivileged managed", options: []string{"--sandbox", "namespace"}, uid: nobody, managed: true},
 }
 
@@ -73,6 +75,9 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv("SLUICE_FULL") == "" && testguest.TraceDir() == "" {
+		configurations = slices.DeleteFunc(configurations, func(c configuration) bool { return c.rare })
+	}
 	run := runConfined
 	if base = os.Getenv(baseVariable); base == "" {
 		run = confine
