@@ -26,9 +26,9 @@
 //
 // # Grafts that come and go
 //
-// In a Dynamic share the calls of each part are counted, and all of its handles count as one more (life). Remove takes the
-// graft off the tree and says that it leaves; whoever ends the last call finds that, and with one compare-and-swap from 0 it
-// has gone: no call can begin any more. Then everybody who keeps something for the part is told (fsbackend.Changing), and the
+// In a Dynamic share the calls of each part but the root are counted, by thread, and its handles (life, calls). Remove takes the
+// graft off the tree and says that it leaves; whoever ends the last call finds that and closes its calls: it
+// has gone, and none can begin any more. Then everybody who keeps something for the part is told (fsbackend.Changing), and the
 // backend is closed on a goroutine of its own. Nothing is held meanwhile that another part's requests need.
 //
 // The guest may still have nodeids of what has gone. So the share counts the lookups of each part, and keeps its index until
@@ -62,7 +62,7 @@
 //
 //	share.go     Config, New, and which part a request is for; table.go finds it
 //	change.go    Add, Replace, Change, Remove, Grafts
-//	life.go      what keeps a part, and its end
+//	life.go      what keeps a part, and its end; calls.go counts calls until there are none
 //	part.go      numbers and ids on the way in and out; policy.go what else is hidden or refused
 //	quota.go     what is stored in a part; count.go the walk that begins it
 //	position.go  the tree of positions; lookup.go walks it

@@ -5,6 +5,7 @@
 //	guestprog noxattr FILE      ask for extended attributes that there cannot be
 //	guestprog open FILE N       open, read and check the self-checking FILE N times
 //	guestprog mount TAG DIR N   mount and unmount N times
+//	guestprog read FILE N HOW   read 4 KiB of FILE with O_DIRECT N times, "random" or not, and say how many ns each took
 //	guestprog sum DIR           the tree's sum and number of entries
 //	guestprog random FILE N S   write N bytes that depend on the seed S
 //	guestprog locks FILE SAME   lock FILE, which SAME is too by way of another mount, against it
@@ -54,6 +55,9 @@ func run(args []string) error {
 		"open":     {2, func(a []string) error { return withCount(a[1], func(n int64) error { return openMany(a[0], n) }) }},
 		"mount": {3, func(a []string) error {
 			return withCount(a[2], func(n int64) error { return mountMany(a[0], a[1], n) })
+		}},
+		"read": {3, func(a []string) error {
+			return withCount(a[1], func(n int64) error { return readMany(a[0], n, a[2] == "random") })
 		}},
 		"sum": {1, func(a []string) error { return printSum(a[0]) }},
 		"random": {3, func(a []string) error {
