@@ -42,7 +42,7 @@ func (fs *FS) useFile(node, fh uint64, hasFh bool, r *ref) errno {
 	if h == nil {
 		return unix.EBADF
 	}
-	*r = ref{fd: int(h.fd), slot: -1, h: h, typ: typeRegular, priv: true}
+	*r = ref{fd: int(h.fd), slot: -1, h: h, typ: typeRegular, privs: fs.privsOf(node)}
 	if h.dir {
 		r.typ = typeDir
 	}
@@ -52,17 +52,63 @@ func (fs *FS) useFile(node, fh uint64, hasFh bool, r *ref) errno {
 // stat looks at the file behind r, a descriptor of node.
 func (fs *FS) stat(r *ref, node uint64, st *unix.Statx_t) errno {
 	errno := sys.Statx(r.fd, nil, statxFlags, statxMask, st)
-	if errno == 0 && (st.Mode&privBits != 0) != r.priv {
-		fs.notePriv(node, st.Mode&privBits != 0)
+	if errno == 0 && (st.Mode&privBits != 0) != r.privs.set() {
+		if st.Mode&privBits == 0 {
+			fs.privsGone(node, r.privs)
+		} else {
+			s, n := fs.nodes.lock(node)
+			if n != nil {
+				n.privs.seen(st)
+			}
+			s.mu.Unlock()
+		}
 	}
 	return errno
 }
 
-// notePriv remembers whether node has bits that a write has to clear.
-func (fs *FS) notePriv(node uint64, priv bool) {
+// privs says whether a node had bits that a write has to clear when it was last seen. A look that began before they were set may
+// end after, and must not make them forgotten: the bits above the lowest count the beginnings and ends of calls that set some.
+type privs uint8
+
+const (
+	privSet   privs = 1
+	privCount privs = 2
+)
+
+func (p privs) set() bool { return p&privSet != 0 }
+
+// seen notes the bits in st, if it has any.
+func (p *privs) seen(st *unix.Statx_t) {
+	if st.Mode&privBits != 0 {
+		*p |= privSet
+	}
+}
+
+// privsOf returns those of node: nobody but the guest sets such a bit without that the guest sees it soon, and a look at each write
+// would cost as much again.
+func (fs *FS) privsOf(node uint64) privs {
+	s, n := fs.nodes.lock(node)
+	defer s.mu.Unlock()
+	if n == nil {
+		return privSet
+	}
+	return n.privs
+}
+
+// privsGone notes that node had no such bits after since, unless some may have been set meanwhile.
+func (fs *FS) privsGone(node uint64, since privs) {
+	s, n := fs.nodes.lock(node)
+	if n != nil && n.privs&^privSet == since&^privSet {
+		n.privs &^= privSet
+	}
+	s.mu.Unlock()
+}
+
+// setsPrivs is called before and after a call that may set such bits on node.
+func (fs *FS) setsPrivs(node uint64) {
 	s, n := fs.nodes.lock(node)
 	if n != nil {
-		n.priv = priv
+		n.privs = (n.privs + privCount) | privSet
 	}
 	s.mu.Unlock()
 }
@@ -127,7 +173,14 @@ func (fs *FS) Setattr(_ *fsbackend.Context, in *fuseproto.SetattrIn, out *fusepr
 	defer fs.put(&r)
 	procfd := fs.procfd.Int()
 	if in.Valid&fuseproto.FATTR_MODE != 0 {
-		if errno := sys.ChmodFD(procfd, r.fd, in.Mode&0o7777); errno != 0 {
+		if in.Mode&privBits != 0 {
+			fs.setsPrivs(in.NodeId)
+		}
+		errno := sys.ChmodFD(procfd, r.fd, in.Mode&0o7777)
+		if in.Mode&privBits != 0 {
+			fs.setsPrivs(in.NodeId)
+		}
+		if errno != 0 {
 			return errno
 		}
 	}

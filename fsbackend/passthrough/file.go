@@ -189,18 +189,22 @@ func (fs *FS) Write(c *fsbackend.Context, in *fuseproto.WriteIn, src *fsbackend.
 	if in.Flags&unix.O_APPEND != 0 && in.WriteFlags&fuseproto.FUSE_WRITE_CACHE == 0 {
 		flags = unix.RWF_APPEND
 	}
-	if in.WriteFlags&fuseproto.FUSE_WRITE_KILL_SUIDGID != 0 && fs.hasPriv(in.NodeId) {
-		var n uint32
-		errno := withoutFsetid(func() (errno syscall.Errno) {
-			n, errno = write(h, in, src, flags)
-			return errno
-		})
-		if errno == 0 {
-			fs.notePriv(in.NodeId, false)
-		}
-		return n, errno
+	if in.WriteFlags&fuseproto.FUSE_WRITE_KILL_SUIDGID == 0 {
+		return write(h, in, src, flags)
 	}
-	return write(h, in, src, flags)
+	since := fs.privsOf(in.NodeId)
+	if !since.set() {
+		return write(h, in, src, flags)
+	}
+	var n uint32
+	errno = withoutFsetid(func() (errno syscall.Errno) {
+		n, errno = write(h, in, src, flags)
+		return errno
+	})
+	if errno == 0 {
+		fs.privsGone(in.NodeId, since)
+	}
+	return n, errno
 }
 
 func write(h *handle, in *fuseproto.WriteIn, src *fsbackend.Source, flags int) (uint32, errno) {
@@ -217,14 +221,6 @@ func write(h *handle, in *fuseproto.WriteIn, src *fsbackend.Source, flags int) (
 		}
 	}
 	return uint32(done), 0
-}
-
-// hasPriv says whether node had a set-user-id or set-group-id bit when it was last looked at: nobody but the guest sets
-// one without that the guest sees it soon, and a look at each write would cost as much again.
-func (fs *FS) hasPriv(node uint64) bool {
-	s, n := fs.nodes.lock(node)
-	defer s.mu.Unlock()
-	return n == nil || n.priv
 }
 
 // Flush implements fsbackend.Flusher. It costs the guest a request for each close(2), so that it is answered ENOSYS, after

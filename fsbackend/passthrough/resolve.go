@@ -22,7 +22,7 @@ type ref struct {
 	fd    int
 	mount uint16
 	typ   uint8
-	priv  bool // had a set-user-id or set-group-id bit when last seen
+	privs privs
 	slot  int32
 	h     *handle
 }
@@ -103,7 +103,7 @@ func (fs *FS) tryResolve(id uint64, r *ref, wait bool) errno {
 // pinHot pins a descriptor that the locked node has.
 func (fs *FS) pinHot(n *node, r *ref) bool {
 	if n.slot >= 0 {
-		*r = ref{fd: fs.fds.pin(n.slot), mount: n.mount, typ: n.typ, priv: n.priv, slot: n.slot}
+		*r = ref{fd: fs.fds.pin(n.slot), mount: n.mount, typ: n.typ, privs: n.privs, slot: n.slot}
 		return true
 	}
 	if n.handles != 0 {
@@ -115,7 +115,7 @@ func (fs *FS) pinHot(n *node, r *ref) bool {
 			}
 			h = fs.handles.at(h.next - 1)
 		}
-		*r = ref{fd: int(h.fd), mount: n.mount, typ: n.typ, priv: n.priv, slot: -1, h: h}
+		*r = ref{fd: int(h.fd), mount: n.mount, typ: n.typ, privs: n.privs, slot: -1, h: h}
 		return true
 	}
 	return false

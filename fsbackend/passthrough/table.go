@@ -56,7 +56,7 @@ type node struct {
 	typ        uint8
 	handleLen  uint8 // 0: no file handle known
 	nameLen    uint8 // 0: no location known
-	priv       bool  // had a set-user-id or set-group-id bit when last seen
+	privs      privs
 	handle     [inlineHandle]byte
 	name       [inlineName]byte
 }
