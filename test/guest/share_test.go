@@ -247,7 +247,7 @@ func TestKilled(t *testing.T) {
 	m := newSteered(t)
 	m.check(os.WriteFile(m.path("file"), []byte("served\n"), 0o644))
 	sources := []string{m.source("dir", map[string]string{"file": "x", "sub/file": "x"}), filepath.Join(m.scratch, "dir/file")}
-	rounds := size{50, 200}.n()
+	rounds := size{15, 200}.n()
 	var slowest time.Duration
 	for i := range 2 * rounds {
 		if i > 0 {
