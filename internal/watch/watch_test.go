@@ -558,10 +558,11 @@ func TestLimits(t *testing.T) {
 			must(t, os.Remove(d+"/0"))
 			write(t, d+"/tenth", "")
 		}, []string{"limit /ninth", "delete /0", "create /tenth"}, "more files"},
-		{"bytes", Limits{MaxBytes: 10}, -1, nil, func(t *testing.T, d string, _ *recorder) {
+		{"bytes", Limits{MaxBytes: 10}, -1, nil, func(t *testing.T, d string, r *recorder) {
 			write(t, d+"/a", "12345")
 			write(t, d+"/b", "123456")
-			write(t, d+"/b", "1234567")
+			r.until("limit", func(evs []Event) bool { return slices.Contains(texts(evs), "limit /b") })
+			must(t, os.Truncate(d+"/b", 7)) // and not written anew, which empties it for a moment, in which it fits
 			write(t, d+"/c", "12345")
 		}, []string{"create /a", "limit /b", "create /c"}, "more bytes"},
 		{"grows", Limits{MaxBytes: 10}, -1, func(t *testing.T, d string) { write(t, d+"/a", "1234") }, func(t *testing.T, d string, r *recorder) {
