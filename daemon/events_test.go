@@ -106,7 +106,8 @@ func TestEventOrder(t *testing.T) {
 		t.Errorf("token %q in the second hello", e.Token)
 	}
 	const n = 3 * pendingEvents
-	go add(n)
+	var adding sync.WaitGroup
+	adding.Go(func() { add(n) })
 	for id := range uint64(n) {
 		if e := f.want(t, api.EventModify, id+1); e.Path != fmt.Sprint(id+1) {
 			t.Fatalf("%+v is out of order", e)
@@ -115,6 +116,7 @@ func TestEventOrder(t *testing.T) {
 			t.Fatalf("event %d was sent before it was announced", id+1)
 		}
 	}
+	adding.Wait()
 	if !slices.IsSorted(announced()) || len(announced()) != n {
 		t.Errorf("announced: %d", announced())
 	}
