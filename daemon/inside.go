@@ -87,9 +87,6 @@ func (p *program) workManaged(ctx context.Context, w *worker, m *managed) (err e
 	if err != nil {
 		return err
 	}
-	for _, note := range w.what.plan.Notes {
-		log.Warn(note)
-	}
 	if err := registry.Prepare(extensions.PrepareContext{Spec: spec, BundleDir: w.what.bundle.Dir, Log: log}); err != nil {
 		return err
 	}
@@ -123,14 +120,7 @@ func (p *program) workManaged(ctx context.Context, w *worker, m *managed) (err e
 	cancel()
 	ended := make(chan error, 1)
 	go func() { ended <- in.close() }()
-	select {
-	case e := <-ended:
-		return errors.Join(err, e)
-	case sig := <-w.signals:
-		return fmt.Errorf("ended by a second signal (%s) before requests in progress were done", signalName(sig))
-	case <-time.After(p.stopTimeout):
-		return fmt.Errorf("requests in progress were not done %s after the end was asked for", p.stopTimeout)
-	}
+	return errors.Join(err, p.awaitEnd(ended, w.signals, "the end was asked for"))
 }
 
 // allowed is the registry of those who may serve what is added at run time.

@@ -286,13 +286,19 @@ func (p *program) work(ctx context.Context, w *worker) (err error) {
 		log.Info("ending: the process that started this one is gone")
 	}
 	cancel()
+	return p.awaitEnd(done, w.signals, "the signal")
+}
+
+// awaitEnd waits until requests in progress are done, which done tells: not beyond a second signal, and not for long after what has
+// asked for the end.
+func (p *program) awaitEnd(done <-chan error, signals <-chan os.Signal, asked string) error {
 	select {
 	case err := <-done:
 		return err
-	case sig := <-w.signals:
+	case sig := <-signals:
 		return fmt.Errorf("ended by a second signal (%s) before requests in progress were done", signalName(sig))
 	case <-time.After(p.stopTimeout):
-		return fmt.Errorf("requests in progress were not done %s after the signal", p.stopTimeout)
+		return fmt.Errorf("requests in progress were not done %s after %s", p.stopTimeout, asked)
 	}
 }
 
