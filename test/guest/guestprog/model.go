@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/binary"
 	"fmt"
 	"maps"
 	"os"
@@ -33,36 +32,21 @@ func keepModel(root, end string) error {
 	t := &picture{fd: fd, root: root, dirs: map[int32]string{}, files: model.Files{}}
 	t.look(root)
 	fmt.Println("ready")
-	buf := make([]byte, 256<<10)
-	for {
-		n, err := unix.Read(fd, buf)
-		if err == unix.EINTR {
-			continue
+	return eachRecord(fd, func(wd int32, mask, _ uint32, name string) error {
+		if mask&unix.IN_Q_OVERFLOW != 0 {
+			t.list(root)
+			return nil
 		}
-		if err != nil {
-			return err
-		}
-		for b := buf[:n]; len(b) > 0; {
-			wd, mask, size := int32(binary.NativeEndian.Uint32(b)), binary.NativeEndian.Uint32(b[4:]), binary.NativeEndian.Uint32(b[12:])
-			name := strings.TrimRight(string(b[16:16+size]), "\x00")
-			b = b[16+size:]
-			if mask&unix.IN_Q_OVERFLOW != 0 {
-				t.list(root)
-				continue
-			}
-			dir, ok := t.dirs[wd]
-			if !ok {
-				continue
-			}
-			if dir == root && name == end {
-				if mask&unix.IN_MODIFY != 0 {
-					fmt.Println("model", t.files.Sum(root, end))
-				}
-				continue
-			}
+		dir, ok := t.dirs[wd]
+		switch {
+		case !ok:
+		case dir != root || name != end:
 			t.event(mask, filepath.Join(dir, name))
+		case mask&unix.IN_MODIFY != 0:
+			fmt.Println("model", t.files.Sum(root, end))
 		}
-	}
+		return nil
+	})
 }
 
 // event believes what it is told: what is deleted is not looked for.

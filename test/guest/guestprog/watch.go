@@ -54,7 +54,31 @@ func watch(file string, paths []string) error {
 	if _, err := fmt.Println("ready"); err != nil {
 		return err
 	}
-	buf := make([]byte, 64<<10)
+	return eachRecord(fd, func(wd int32, mask, cookie uint32, name string) error {
+		content := ""
+		if file != "" {
+			text, err := os.ReadFile(file)
+			if content = string(text); err != nil {
+				content = "!" + err.Error()
+			}
+		}
+		var names []string
+		for _, in := range inotifyNames {
+			if mask&in.bit != 0 {
+				names = append(names, in.name)
+			}
+		}
+		if name == "" {
+			name = "."
+		}
+		_, err := fmt.Printf("%d %s %d %s %q\n", numbers[wd], strings.Join(names, "|"), cookie, name, content)
+		return err
+	})
+}
+
+// eachRecord gives f what inotify says, for ever.
+func eachRecord(fd int, f func(wd int32, mask, cookie uint32, name string) error) error {
+	buf := make([]byte, 256<<10)
 	for {
 		n, err := unix.Read(fd, buf)
 		if err == unix.EINTR {
@@ -68,23 +92,7 @@ func watch(file string, paths []string) error {
 			cookie, size := binary.NativeEndian.Uint32(b[8:]), binary.NativeEndian.Uint32(b[12:])
 			name := strings.TrimRight(string(b[16:16+size]), "\x00")
 			b = b[16+size:]
-			content := ""
-			if file != "" {
-				text, err := os.ReadFile(file)
-				if content = string(text); err != nil {
-					content = "!" + err.Error()
-				}
-			}
-			var names []string
-			for _, in := range inotifyNames {
-				if mask&in.bit != 0 {
-					names = append(names, in.name)
-				}
-			}
-			if name == "" {
-				name = "."
-			}
-			if _, err := fmt.Printf("%d %s %d %s %q\n", numbers[wd], strings.Join(names, "|"), cookie, name, content); err != nil {
+			if err := f(wd, mask, cookie, name); err != nil {
 				return err
 			}
 		}
