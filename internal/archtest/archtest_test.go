@@ -41,11 +41,15 @@ var house = Rules{
 		"virtqueue/vqtest":    {"virtqueue", "guestmem", "internal/sys"},
 		"guestmem":            {"internal/sys"},
 
-		"fuseserver":             {"fuseproto", "fsbackend", "internal/sys", "internal/ratelog"},
-		"docs":                   {},
-		"fuseproto":              {},
-		"fsbackend":              {"fuseproto", "internal/sys"},
-		"fsbackend/...":          {"fsbackend", "fuseproto", "internal/sys"},
+		"fuseserver":    {"fuseproto", "fsbackend", "internal/sys", "internal/ratelog"},
+		"docs":          {},
+		"fuseproto":     {},
+		"fsbackend":     {"fuseproto", "internal/sys"},
+		"fsbackend/...": {"fsbackend", "fuseproto", "internal/sys"},
+		// Side by side with others: nothing of the daemon's may import it.
+		"bench":     {"bench/...", "internal/testguest/..."},
+		"bench/...": {"bench/...", "fuseproto", "guestmem", "internal/sys", "internal/testguest/...", "vhostuser", "vhostuser/vhosttest", "virtqueue", "virtqueue/vqtest"},
+
 		"internal/archtest":      {},
 		"internal/bundle":        {},
 		"internal/config":        {},
