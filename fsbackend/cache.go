@@ -15,19 +15,20 @@ const (
 	CacheAuto     CachePolicy = iota // names and attributes for 1 s; data until its mtime or size is seen to change
 	CacheNever                       // nothing: every access asks the host
 	CacheMetadata                    // names, attributes and directories for a day; no data
-	CacheAlways                      // everything for a day: only for trees that nobody else changes
+	CacheAlways                      // everything for a day, also that a name is missing: only for trees that nobody else changes
 )
 
 var policies = [...]struct {
 	name      string
 	valid     uint64
+	missing   uint64
 	fileFlags uint32
 	dirFlags  uint32
 }{
 	CacheAuto:     {name: "auto", valid: 1},
 	CacheNever:    {name: "never", fileFlags: fuseproto.FOPEN_DIRECT_IO},
 	CacheMetadata: {name: "metadata", valid: 86400, fileFlags: fuseproto.FOPEN_DIRECT_IO, dirFlags: fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR},
-	CacheAlways:   {name: "always", valid: 86400, fileFlags: fuseproto.FOPEN_KEEP_CACHE, dirFlags: fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR},
+	CacheAlways:   {name: "always", valid: 86400, missing: 86400, fileFlags: fuseproto.FOPEN_KEEP_CACHE, dirFlags: fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR},
 }
 
 // CacheFlags are the FOPEN_* flags that a policy decides unless a backend has set one of them, or CacheDecided.
@@ -79,6 +80,10 @@ func FillValid(sec *uint64, nsec *uint32, valid uint64) {
 
 // Valid returns for how many seconds names and attributes are.
 func (p CachePolicy) Valid() uint64 { return policies[p].valid }
+
+// Missing returns for how many seconds the guest may trust that a name does not exist; 0 is not at all. virtiofsd never lets
+// it, and what the host creates is expected to be seen at once where the policy does not say otherwise.
+func (p CachePolicy) Missing() uint64 { return policies[p].missing }
 
 // FileFlags returns the FOPEN_* flags that files are opened with.
 func (p CachePolicy) FileFlags() uint32 { return policies[p].fileFlags }

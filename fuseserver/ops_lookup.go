@@ -10,7 +10,10 @@ import (
 func opLookup(s *Server, r *Request) Errno {
 	e := out[fuseproto.EntryOut](r)
 	errno := s.backend.Lookup(&r.ctx, r.header().NodeId, r.names[0], e)
-	if errno != fsbackend.OK {
+	switch {
+	case errno == syscall.ENOENT && s.missing != 0:
+		*e = fuseproto.EntryOut{EntryValid: s.missing}
+	case errno != fsbackend.OK:
 		return errno
 	}
 	if e.NodeId == 0 {

@@ -84,6 +84,7 @@ type Server struct {
 	log     *ratelog.Logger // of what a guest does
 	bugs    *bugs
 	valid   uint64 // seconds that names and attributes are valid by default
+	missing uint64 // seconds that the absence of names is, 0 for not at all
 	want    uint64 // INIT flags
 	stats   Stats
 
@@ -121,12 +122,14 @@ func New(cfg Config) (*Server, error) {
 		log:     ratelog.New(cfg.Log, 10*time.Second, 5),
 		bugs:    newBugs(cfg.Log),
 		valid:   cfg.Cache.Valid(),
+		missing: cfg.Cache.Missing(),
 	}
 	s.want = s.wantFlags()
 	s.shared = s.NewCounters()
 	s.divided, _ = cfg.Backend.(fsbackend.Divided)
 	if c, ok := cfg.Backend.(fsbackend.Changing); ok {
 		c.OnGone(s.gone)
+		s.missing = 0 // a part may bring the name at any time
 	}
 	s.onGone = func(*fsbackend.Part) {}
 	s.later = s.RunForgets

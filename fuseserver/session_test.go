@@ -287,16 +287,17 @@ func TestDirectIO(t *testing.T) {
 
 func TestCachePolicy(t *testing.T) {
 	tests := []struct {
-		name      string
-		valid     uint64
-		file, dir uint32
-	}{{"auto", 1, 0, 0}, {"never", 0, 1, 0}, {"metadata", 86400, 1, 10}, {"always", 86400, 2, 10}}
+		name           string
+		valid, missing uint64
+		file, dir      uint32
+	}{{"auto", 1, 0, 0, 0}, {"never", 0, 0, 1, 0}, {"metadata", 86400, 0, 1, 10}, {"always", 86400, 86400, 2, 10}}
 	for _, tt := range tests {
 		policy, err := fsbackend.ParseCachePolicy(tt.name)
 		if err != nil || policy.String() != tt.name {
 			t.Fatalf("parse %q: %v, %v", tt.name, policy, err)
 		}
-		g := mounted(t, Config{Cache: policy})
+		b := newStub()
+		g := mounted(t, Config{Backend: b, Cache: policy})
 		body, _ := g.do(message(fuseproto.FUSE_LOOKUP, 1, "n\x00"))
 		if want := cat(tt.valid, tt.valid, uint64(0)); !bytes.Equal(body[16:40], want) {
 			t.Errorf("%s: LOOKUP is valid for %x, expected %x", tt.name, body[16:40], want)
@@ -318,6 +319,14 @@ func TestCachePolicy(t *testing.T) {
 		body, _ = g.do(message(fuseproto.FUSE_CREATE, 1, make([]byte, 16), "n\x00"))
 		if got := binary.NativeEndian.Uint32(body[136:]); got != tt.file {
 			t.Errorf("%s: CREATE has flags %#x, expected %#x", tt.name, got, tt.file)
+		}
+		b.errno = syscall.ENOENT
+		if body, errno := g.do(message(fuseproto.FUSE_LOOKUP, 1, "n\x00")); tt.missing == 0 {
+			if errno != syscall.ENOENT {
+				t.Errorf("%s: LOOKUP of what is missing: %x, %v, expected ENOENT", tt.name, body, errno)
+			}
+		} else if want := append(cat(uint64(0), uint64(0), tt.missing), make([]byte, entryOut-24)...); errno != 0 || !bytes.Equal(body, want) {
+			t.Errorf("%s: LOOKUP of what is missing: %x, %v, expected node 0, valid for %d s", tt.name, body, errno, tt.missing)
 		}
 	}
 	if _, err := fsbackend.ParseCachePolicy("sometimes"); err == nil {
