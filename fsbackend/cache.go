@@ -18,6 +18,10 @@ const (
 	CacheAlways                      // everything for a day, also that a name is missing: only for trees that nobody else changes
 )
 
+// direct is what files are opened with that the guest keeps no data of. Its writes inside a file need not wait for each other:
+// the file's own lock is the host's.
+const direct = fuseproto.FOPEN_DIRECT_IO | fuseproto.FOPEN_PARALLEL_DIRECT_WRITES
+
 var policies = [...]struct {
 	name      string
 	valid     uint64
@@ -26,8 +30,8 @@ var policies = [...]struct {
 	dirFlags  uint32
 }{
 	CacheAuto:     {name: "auto", valid: 1},
-	CacheNever:    {name: "never", fileFlags: fuseproto.FOPEN_DIRECT_IO},
-	CacheMetadata: {name: "metadata", valid: 86400, fileFlags: fuseproto.FOPEN_DIRECT_IO, dirFlags: fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR},
+	CacheNever:    {name: "never", fileFlags: direct},
+	CacheMetadata: {name: "metadata", valid: 86400, fileFlags: direct, dirFlags: fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR},
 	CacheAlways:   {name: "always", valid: 86400, missing: 86400, fileFlags: fuseproto.FOPEN_KEEP_CACHE, dirFlags: fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR},
 }
 

@@ -290,7 +290,7 @@ func TestCachePolicy(t *testing.T) {
 		name           string
 		valid, missing uint64
 		file, dir      uint32
-	}{{"auto", 1, 0, 0, 0}, {"never", 0, 0, 1, 0}, {"metadata", 86400, 0, 1, 10}, {"always", 86400, 86400, 2, 10}}
+	}{{"auto", 1, 0, 0, 0}, {"never", 0, 0, 0x41, 0}, {"metadata", 86400, 0, 0x41, 10}, {"always", 86400, 86400, 2, 10}}
 	for _, tt := range tests {
 		policy, err := fsbackend.ParseCachePolicy(tt.name)
 		if err != nil || policy.String() != tt.name {
