@@ -52,7 +52,9 @@ func Passthrough(o PassthroughOptions) Source {
 	return s
 }
 
-// beneath allows a call whose first argument is a directory: a descriptor, and not the working directory.
+// beneath allows a call whose first argument is a directory: a descriptor, and not the working directory. The calls of every
+// LOOKUP, GETATTR and OPEN go without: an absolute path, which no filter sees, makes nothing of that argument, and calls
+// allowed by number alone are answered from a bitmap of the kernel's (kernel/seccomp.c, seccomp_cache_check_allow).
 var beneath = PerArg{0: NonNegativeFD{}}
 
 // The FS_IOC_* of include/uapi/linux/fs.h that x/sys does not have.
@@ -69,10 +71,10 @@ var passthroughRead = Rules{
 	"getdents64": MatchAll{},                                                                   // READDIR
 	"ioctl":      where(1, uint32Is(unix.FS_IOC_GETFLAGS), uint32Is(fsIocFsgetxattr)),          // IOCTL: lsattr(1)
 	"lseek":      where(2, Int32(unix.SEEK_SET), Int32(unix.SEEK_DATA), Int32(unix.SEEK_HOLE)), // READDIR; LSEEK
-	"openat":     beneath,                                                                      // OPEN: through /proc/self/fd; OPENDIR: "."; TMPFILE
-	"openat2":    beneath,                                                                      // LOOKUP, CREATE. What it opens, and how, lies in memory
+	"openat":     MatchAll{},                                                                   // OPEN: through /proc/self/fd; OPENDIR: "."; TMPFILE
+	"openat2":    MatchAll{},                                                                   // LOOKUP, CREATE. What it opens, and how, lies in memory
 	"readlinkat": beneath,                                                                      // READLINK
-	"statx":      beneath,                                                                      // nearly all
+	"statx":      MatchAll{},                                                                   // nearly all
 	"syncfs":     MatchAll{},                                                                   // SYNCFS
 }
 
