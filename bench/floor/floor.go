@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -17,7 +18,8 @@ import (
 
 // Sizes of what the loops work on, as the front-end's workloads have them: cache misses are part of a cost.
 const (
-	entries   = 1000     // of the directory that is listed and looked up in
+	entries   = 1000     // of the directory that is listed
+	known     = 64       // files that are looked up, opened and asked for attributes
 	dataSize  = 64 << 20 // of the file that is read and written
 	inFlight  = 16       // buffers that take turns, as those of 16 requests do
 	pageSize  = 4096
@@ -44,9 +46,10 @@ var loops = []struct {
 			return failed("fstatat", fstatat(f.dir, f.name(), unix.AT_SYMLINK_NOFOLLOW, &f.st))
 		}
 	}},
-	{"lookup-cold", "openat(O_PATH), fstat, close", func(f *Files) func() error {
+	{"lookup-cold", "openat(O_PATH), fstat, close, of many files", func(f *Files) func() error {
 		return func() error {
-			fd, errno := openat(f.dir, f.name(), unix.O_PATH|unix.O_NOFOLLOW, 0)
+			c := f.cold[f.step()%uint64(len(f.cold))]
+			fd, errno := openat(c.dir, &c.name[0], unix.O_PATH|unix.O_NOFOLLOW, 0)
 			if errno == 0 {
 				errno = join(fstat(fd, &f.st), closeFD(fd))
 			}
@@ -160,8 +163,7 @@ func transfer(trap uintptr, size int, sequential bool) func(f *Files) func() err
 			buffers[i] = iovecs(f.memory[i*size:(i+1)*size], pageSize)
 		}
 		return func() error {
-			f.turn++
-			block := f.turn
+			block := f.step()
 			if !sequential {
 				block = f.random()
 			}
@@ -178,9 +180,8 @@ func transfer(trap uintptr, size int, sequential bool) func(f *Files) func() err
 func duplicate(size int) func(f *Files) func() error {
 	return func(f *Files) func() error {
 		return func() error {
-			f.turn++
 			from := int(f.random()%(dataSize/uint64(size))) * size
-			to := int(f.turn%inFlight) * size
+			to := int(f.step()%inFlight) * size
 			copy(f.memory[to:to+size], f.data[from:from+size])
 			return nil
 		}
@@ -196,8 +197,10 @@ type Files struct {
 	fds    []int
 	names  [][]byte // C strings
 	links  [][]byte // the fds, as names in procfd
-	memory []byte   // of a memfd, as a guest's
-	data   []byte   // file's page cache
+	cold   []entry
+	dirs   []int  // that the cold files are in
+	memory []byte // of a memfd, as a guest's
+	data   []byte // file's page cache
 	dents  []byte
 
 	turn, ops uint64
@@ -207,8 +210,15 @@ type Files struct {
 	statfs    unix.Statfs_t
 }
 
-// Open makes the files of the loops in a new directory below dir, which should be on the file system that is served.
-func Open(dir string) (f *Files, err error) {
+// entry is a name in a directory.
+type entry struct {
+	dir  int
+	name []byte // a C string
+}
+
+// Open makes the files of the loops in a new directory below dir, which should be on the file system that is served. Files that
+// are looked up for the first time are those that are below cold already.
+func Open(dir, cold string) (f *Files, err error) {
 	f = &Files{file: -1, dir: -1, procfd: -1, state: 88172645463325252, dents: make([]byte, dentsSize)}
 	if f.root, err = os.MkdirTemp(dir, "floor-"); err != nil {
 		return nil, err
@@ -246,8 +256,10 @@ func Open(dir string) (f *Files, err error) {
 	if f.procfd, err = unix.Open("/proc/self/fd", unix.O_PATH|unix.O_CLOEXEC, 0); err != nil {
 		return f, err
 	}
-	// As many as fit beside everything else under the usual limit of 1,024 descriptors.
-	for i := range 256 {
+	if err := f.openCold(cold); err != nil {
+		return f, err
+	}
+	for i := range known {
 		fd, errno := openat(f.dir, &f.names[i][0], unix.O_PATH|unix.O_NOFOLLOW, 0)
 		if errno != 0 {
 			return f, errno
@@ -270,10 +282,35 @@ func Open(dir string) (f *Files, err error) {
 	return f, err
 }
 
+// openCold opens the directories below root and notes the files in them.
+func (f *Files) openCold(root string) error {
+	opened := map[string]int{}
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir():
+			fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			opened[path] = fd
+			f.dirs = append(f.dirs, fd)
+		case d.Type().IsRegular():
+			f.cold = append(f.cold, entry{opened[filepath.Dir(path)], append([]byte(d.Name()), 0)})
+		}
+		return nil
+	})
+	if err == nil && len(f.cold) == 0 {
+		err = fmt.Errorf("there are no files in %s", root)
+	}
+	return err
+}
+
 // Close removes the files.
 func (f *Files) Close() error {
 	var errs []error
-	for _, fd := range append(f.fds, f.file, f.dir, f.procfd) {
+	for _, fd := range slices.Concat(f.fds, f.dirs, []int{f.file, f.dir, f.procfd}) {
 		if fd >= 0 {
 			errs = append(errs, unix.Close(fd))
 		}
@@ -286,10 +323,16 @@ func (f *Files) Close() error {
 	return errors.Join(append(errs, os.RemoveAll(f.root))...)
 }
 
+// step counts operations.
+func (f *Files) step() uint64 {
+	f.turn++
+	return f.turn
+}
+
 // next, name and link are what the next operation is about: a descriptor, a name in dir, a name in procfd.
-func (f *Files) next() int   { f.turn++; return f.fds[f.turn%uint64(len(f.fds))] }
-func (f *Files) name() *byte { f.turn++; return &f.names[f.turn%uint64(len(f.names))][0] }
-func (f *Files) link() *byte { f.turn++; return &f.links[f.turn%uint64(len(f.links))][0] }
+func (f *Files) next() int   { return f.fds[f.step()%known] }
+func (f *Files) name() *byte { return &f.names[f.step()%known][0] }
+func (f *Files) link() *byte { return &f.links[f.step()%known][0] }
 
 // random is xorshift64: cheap beside a system call, unlike math/rand's.
 func (f *Files) random() uint64 {

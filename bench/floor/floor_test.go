@@ -14,7 +14,18 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func open(t *testing.T) *Files {
 	t.Helper()
-	f, err := Open(t.TempDir())
+	cold := t.TempDir()
+	for _, sub := range []string{"a/b", "c"} {
+		if err := os.MkdirAll(filepath.Join(cold, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"x", "y"} {
+			if err := os.WriteFile(filepath.Join(cold, sub, name), nil, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	f, err := Open(t.TempDir(), cold)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -31,6 +42,9 @@ func open(t *testing.T) *Files {
 
 func TestRun(t *testing.T) {
 	f := open(t)
+	if len(f.cold) != 4 {
+		t.Errorf("%d cold files, want 4", len(f.cold))
+	}
 	for _, name := range Names() {
 		if Calls(name) == "" {
 			t.Errorf("%s does not say what it calls", name)
@@ -64,6 +78,19 @@ func descriptors(t *testing.T) int {
 	return len(fds)
 }
 
+func TestOpenWantsColdFiles(t *testing.T) {
+	before := descriptors(t)
+	if _, err := Open(t.TempDir(), t.TempDir()); err == nil || !strings.Contains(err.Error(), "there are no files") {
+		t.Errorf("no cold files: %v", err)
+	}
+	if _, err := Open(filepath.Join(t.TempDir(), "missing"), ""); err == nil {
+		t.Error("a directory that does not exist passes")
+	}
+	if after := descriptors(t); after != before {
+		t.Errorf("%d descriptors, before %d", after, before)
+	}
+}
+
 // TestRunFailsWhereWorkIsNotDone takes what the loops work on away: a floor that does nothing would be a floor to be proud of.
 func TestRunFailsWhereWorkIsNotDone(t *testing.T) {
 	f := open(t)
@@ -78,7 +105,6 @@ func TestRunFailsWhereWorkIsNotDone(t *testing.T) {
 	}
 	for name, want := range map[string]string{
 		"lookup":      "no such file",
-		"lookup-cold": "no such file",
 		"lookup-miss": "fstatat of a missing file",
 		"read-4k":     "0 of 4096 bytes",
 		"nothing":     "expected one of",

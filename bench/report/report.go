@@ -86,6 +86,7 @@ type Report struct {
 	Workloads  []Subject `json:"workloads"`
 	Limits     []Limit   `json:"limits"`
 	Samples    []Sample  `json:"samples"`
+	Failures   []string  `json:"failures,omitempty"` // what servers did not do, or not rightly
 }
 
 // Limit is what a ratio must not exceed.

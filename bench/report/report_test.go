@@ -34,6 +34,7 @@ func sample() *Report {
 			{"CPU time", "read-4k", "p16", CPU, "", Floor, 1.1},
 			{"Latency", "read-4k", "s1", P50, "sluice,--poll-us=0", "rust", 1.05},
 		},
+		Failures: []string{"c: rename: ENOSYS\nand a second line"},
 	}
 	for round := range 6 {
 		noise := 1 + 2*float64(round%2)

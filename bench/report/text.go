@@ -48,6 +48,12 @@ func (r *Report) WriteMarkdown(w io.Writer, charts []Chart) error {
 A value is the median of its rounds, ± how far the %.0f %% interval of the median reaches from it. A ratio is the median of the
 ratios of single rounds, with its interval in brackets; below 1 is better for %s. ≈ is before a ratio that may as well be 1.
 `, Confidence*100, r.subject())
+	if len(r.Failures) > 0 {
+		fmt.Fprint(b, "\n## What failed\n\n")
+		for _, f := range r.Failures {
+			fmt.Fprintf(b, "* %s\n", strings.ReplaceAll(strings.TrimSpace(f), "\n", "\n  "))
+		}
+	}
 	r.writeLimits(b)
 	for _, condition := range r.Conditions {
 		fmt.Fprintf(b, "\n## %s: %s\n", condition.Name, condition.Text)
