@@ -177,17 +177,26 @@ func (q *queue) caller(s shape) *caller {
 
 // call sends the request and waits for its answer.
 func (c *caller) call() (result, error) {
+	written, err := c.wait()
+	if err != nil {
+		return result{}, err
+	}
+	return c.m.result(written)
+}
+
+// wait is call without a look at the answer.
+func (c *caller) wait() (written uint32, err error) {
 	q := c.q
 	if err := q.post(0, c.m); err != nil {
-		return result{}, err
+		return 0, err
 	}
 	var w spin
 	for {
 		if _, written, ok := q.ring.reap(); ok {
-			return c.m.result(written)
+			return written, nil
 		}
 		if w.over(q.f.config.Stall) {
-			return result{}, fmt.Errorf("%v: %w", c.m.op, stallError(q.f.config.Stall, []string{q.ring.state(1)}))
+			return 0, fmt.Errorf("%v: %w", c.m.op, stallError(q.f.config.Stall, []string{q.ring.state(1)}))
 		}
 	}
 }
