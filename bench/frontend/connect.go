@@ -311,13 +311,10 @@ func (h *hiprio) drained() error {
 func (h *hiprio) wait(n int) error {
 	var w spin
 	for {
-		for {
-			head, written, ok := h.ring.reap()
-			if !ok {
-				break
-			}
-			if int(head) >= len(h.messages) || written != 0 {
-				return fmt.Errorf("the server used head %d of hiprio and wrote %d bytes, expected 0 to %d and 0", head, written, len(h.messages)-1)
+		for h.ring.waiting() > 0 {
+			head, written := h.ring.take()
+			if int(head) >= len(h.messages) || written != 0 || len(h.free) == len(h.messages) {
+				return fmt.Errorf("the server used head %d of hiprio with %d of %d under way and wrote %d bytes, expected 0", head, len(h.messages)-len(h.free), len(h.messages), written)
 			}
 			h.free = append(h.free, uint16(head))
 		}
