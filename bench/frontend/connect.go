@@ -206,6 +206,15 @@ func (f *FrontEnd) initialise() error {
 	return nil
 }
 
+// most returns how many bytes of data a request may have: a guest's kernel asks for no more.
+func (f *FrontEnd) most() int {
+	pages := 32 // FUSE_DEFAULT_MAX_PAGES_PER_REQ
+	if f.flags&fuseproto.FUSE_MAX_PAGES != 0 {
+		pages = int(f.init.MaxPages)
+	}
+	return min(pages*vqtest.Page, max(int(f.init.MaxWrite), vqtest.Page))
+}
+
 // Negotiated returns the flags of FUSE_INIT that the server has taken, as fuse.h numbers them.
 func (f *FrontEnd) Negotiated() uint64 { return f.flags }
 

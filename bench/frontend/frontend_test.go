@@ -144,6 +144,16 @@ func TestWorkloads(t *testing.T) {
 	}
 }
 
+func TestNegotiated(t *testing.T) {
+	f := connect(t, frontend.Config{}, honest)
+	defer f.Close()
+	const all = fuseproto.FUSE_INIT_EXT | fuseproto.FUSE_ASYNC_READ | fuseproto.FUSE_BIG_WRITES | fuseproto.FUSE_MAX_PAGES | fuseproto.FUSE_DO_READDIRPLUS |
+		fuseproto.FUSE_PARALLEL_DIROPS | fuseproto.FUSE_ATOMIC_O_TRUNC | fuseproto.FUSE_HANDLE_KILLPRIV_V2 | fuseproto.FUSE_SUBMOUNTS
+	if got := f.Negotiated(); got&all != all || got&fuseproto.FUSE_OVER_IO_URING != 0 {
+		t.Errorf("flags %#x were negotiated, expected %#x to be among them", got, all)
+	}
+}
+
 // TestColdNamesGoRound looks every name up several times.
 func TestColdNamesGoRound(t *testing.T) {
 	f := connect(t, frontend.Config{Depth: 8, Wait: frontend.Poll}, honest)
