@@ -206,6 +206,15 @@ func (f *FrontEnd) initialise() error {
 	return nil
 }
 
+// most returns how many bytes of data a request may have: a guest's kernel asks for no more.
+func (f *FrontEnd) most() int {
+	pages := 32 // FUSE_DEFAULT_MAX_PAGES_PER_REQ
+	if f.flags&fuseproto.FUSE_MAX_PAGES != 0 {
+		pages = int(f.init.MaxPages)
+	}
+	return min(pages*vqtest.Page, max(int(f.init.MaxWrite), vqtest.Page))
+}
+
 // Negotiated returns the flags of FUSE_INIT that the server has taken, as fuse.h numbers them.
 func (f *FrontEnd) Negotiated() uint64 { return f.flags }
 
@@ -311,13 +320,10 @@ func (h *hiprio) drained() error {
 func (h *hiprio) wait(n int) error {
 	var w spin
 	for {
-		for {
-			head, written, ok := h.ring.reap()
-			if !ok {
-				break
-			}
-			if int(head) >= len(h.messages) || written != 0 {
-				return fmt.Errorf("the server used head %d of hiprio and wrote %d bytes, expected 0 to %d and 0", head, written, len(h.messages)-1)
+		for h.ring.waiting() > 0 {
+			head, written := h.ring.take()
+			if int(head) >= len(h.messages) || written != 0 || len(h.free) == len(h.messages) {
+				return fmt.Errorf("the server used head %d of hiprio with %d of %d under way and wrote %d bytes, expected 0", head, len(h.messages)-len(h.free), len(h.messages), written)
 			}
 			h.free = append(h.free, uint16(head))
 		}

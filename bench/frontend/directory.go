@@ -144,7 +144,11 @@ const (
 	stepReleasedir
 )
 
-// gitstatus goes through all cold directories, which are known. Each queue starts somewhere else.
+// gitDirs is how many of the cold directories gitstatus goes through: what is known must not take more descriptors than a server that has one
+// for each, such as the C virtiofsd, can open.
+const gitDirs = coldDirs / 2
+
+// gitstatus goes through the first gitDirs cold directories, which are known. Each queue starts somewhere else.
 type gitstatus struct {
 	listing
 	dirs  []uint64
@@ -155,8 +159,8 @@ type gitstatus struct {
 func (p *gitstatus) prepare(q *queue) error {
 	p.init(q)
 	p.size = coldFiles
-	p.nodes, p.count = make([]uint64, coldDirs*coldFiles), make([]uint64, coldDirs*coldFiles)
-	for i := range coldDirs {
+	p.nodes, p.count = make([]uint64, gitDirs*coldFiles), make([]uint64, gitDirs*coldFiles)
+	for i := range gitDirs {
 		dir, err := p.walk(coldPath(i))
 		if err != nil {
 			return err
@@ -169,13 +173,13 @@ func (p *gitstatus) prepare(q *queue) error {
 			p.names = append(p.names, coldFileName(i*coldFiles+n))
 		}
 	}
-	p.next = (q.ring.index - 1) * coldDirs / len(q.f.queues)
+	p.next = (q.ring.index - 1) * gitDirs / len(q.f.queues)
 	return nil
 }
 
 func (p *gitstatus) begin(_ *queue, s *slot) {
 	s.node, s.file = p.dirs[p.next], p.next*coldFiles
-	p.next = (p.next + 1) % coldDirs
+	p.next = (p.next + 1) % gitDirs
 	s.message().header().NodeId = s.node
 }
 

@@ -83,9 +83,6 @@ func clock() time.Duration { return time.Since(base) }
 // errHalted is what a loop that was told to give up returns.
 var errHalted = errors.New("halted")
 
-// batch is how many answers may share one look at the clock.
-const batch = 64
-
 // loop keeps depth operations going until none may begin any more.
 func (q *queue) loop() error {
 	now := clock()
@@ -97,26 +94,28 @@ func (q *queue) loop() error {
 			return err
 		}
 	}
-	inBatch := 0
 	for q.underWay > 0 {
-		head, written, ok := q.ring.reap()
-		if !ok {
-			inBatch = 0
+		n := int(q.ring.waiting())
+		if n == 0 {
 			if err := q.idle(); err != nil {
 				return err
 			}
 			continue
 		}
-		if inBatch%batch == 0 {
-			now = clock()
-			q.progress.Store(q.requests)
+		if n > q.underWay {
+			return fmt.Errorf("the server has moved the used index of queue %d by %d with %d requests under way", q.ring.index, n, q.underWay)
 		}
-		inBatch++
-		if int(head) >= len(q.slots) {
-			return fmt.Errorf("the server used head %d of queue %d, expected 0 to %d", head, q.ring.index, len(q.slots)-1)
-		}
-		if err := q.answer(&q.slots[head], written, now); err != nil {
-			return err
+		// One look at the clock for all that is there now: what begins meanwhile ends in another round.
+		now = clock()
+		q.progress.Store(q.requests)
+		for range n {
+			head, written := q.ring.take()
+			if int(head) >= len(q.slots) {
+				return fmt.Errorf("the server used head %d of queue %d, expected 0 to %d", head, q.ring.index, len(q.slots)-1)
+			}
+			if err := q.answer(&q.slots[head], written, now); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -192,7 +191,8 @@ func (c *caller) wait() (written uint32, err error) {
 	}
 	var w spin
 	for {
-		if _, written, ok := q.ring.reap(); ok {
+		if q.ring.waiting() > 0 {
+			_, written := q.ring.take()
 			return written, nil
 		}
 		if w.over(q.f.config.Stall) {

@@ -72,22 +72,19 @@ func (r *ring) offer(head uint16) error {
 	return signal(r.kick.Int())
 }
 
-// pending says that there is an answer to reap.
-func (r *ring) pending() bool {
-	return uint16(atomic.LoadUint32(r.usedIdx)>>16) != r.reaped
+// waiting returns how many answers there are to take.
+func (r *ring) waiting() uint16 {
+	return uint16(atomic.LoadUint32(r.usedIdx)>>16) - r.reaped
 }
 
-// reap takes the next answer.
-func (r *ring) reap() (head, written uint32, ok bool) {
-	if !r.pending() {
-		return 0, 0, false
-	}
+// take takes the next answer, which must be there.
+func (r *ring) take() (head, written uint32) {
 	e := r.used[r.reaped&(r.num-1)]
 	r.reaped++
 	if r.reaped&0xfff == 0 {
 		r.leaveBehind()
 	}
-	return e.id, e.len, true
+	return e.id, e.len
 }
 
 // suppress says that no notification is wanted.
@@ -110,7 +107,7 @@ func (r *ring) arm() (pending bool) {
 	} else {
 		atomic.SwapUint32(r.availIdx, uint32(r.offered)<<16)
 	}
-	return r.pending()
+	return r.waiting() > 0
 }
 
 // sleep waits for a notification, on the thread itself.

@@ -52,6 +52,9 @@ func (f *FrontEnd) run(ctx context.Context, w Workload, l Limit) (Result, error)
 		if n := s.descs(f.config.Layout); n > f.config.RingSize {
 			return Result{}, fmt.Errorf("a ring of %d descriptors has no room for %v with %d, make it larger", f.config.RingSize, s.op, n)
 		}
+		if n := max(s.inData, s.outData); n > f.most() {
+			return Result{}, fmt.Errorf("%v of %d bytes: the server has said in FUSE_INIT that it takes at most %d", s.op, n, f.most())
+		}
 	}
 	mark := f.mem.Mark()
 	defer f.mem.Reset(mark)

@@ -42,7 +42,7 @@ func Workloads() []Workload {
 		{"setattr", "SETATTR, of mode and times by turns", 1, []shape{setattrShape}, newProgram[setattr]},
 		{"statfs", "STATFS", 1, []shape{statfsShape}, newProgram[statfs]},
 		{
-			"gitstatus", "one directory of 100 files out of 200, as `git status` looks at it: GETATTR, LOOKUP of each file, OPENDIR, READDIRPLUS to the end, RELEASEDIR", 105,
+			"gitstatus", "one directory of 100 files out of 100, as `git status` looks at it: GETATTR, LOOKUP of each file, OPENDIR, READDIRPLUS to the end, RELEASEDIR", 105,
 			[]shape{getattrShape, lookupShape, opendirShape, readdirplusShape, releasedirShape},
 			newProgram[gitstatus],
 		},
