@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"slices"
 
@@ -31,6 +32,7 @@ const (
 	Kicks    = "kicks/op"
 	Notifies = "notifications/op"
 	Requests = "requests/op"
+	Time     = "ns/op" // elapsed, of what is done once
 )
 
 // metric is how a metric is shown.
@@ -44,6 +46,7 @@ type metric struct {
 
 var metrics = []metric{
 	{CPU, "CPU time of the server for each operation", 1e3, "µs", true},
+	{Time, "Time", 1e6, "ms", true},
 	{P50, "Latency, median", 1e3, "µs", true},
 	{P99, "Latency, 99th percentile", 1e3, "µs", true},
 	{P999, "Latency, 99.9th percentile", 1e3, "µs", true},
@@ -55,11 +58,22 @@ var metrics = []metric{
 	{Requests, "FUSE requests for each operation", 1, "", true},
 }
 
-func findMetric(unit string) metric {
-	if i := slices.IndexFunc(metrics, func(m metric) bool { return m.unit == unit }); i >= 0 {
-		return metrics[i]
+// shownMetrics are the metrics that samples have, those that are not known here last.
+func (r *Report) shownMetrics() []metric {
+	shown := slices.DeleteFunc(slices.Clone(metrics), func(m metric) bool { return !r.has(key{metric: m.unit}) })
+	others := map[string]bool{}
+	for _, s := range r.Samples {
+		for unit := range s.Values {
+			others[unit] = true
+		}
 	}
-	return metric{unit: unit, title: unit, scale: 1, shown: unit, less: true}
+	for _, m := range metrics {
+		delete(others, m.unit)
+	}
+	for _, unit := range slices.Sorted(maps.Keys(others)) {
+		shown = append(shown, metric{unit, unit, 1, "", true})
+	}
+	return shown
 }
 
 // Subject is one thing that was measured, or a way in which it was.
