@@ -397,6 +397,9 @@ func (g *Guest) PowerOff(ctx context.Context) error {
 	return nil
 }
 
+// PID is the process id of the guest's virtual machine.
+func (g *Guest) PID() int { return g.p.cmd.Process.Pid }
+
 // Console is the end of what the guest's kernel and its virtual machine have written.
 func (g *Guest) Console() string { return g.p.log.String() }
 

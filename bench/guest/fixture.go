@@ -1,0 +1,149 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"github.com/sluicefs/sluice/bench/guest/guestbench/timing"
+	"github.com/sluicefs/sluice/internal/testguest/tree"
+)
+
+// sizes are how much each workload does.
+type sizes struct {
+	dirs, files int   // of the tree: files in each of so many directories
+	created     int   // files that the storm creates
+	repoDirs    int   // of the git repository, with 40 files each
+	data        int64 // bytes of the file that fio reads and writes
+	ios         int   // 4 KiB requests of a job of fio's
+	source      []string
+}
+
+var (
+	// usualSizes have each workload take about a second.
+	usualSizes = sizes{
+		dirs: 100, files: 200, created: 2000, repoDirs: 150, data: 128 << 20, ios: 8000,
+		source: []string{"archive", "bufio", "bytes", "compress", "container", "context", "database", "encoding", "errors", "expvar", "flag", "fmt", "go", "hash", "html"},
+	}
+	// fullSizes are for a machine that has time.
+	fullSizes = sizes{dirs: 100, files: 200, created: 10000, repoDirs: 250, data: 512 << 20, ios: 100_000, source: []string{"."}}
+)
+
+// Names in the directory that all servers serve. What is written to is below a directory of each server's own, so that none finds what
+// another has left in the host's caches.
+const (
+	treeDir  = "tree"
+	repoDir  = "repo"
+	dataFile = "data"
+)
+
+// makeFixtures fills the directory that all servers serve.
+func makeFixtures(root string, s sizes) error {
+	if err := tree.WriteRandom(filepath.Join(root, dataFile), s.data, 1); err != nil {
+		return err
+	}
+	for d := range s.dirs {
+		for f := range s.files {
+			if err := writeFile(filepath.Join(root, treeDir, timing.TreeFile(d, f)), bytes.Repeat([]byte{'x'}, timing.TreeFileSize)); err != nil {
+				return err
+			}
+		}
+	}
+	return makeRepo(filepath.Join(root, repoDir), s.repoDirs)
+}
+
+// makeRepo makes a git repository whose working tree is clean.
+func makeRepo(dir string, dirs int) error {
+	for d := range dirs {
+		for f := range 40 {
+			name := filepath.Join(dir, fmt.Sprintf("pkg%02d", d%20), fmt.Sprintf("sub%03d", d), fmt.Sprintf("file%02d.txt", f))
+			if err := writeFile(name, fmt.Appendf(nil, "file %d of directory %d\n", f, d)); err != nil {
+				return err
+			}
+		}
+	}
+	for _, args := range [][]string{{"init", "-q"}, {"add", "."}, {"-c", "user.name=bench", "-c", "user.email=bench@localhost", "commit", "-q", "-m", "all"}} {
+		if err := host(dir, nil, "git", args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// makeModule makes a small Go module, and a build cache that has all of the standard library that it needs.
+func makeModule(dir, cache string) error {
+	main := "package main\n\nimport (\n"
+	calls := "func main() {\n"
+	for i := range modulePackages {
+		main += fmt.Sprintf("\t\"example.test/m/p%d\"\n", i)
+		calls += fmt.Sprintf("\tp%d.Print(os.Stdout)\n", i)
+	}
+	if err := writeFile(filepath.Join(dir, "main.go"), []byte(main+"\t\"os\"\n)\n\n"+calls+"}\n")); err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(dir, "go.mod"), []byte("module example.test/m\n\ngo 1.21\n")); err != nil {
+		return err
+	}
+	if err := changeModule(dir, 0); err != nil {
+		return err
+	}
+	return host(dir, append(os.Environ(), moduleEnv(cache)...), "go", "build", "-o", "/dev/null", ".")
+}
+
+// modulePackages is how many packages the module has beside the command.
+const modulePackages = 8
+
+// changeModule changes each package of the module, so that the next build compiles all of them.
+func changeModule(dir string, n int) error {
+	for i := range modulePackages {
+		text := fmt.Sprintf(`package p%d
+
+import (
+	"fmt"
+	"io"
+	"sort"
+	"strings"
+)
+
+// Round changes with each build.
+const Round = %d
+
+// Print writes the words of a sentence in order.
+func Print(w io.Writer) {
+	words := strings.Fields("a small package that is compiled anew in round %d")
+	sort.Strings(words)
+	for i, word := range words {
+		fmt.Fprintf(w, "%%d %%d %%s\n", Round, i, word)
+	}
+}
+`, i, n, n)
+		if err := writeFile(filepath.Join(dir, fmt.Sprintf("p%d", i), "p.go"), []byte(text)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// moduleEnv is the environment of a build that uses nothing but the toolchain and this cache.
+func moduleEnv(cache string) []string {
+	return []string{"GOCACHE=" + cache, "GOFLAGS=-mod=mod -buildvcs=false", "GOTOOLCHAIN=local", "GOPROXY=off", "GOWORK=off", "CGO_ENABLED=0", "GOTELEMETRY=off"}
+}
+
+func writeFile(path string, data []byte) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(path, data, 0o644)
+}
+
+// host runs a program on the host, with this process's environment where env is nil.
+func host(dir string, env []string, program string, args ...string) error {
+	cmd := exec.Command(program, args...)
+	cmd.Dir, cmd.Env = dir, env
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s %q: %w\n%s", program, args, err, out)
+	}
+	return nil
+}
