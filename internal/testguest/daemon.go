@@ -30,6 +30,7 @@ type DaemonConfig struct {
 	Shares  bool   // Args say what is served, in any number of shares with their own sockets and tags
 	UID     uint32 // the user, and group, to run as
 	Args    []string
+	CPUs    []int // the CPUs it may run on; empty means those that this process may
 	// Surroundings names the sandbox and user among Args and UID, should the daemon be traced.
 	Surroundings string
 }
@@ -52,7 +53,7 @@ func StartDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
 	if cfg.UID != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: cfg.UID, Gid: cfg.UID}}
 	}
-	p, err := startProcess(filepath.Base(cfg.Program), cmd, true)
+	p, err := startProcessOn(cfg.CPUs, filepath.Base(cfg.Program), cmd, true)
 	if err != nil {
 		return nil, err
 	}
@@ -102,16 +103,26 @@ func (d *Daemon) PID() int { return d.p.cmd.Process.Pid }
 
 // Server is the process id of what serves: PID's child, if it has one.
 func (d *Daemon) Server() int {
-	pid := d.PID()
-	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
-	for _, path := range tasks {
-		if text, err := os.ReadFile(path); err == nil {
-			if child, err := strconv.Atoi(strings.TrimSpace(string(text))); err == nil {
-				return child
+	pids := d.PIDs()
+	return pids[min(1, len(pids)-1)]
+}
+
+// PIDs are the process ids of what was started, first, and of all processes that it has started in turn.
+func (d *Daemon) PIDs() []int {
+	pids := []int{d.PID()}
+	for i := 0; i < len(pids); i++ {
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pids[i]))
+		for _, path := range tasks {
+			// A thread that has ended since has no children.
+			text, _ := os.ReadFile(path)
+			for child := range strings.FieldsSeq(string(text)) {
+				if pid, err := strconv.Atoi(child); err == nil {
+					pids = append(pids, pid)
+				}
 			}
 		}
 	}
-	return pid
+	return pids
 }
 
 // Usage is what a daemon holds at one moment.

@@ -21,15 +21,10 @@ func (k Kit) Busybox() string { return filepath.Join(k.Dir, "busybox") }
 // FindKit returns the kit in $SLUICE_GUEST_KIT, or else in build/guest-kit of the module that the working directory belongs to.
 // The error for a kit that is not complete says how to get one.
 func FindKit() (Kit, error) {
-	dir := os.Getenv("SLUICE_GUEST_KIT")
-	if dir == "" {
-		root, err := ModuleRoot()
-		if err != nil {
-			return Kit{}, err
-		}
-		dir = filepath.Join(root, "build", "guest-kit")
+	kit, err := kitDir()
+	if err != nil {
+		return Kit{}, err
 	}
-	kit := Kit{dir}
 	parts := []string{kit.uml(), kit.vmlinuz(), kit.Busybox(), kit.vsock()}
 	for _, part := range slices.Concat(parts, kit.modules(UML), kit.modules(QEMU)) {
 		if _, err := os.Stat(part); err != nil {
@@ -40,6 +35,31 @@ func FindKit() (Kit, error) {
 		return Kit{}, fmt.Errorf("QEMU is not installed, run `make setup`: %w", err)
 	}
 	return kit, nil
+}
+
+// FindPeer returns a server that others have written, virtiofsd or virtiofsd-c, of the kit that FindKit would return.
+func FindPeer(name string) (string, error) {
+	kit, err := kitDir()
+	if err != nil {
+		return "", err
+	}
+	program := filepath.Join(kit.Dir, name)
+	if _, err := os.Stat(program); err != nil {
+		return "", fmt.Errorf("a server to compare with is missing, run `make peers`: %w", err)
+	}
+	return program, nil
+}
+
+// kitDir returns the kit that FindKit is about, with whatever is in it.
+func kitDir() (Kit, error) {
+	if dir := os.Getenv("SLUICE_GUEST_KIT"); dir != "" {
+		return Kit{dir}, nil
+	}
+	root, err := ModuleRoot()
+	if err != nil {
+		return Kit{}, err
+	}
+	return Kit{filepath.Join(root, "build", "guest-kit")}, nil
 }
 
 const qemuProgram = "qemu-system-x86_64"

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // process is a child that dies with us, with the output it has left.
@@ -25,18 +27,26 @@ type process struct {
 // not about its process, and Go ends threads when it likes.
 var spawner = sync.OnceValue(func() chan<- func() {
 	work := make(chan func())
-	go func() {
-		runtime.LockOSThread()
-		for f := range work {
-			f()
-		}
-	}()
+	go spawn(work)
 	return work
 })
+
+func spawn(work <-chan func()) {
+	runtime.LockOSThread()
+	for f := range work {
+		f()
+	}
+}
 
 // startProcess starts cmd, whose standard error (and output, unless it is set) go to the log. A process group of its own lets kill reach
 // the processes that it forks; a program that is to read from the terminal must share ours.
 func startProcess(name string, cmd *exec.Cmd, ownGroup bool) (*process, error) {
+	return startProcessOn(nil, name, cmd, ownGroup)
+}
+
+// startProcessOn is startProcess for a process that may run on some CPUs only, from its first instruction on: programs look at
+// their affinity when they start.
+func startProcessOn(cpus []int, name string, cmd *exec.Cmd, ownGroup bool) (*process, error) {
 	p := &process{name: name, cmd: cmd, log: newLogBuffer(), exited: make(chan struct{})}
 	if cmd.Stdout == nil {
 		cmd.Stdout = p.log
@@ -51,7 +61,7 @@ func startProcess(name string, cmd *exec.Cmd, ownGroup bool) (*process, error) {
 	// A grandchild that holds the output open must not keep Wait from returning.
 	cmd.WaitDelay = 2 * time.Second
 	started := make(chan error)
-	spawner() <- func() { started <- cmd.Start() }
+	spawner() <- func() { started <- onCPUs(cpus, cmd.Start) }
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
@@ -61,6 +71,25 @@ func startProcess(name string, cmd *exec.Cmd, ownGroup bool) (*process, error) {
 		close(p.exited)
 	}()
 	return p, nil
+}
+
+// onCPUs calls f while the thread, and so what it forks, may run on these CPUs only; none means that nothing changes.
+func onCPUs(cpus []int, f func() error) (err error) {
+	if len(cpus) == 0 {
+		return f()
+	}
+	var before, set unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &before); err != nil {
+		return fmt.Errorf("ask for the CPUs: %w", err)
+	}
+	for _, cpu := range cpus {
+		set.Set(cpu)
+	}
+	if err := unix.SchedSetaffinity(0, &set); err != nil {
+		return fmt.Errorf("run on CPUs %v: %w", cpus, err)
+	}
+	defer func() { err = errors.Join(err, unix.SchedSetaffinity(0, &before)) }()
+	return f()
 }
 
 // kill ends the process and its group and waits until it is gone.
