@@ -15,10 +15,10 @@ type fioJob struct {
 	depth  int    // requests under way: by libaio where they are direct, and else by that many threads, as buffered ones have no other way
 }
 
-// args are fio's arguments to read or write count blocks of a file of the size given.
+// args are fio's arguments to read or write count blocks of a file of the size given, of which each thread has a part of its own.
 func (j fioJob) args(file string, size int64, count int) []string {
 	args := []string{
-		"fio", "--name=job", "--filename=" + file, "--rw=" + j.rw, "--bs=" + strconv.Itoa(j.block), "--size=" + strconv.FormatInt(size, 10),
+		"fio", "--name=job", "--filename=" + file, "--rw=" + j.rw, "--bs=" + strconv.Itoa(j.block),
 		"--allow_file_create=0", "--fallocate=none", "--randseed=1", "--thread", "--group_reporting", "--output-format=json", "--output=" + fioReport,
 	}
 	jobs := 1
@@ -28,7 +28,8 @@ func (j fioJob) args(file string, size int64, count int) []string {
 		args = append(args, "--ioengine=psync")
 		jobs = j.depth
 	}
-	return append(args, "--numjobs="+strconv.Itoa(jobs), "--number_ios="+strconv.Itoa(max(count/jobs, 1)))
+	part := strconv.FormatInt(size/int64(jobs), 10)
+	return append(args, "--numjobs="+strconv.Itoa(jobs), "--size="+part, "--offset_increment="+part, "--number_ios="+strconv.Itoa(max(count/jobs, 1)))
 }
 
 // fioReport is where in the guest fio leaves its results.

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 
 	"github.com/sluicefs/sluice/bench/guest/guestbench/timing"
 	"github.com/sluicefs/sluice/internal/testguest/tree"
@@ -15,7 +16,7 @@ import (
 type sizes struct {
 	dirs, files int   // of the tree: files in each of so many directories
 	created     int   // files that the storm creates
-	repoDirs    int   // of the git repository, with 40 files each
+	repoDirs    int   // of the git repository, with repoFiles files each
 	data        int64 // bytes of the file that fio reads and writes
 	ios         int   // 4 KiB requests of a job of fio's
 	source      []string
@@ -37,27 +38,62 @@ const (
 	treeDir  = "tree"
 	repoDir  = "repo"
 	dataFile = "data"
+
+	// Beside the directory, copied to each server's own.
+	moduleDir   = "module"
+	cacheDir    = "cache"
+	archiveFile = "source.tar"
 )
 
-// makeFixtures fills the directory that all servers serve.
-func makeFixtures(root string, s sizes) error {
-	if err := tree.WriteRandom(filepath.Join(root, dataFile), s.data, 1); err != nil {
-		return err
-	}
+// repoFiles is how many files each directory of the git repository has.
+const repoFiles = 40
+
+// fixtures are the files that the workloads are about.
+type fixtures struct {
+	dir     string // has the share in it, and what is copied from there
+	goroot  string
+	entries int // of the archive
+}
+
+// share is the directory that all servers serve.
+func (f fixtures) share() string { return filepath.Join(f.dir, "share") }
+
+// makeFixtures makes them in dir.
+func makeFixtures(dir string, s sizes) (fixtures, error) {
+	f := fixtures{dir: dir}
 	for d := range s.dirs {
-		for f := range s.files {
-			if err := writeFile(filepath.Join(root, treeDir, timing.TreeFile(d, f)), bytes.Repeat([]byte{'x'}, timing.TreeFileSize)); err != nil {
-				return err
+		for i := range s.files {
+			if err := writeFile(filepath.Join(f.share(), treeDir, timing.TreeFile(d, i)), bytes.Repeat([]byte{'x'}, timing.TreeFileSize)); err != nil {
+				return f, err
 			}
 		}
 	}
-	return makeRepo(filepath.Join(root, repoDir), s.repoDirs)
+	err := tree.WriteRandom(filepath.Join(f.share(), dataFile), s.data, 1)
+	if err == nil {
+		err = makeRepo(filepath.Join(f.share(), repoDir), s.repoDirs)
+	}
+	if err == nil {
+		err = makeModule(filepath.Join(dir, moduleDir), filepath.Join(dir, cacheDir))
+	}
+	if err == nil {
+		f.goroot, err = output(dir, "go", "env", "GOROOT")
+	}
+	if err != nil {
+		return f, err
+	}
+	archive := filepath.Join(dir, archiveFile)
+	if err := host(filepath.Join(f.goroot, "src"), nil, "tar", append([]string{"-c", "-f", archive, "--owner=0", "--group=0"}, s.source...)...); err != nil {
+		return f, err
+	}
+	names, err := output(dir, "tar", "-t", "-f", archive)
+	f.entries = len(strings.Split(names, "\n"))
+	return f, err
 }
 
 // makeRepo makes a git repository whose working tree is clean.
 func makeRepo(dir string, dirs int) error {
 	for d := range dirs {
-		for f := range 40 {
+		for f := range repoFiles {
 			name := filepath.Join(dir, fmt.Sprintf("pkg%02d", d%20), fmt.Sprintf("sub%03d", d), fmt.Sprintf("file%02d.txt", f))
 			if err := writeFile(name, fmt.Appendf(nil, "file %d of directory %d\n", f, d)); err != nil {
 				return err

@@ -17,24 +17,15 @@ const guestPath = "/usr/bin:/bin"
 const sourceArchive = "/bench/source.tar"
 
 // guestFiles returns what the guest has beside its usual programs, by the path in the guest: the host's programs with their libraries,
-// the Go toolchain with the packages that the module uses, and the archive, which is made in dir.
-func guestFiles(dir string, s sizes) (map[string]string, error) {
-	files := make(map[string]string)
-	for _, name := range []string{"fio", "find", "git", "rm", "tar"} {
+// the Go toolchain with the packages that the module uses, and the archive.
+func guestFiles(f fixtures) (map[string]string, error) {
+	files := map[string]string{sourceArchive: filepath.Join(f.dir, archiveFile)}
+	for _, name := range []string{"env", "find", "fio", "git", "rm", "tar"} {
 		if err := addProgram(files, name); err != nil {
 			return nil, err
 		}
 	}
-	goroot, err := output(dir, "go", "env", "GOROOT")
-	if err != nil {
-		return nil, err
-	}
-	if err := addToolchain(files, goroot, filepath.Join(dir, "module")); err != nil {
-		return nil, err
-	}
-	archive := filepath.Join(dir, "source.tar")
-	files[sourceArchive] = archive
-	return files, host(filepath.Join(goroot, "src"), nil, "tar", append([]string{"-c", "-f", archive, "--owner=0", "--group=0"}, s.source...)...)
+	return files, addToolchain(files, f.goroot, filepath.Join(f.dir, moduleDir))
 }
 
 // addProgram adds a program of the host and the libraries it is linked to.

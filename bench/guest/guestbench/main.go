@@ -1,11 +1,12 @@
 // Command guestbench runs inside the guest: it times programs, and is those that Debian has none for.
 //
-//	guestbench run PROGRAM [ARG...]      run it without its output, and print how long it took and how much of the guest's CPU
+//	guestbench run PROGRAM [ARG...]      run it, count the lines it writes, and print how long it took and how much of the guest's CPU
 //	guestbench stat DIR DIRS FILES       stat each of a Tree's files once, in an order that has nothing to do with theirs
 //	guestbench create DIR FILES          create that many files, stat them, remove them
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,12 +48,22 @@ func run(args []string) error {
 func runProgram(args []string) error {
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stderr = os.Stderr
+	var lines lineCounter
+	cmd.Stdout = &lines
 	start := time.Now()
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("%q: %w", args, err)
 	}
-	t := timing.Timing{Elapsed: time.Since(start), User: cmd.ProcessState.UserTime(), System: cmd.ProcessState.SystemTime()}
+	t := timing.Timing{Elapsed: time.Since(start), User: cmd.ProcessState.UserTime(), System: cmd.ProcessState.SystemTime(), Lines: int(lines)}
 	return json.NewEncoder(os.Stdout).Encode(t)
+}
+
+// lineCounter counts lines and forgets them.
+type lineCounter int
+
+func (c *lineCounter) Write(b []byte) (int, error) {
+	*c += lineCounter(bytes.Count(b, []byte{'\n'}))
+	return len(b), nil
 }
 
 func stat(root string, dirs, files int) error {

@@ -10,6 +10,7 @@ import (
 type Timing struct {
 	Elapsed      time.Duration
 	User, System time.Duration // of the guest's CPU, by its accounting
+	Lines        int           // that it has written
 }
 
 // TreeFileSize is the size of each file of the tree in bytes.
