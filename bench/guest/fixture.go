@@ -15,6 +15,7 @@ import (
 // sizes are how much each workload does.
 type sizes struct {
 	dirs, files int   // of the tree: files in each of so many directories
+	stats       int   // files of the tree that the storm looks at
 	created     int   // files that the storm creates
 	repoDirs    int   // of the git repository, with repoFiles files each
 	data        int64 // bytes of the file that fio reads and writes
@@ -25,11 +26,11 @@ type sizes struct {
 var (
 	// usualSizes have each workload take about a second.
 	usualSizes = sizes{
-		dirs: 100, files: 200, created: 2000, repoDirs: 150, data: 128 << 20, ios: 8000,
+		dirs: 100, files: 200, stats: 2000, created: 500, repoDirs: 150, data: 128 << 20, ios: 4000,
 		source: []string{"archive", "bufio", "bytes", "compress", "container", "context", "database", "encoding", "errors", "expvar", "flag", "fmt", "go", "hash", "html"},
 	}
 	// fullSizes are for a machine that has time.
-	fullSizes = sizes{dirs: 100, files: 200, created: 10000, repoDirs: 250, data: 512 << 20, ios: 100_000, source: []string{"."}}
+	fullSizes = sizes{dirs: 100, files: 200, stats: 20000, created: 10000, repoDirs: 250, data: 512 << 20, ios: 100_000, source: []string{"."}}
 )
 
 // Names in the directory that all servers serve. What is written to is below a directory of each server's own, so that none finds what
@@ -129,7 +130,7 @@ func makeModule(dir, cache string) error {
 }
 
 // modulePackages is how many packages the module has beside the command.
-const modulePackages = 8
+const modulePackages = 3
 
 // changeModule changes each package of the module, so that the next build compiles all of them.
 func changeModule(dir string, n int) error {

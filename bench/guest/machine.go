@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/sluicefs/sluice/bench/guest/guestbench/timing"
@@ -126,7 +127,7 @@ const mountPoint = "/mnt"
 func (m *machine) run(ctx context.Context, e *entrant, w workload, round int) (sample, error) {
 	s := sample{Server: e.server, Policy: e.policy, Workload: w.name, Round: round, Ops: w.ops}
 	fail := func(err error) (sample, error) {
-		return s, fmt.Errorf("%s with %s, cache=%s: %w\nThe server says:\n%s", w.name, e.server, e.policy, err, e.Log())
+		return s, fmt.Errorf("%s with %s, cache=%s: %w\nThe server says:\n%s", w.name, e.server, e.policy, err, lastLines(e.Log(), 20))
 	}
 	// A guest whose server has gone may hang for ever.
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -187,6 +188,12 @@ func (m *machine) run(ctx context.Context, e *entrant, w workload, round int) (s
 		s.Requests = difference(after, before)
 	}
 	return s, nil
+}
+
+// lastLines returns the last n lines of text.
+func lastLines(text string, n int) string {
+	lines := strings.SplitAfter(text, "\n")
+	return strings.Join(lines[max(len(lines)-n, 0):], "")
 }
 
 // elapsed is the time a workload took: as guestbench says, or fio.

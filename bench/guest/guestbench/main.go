@@ -1,14 +1,13 @@
 // Command guestbench runs inside the guest: it times programs, and is those that Debian has none for.
 //
 //	guestbench run PROGRAM [ARG...]      run it, count the lines it writes, and print how long it took and how much of the guest's CPU
-//	guestbench stat DIR DIRS FILES       stat each of a Tree's files once, in an order that has nothing to do with theirs
+//	guestbench stat DIR DIRS FILES N     stat N of the tree's files, in an order that has nothing to do with theirs
 //	guestbench create DIR FILES          create that many files, stat them, remove them
 package main
 
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -33,13 +32,21 @@ func run(args []string) error {
 	switch {
 	case len(args) >= 2 && args[0] == "run":
 		return runProgram(args[1:])
-	case len(args) == 4 && args[0] == "stat":
-		dirs, errDirs := strconv.Atoi(args[2])
-		files, errFiles := strconv.Atoi(args[3])
-		return errors.Join(errDirs, errFiles, stat(args[1], dirs, files))
+	case len(args) == 5 && args[0] == "stat":
+		var numbers [3]int
+		for i := range numbers {
+			var err error
+			if numbers[i], err = strconv.Atoi(args[2+i]); err != nil {
+				return err
+			}
+		}
+		return stat(args[1], numbers[0], numbers[1], numbers[2])
 	case len(args) == 3 && args[0] == "create":
 		files, err := strconv.Atoi(args[2])
-		return errors.Join(err, create(args[1], files))
+		if err != nil {
+			return err
+		}
+		return create(args[1], files)
 	default:
 		return fmt.Errorf("%q is none of run, stat and create with their arguments", args)
 	}
@@ -66,7 +73,7 @@ func (c *lineCounter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-func stat(root string, dirs, files int) error {
+func stat(root string, dirs, files, n int) error {
 	paths := make([]string, 0, dirs*files)
 	for d := range dirs {
 		for f := range files {
@@ -75,7 +82,7 @@ func stat(root string, dirs, files int) error {
 	}
 	order := rand.New(rand.NewPCG(1, 1))
 	order.Shuffle(len(paths), func(i, j int) { paths[i], paths[j] = paths[j], paths[i] })
-	for _, path := range paths {
+	for _, path := range paths[:min(n, len(paths))] {
 		var st unix.Stat_t
 		if err := unix.Lstat(path, &st); err != nil {
 			return &os.PathError{Op: "lstat", Path: path, Err: err}
