@@ -71,6 +71,8 @@ var house = Rules{
 		"github.com/prometheus":                     {"control"},
 		"github.com/opencontainers/runtime-spec":    {"daemon", "extensions/...", "internal/bundle", "test/guest/extd"},
 		"github.com/seccomp":                        {"seccomp"},
+		"golang.org/x/perf":                         {"bench/report"},
+		"gonum.org/v1":                              {"bench/report"},
 		"github.com/spf13":                          {"cmd/...", "daemon", "extensions/...", "test/guest/extd"},
 		"kernel.org/pub/linux/libs/security/libcap": {"internal/sandbox"},
 	},
