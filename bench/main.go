@@ -90,7 +90,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if err := write(r, o.out); err != nil {
+	if err := r.WriteDir(o.out); err != nil {
 		return err
 	}
 	fmt.Fprintln(stdout, filepath.Join(o.out, "report.md"))
@@ -227,14 +227,14 @@ func measureAll(ctx context.Context, p *plan) (r *report.Report, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, p.files.Close()) }()
-	r = &report.Report{Machine: machine(p.dir)}
+	r = &report.Report{Machine: report.Machine(p.dir)}
 	facts, err := basics(p.files, p.drivers[0], p.serving[0], p.slice)
 	if err != nil {
 		return nil, err
 	}
 	r.Machine = append(r.Machine, facts...)
 	for _, s := range p.servers {
-		r.Servers = append(r.Servers, report.Subject{Name: s.Name, Text: describe(ctx, s)})
+		r.Servers = append(r.Servers, report.Subject{Name: s.Name, Text: server.Describe(ctx, s)})
 	}
 	for _, c := range p.conditions {
 		r.Conditions = append(r.Conditions, report.Subject{Name: c.name, Text: c.text()})
@@ -249,34 +249,10 @@ func measureAll(ctx context.Context, p *plan) (r *report.Report, err error) {
 		chosen[w.Name] = true
 	}
 	r.Limits = limits(chosen)
-	before := load()
+	before := report.Load()
 	if err := p.run(ctx, r); err != nil {
 		return nil, err
 	}
-	r.Machine = append(r.Machine, report.Subject{Name: "load", Text: "averages " + before + " before, " + load() + " after"})
+	r.Machine = append(r.Machine, report.Subject{Name: "load", Text: "averages " + before + " before, " + report.Load() + " after"})
 	return r, nil
-}
-
-// write writes results.json, bench.txt, report.md and the charts to dir.
-func write(r *report.Report, dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	create := func(name string, fill func(io.Writer) error) error {
-		f, err := os.Create(filepath.Join(dir, name))
-		if err != nil {
-			return err
-		}
-		return errors.Join(fill(f), f.Close())
-	}
-	charts := r.Charts()
-	err := errors.Join(
-		create("results.json", r.WriteJSON),
-		create("bench.txt", r.WriteBenchmark),
-		create("report.md", func(w io.Writer) error { return r.WriteMarkdown(w, charts) }),
-	)
-	for _, c := range charts {
-		err = errors.Join(err, create(c.File, c.WriteSVG))
-	}
-	return err
 }

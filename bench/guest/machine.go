@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/sluicefs/sluice/bench/guest/guestbench/timing"
+	"github.com/sluicefs/sluice/bench/meter"
 	"github.com/sluicefs/sluice/bench/server"
 	"github.com/sluicefs/sluice/internal/testguest"
 )
@@ -34,8 +35,8 @@ type machine struct {
 	close    []func() error
 }
 
-// startMachine starts the servers, each with each policy, and boots a guest in front of them.
-func startMachine(ctx context.Context, cfg config, share, initrd string, counting bool) (m *machine, err error) {
+// start starts the servers, each with each policy, and boots a guest in front of them.
+func (p *plan) start(ctx context.Context, share, initrd string, counting bool) (m *machine, err error) {
 	m = &machine{share: share}
 	defer func() {
 		if err != nil {
@@ -51,8 +52,8 @@ func startMachine(ctx context.Context, cfg config, share, initrd string, countin
 	}
 	m.close = append(m.close, func() error { return os.RemoveAll(m.scratch) })
 	var devices []testguest.Device
-	for _, policy := range cfg.policies {
-		for _, spec := range cfg.servers {
+	for _, policy := range p.policies {
+		for _, spec := range p.servers {
 			e, err := m.startEntrant(ctx, spec, policy, counting)
 			if err != nil {
 				return m, err
@@ -61,7 +62,9 @@ func startMachine(ctx context.Context, cfg config, share, initrd string, countin
 		}
 	}
 	m.guest, err = testguest.Boot(ctx, testguest.Config{
-		Kind: testguest.UML, Kit: kit, Initrd: initrd, Scratch: m.scratch, Devices: devices, MemMiB: cfg.memMiB,
+		Kind: testguest.UML, Kit: kit, Initrd: initrd, Scratch: m.scratch, Devices: devices, MemMiB: p.memMiB,
+		// What people have is closer to this than to ptrace(2), with which a system call takes the guest longer than many a request.
+		Params: []string{"seccomp=auto"},
 	})
 	if err != nil {
 		return m, err
@@ -111,13 +114,13 @@ func (m *machine) Close() error {
 
 // sample is what one run of a workload took.
 type sample struct {
-	Server, Policy, Workload string
-	Round                    int
-	Elapsed                  time.Duration // by the guest's clock
-	ServerCPU                time.Duration // of all processes of the server
-	GuestCPU                 time.Duration // of all processes of the guest, on the host
-	Ops                      int
-	Requests                 map[string]int `json:",omitempty"` // by opcode, where they were counted
+	server, policy, workload string
+	round                    int
+	elapsed                  time.Duration // by the guest's clock
+	serverCPU                time.Duration // of all processes of the server
+	guestCPU                 time.Duration // of all processes of the guest, on the host
+	ops                      int
+	counts                   map[string]int // requests by opcode, kicks and notifications, where they were counted
 }
 
 // mountPoint is where in the guest the share is.
@@ -125,7 +128,7 @@ const mountPoint = "/mnt"
 
 // run runs a workload with nothing in the caches of the guest.
 func (m *machine) run(ctx context.Context, e *entrant, w workload, round int) (sample, error) {
-	s := sample{Server: e.server, Policy: e.policy, Workload: w.name, Round: round, Ops: w.ops}
+	s := sample{server: e.server, policy: e.policy, workload: w.name, round: round, ops: w.ops}
 	fail := func(err error) (sample, error) {
 		return s, fmt.Errorf("%s with %s, cache=%s: %w\nThe server says:\n%s", w.name, e.server, e.policy, err, lastLines(e.Log(), 20))
 	}
@@ -159,8 +162,9 @@ func (m *machine) run(ctx context.Context, e *entrant, w workload, round int) (s
 	if _, err := m.guest.Sh(ctx, "echo 3 >/proc/sys/vm/drop_caches; mount -t virtiofs "+e.Spec.Tag+" "+mountPoint); err != nil {
 		return fail(err)
 	}
-	var cpu usage
-	if err := cpu.start(e.PIDs(), m.guest.PID()); err != nil {
+	serverBefore, errServer := meter.Read(e.PID())
+	guestBefore, errGuest := meter.Read(m.guest.PID())
+	if err := errors.Join(errServer, errGuest); err != nil {
 		return fail(err)
 	}
 	args := append([]string{"guestbench", "run"}, w.command(mountPoint, filepath.Join(mountPoint, e.work))...)
@@ -171,10 +175,16 @@ func (m *machine) run(ctx context.Context, e *entrant, w workload, round int) (s
 	if r.Status != 0 {
 		return fail(fmt.Errorf("status %d\n%s%s", r.Status, r.Stdout, r.Stderr))
 	}
-	if s.ServerCPU, s.GuestCPU, err = cpu.since(e.PIDs(), m.guest.PID()); err != nil {
+	serverAfter, errServer := meter.Read(e.PID())
+	guestAfter, errGuest := meter.Read(m.guest.PID())
+	if err := errors.Join(errServer, errGuest); err != nil {
 		return fail(err)
 	}
-	if s.Elapsed, err = m.elapsed(ctx, w, r.Stdout); err != nil {
+	s.serverCPU = serverAfter.Sub(serverBefore).CPU
+	// The processes of User-Mode Linux are one for each of the guest's address spaces, most of which have ended by now.
+	guest := guestAfter.Sub(guestBefore)
+	s.guestCPU = guest.CPU + guest.Ended
+	if s.elapsed, err = m.elapsed(ctx, w, r.Stdout); err != nil {
 		return fail(err)
 	}
 	if _, err := m.guest.Sh(ctx, "umount "+mountPoint); err != nil {
@@ -185,7 +195,7 @@ func (m *machine) run(ctx context.Context, e *entrant, w workload, round int) (s
 		if err != nil {
 			return fail(err)
 		}
-		s.Requests = difference(after, before)
+		s.counts = difference(after, before)
 	}
 	return s, nil
 }

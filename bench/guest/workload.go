@@ -11,6 +11,7 @@ import (
 // workload is something that people do in guests, with the programs that they do it with.
 type workload struct {
 	name string
+	text string // what it does to each of ops
 	// prepare makes the directory of a server's own ready on the host; nil if nothing is needed there. The share is not mounted then.
 	prepare func(work string, round int) error
 	// command is what is timed; share and work are the directories in the guest.
@@ -53,25 +54,25 @@ func workloads(f fixtures, s sizes) []workload {
 	}
 	files := s.dirs * s.files
 	list := []workload{
-		{name: "find", command: command(entry(treeDir), "find", "{}"), ops: files, lines: files + s.dirs + 1, target: 1.4},
-		{name: "find-size", command: command(entry(treeDir), "find", "{}", "-type", "f", "-size", "-2"), ops: files, lines: files, target: 1.4},
+		{name: "find", text: "find an entry of a tree", command: command(entry(treeDir), "find", "{}"), ops: files, lines: files + s.dirs + 1, target: 1.4},
+		{name: "find-size", text: "find a file of a tree by its size", command: command(entry(treeDir), "find", "{}", "-type", "f", "-size", "-2"), ops: files, lines: files, target: 1.4},
 		{
-			name: "stat", command: command(entry(treeDir), "guestbench", "stat", "{}", strconv.Itoa(s.dirs), strconv.Itoa(s.files), strconv.Itoa(s.stats)),
+			name: "stat", text: "stat a file of a tree, in no order", command: command(entry(treeDir), "guestbench", "stat", "{}", strconv.Itoa(s.dirs), strconv.Itoa(s.files), strconv.Itoa(s.stats)),
 			ops: s.stats, target: 1.4,
 		},
 		{
-			name: "create", prepare: emptied("new", ""),
+			name: "create", text: "create a file, stat it, remove it", prepare: emptied("new", ""),
 			command: command(work("new"), "guestbench", "create", "{}", strconv.Itoa(s.created)), ops: s.created, target: 1,
 		},
-		{name: "untar", prepare: emptied("source", ""), command: command(work("source"), "tar", "-x", "-f", sourceArchive, "-C", "{}"), ops: f.entries, target: 1.4},
-		{name: "rm", prepare: emptied("source", filepath.Join(f.dir, archiveFile)), command: command(work("source"), "rm", "-rf", "{}"), ops: f.entries, target: 1.4},
+		{name: "untar", text: "unpack an entry of Go's source", prepare: emptied("source", ""), command: command(work("source"), "tar", "-x", "-f", sourceArchive, "-C", "{}"), ops: f.entries, target: 1.4},
+		{name: "rm", text: "remove an entry of Go's source by rm -rf", prepare: emptied("source", filepath.Join(f.dir, archiveFile)), command: command(work("source"), "rm", "-rf", "{}"), ops: f.entries, target: 1.4},
 		{
-			name:    "git-status",
+			name: "git-status", text: "have git status look at a file",
 			command: command(entry(repoDir), "git", "--no-optional-locks", "-c", "safe.directory=*", "-C", "{}", "status", "--porcelain"),
 			ops:     s.repoDirs * repoFiles, target: 1,
 		},
 		{
-			name: "go-build",
+			name: "go-build", text: "compile a package of a module by go build",
 			prepare: func(work string, round int) error {
 				module := filepath.Join(work, moduleDir)
 				if _, err := os.Stat(module); err != nil {
@@ -106,7 +107,7 @@ func workloads(f fixtures, s sizes) []workload {
 			for _, depth := range []int{1, 16} {
 				j := job.job
 				j.direct, j.depth = direct, depth
-				w := workload{name: job.name + "-buffered", fio: true, ops: job.count, target: job.target}
+				w := workload{name: job.name + "-buffered", text: fmt.Sprintf("fio --rw=%s with blocks of %d KiB", j.rw, j.block>>10), fio: true, ops: job.count, target: job.target}
 				if direct {
 					w.name = job.name + "-direct"
 					// With the policy never, all reads and writes are direct.

@@ -8,9 +8,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/sluicefs/sluice/internal/testguest"
 )
@@ -188,4 +190,19 @@ func (s *Server) Log() string { return s.daemon.Log() }
 func (s *Server) Stop() error {
 	s.daemon.Close()
 	return os.RemoveAll(s.scratch)
+}
+
+// Describe says what a server is: its version and its options.
+func Describe(ctx context.Context, s Spec) string {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, s.Program, "--version").CombinedOutput()
+	version, _, _ := strings.Cut(string(out), "\n")
+	if err != nil || version == "" {
+		version = filepath.Base(s.Program) + " of an unknown version"
+	}
+	if len(s.Args) > 0 {
+		version += ", with " + strings.Join(s.Args, " ")
+	}
+	return version
 }
