@@ -3,6 +3,7 @@
 # make demo       pass files to and from a real guest and compare them
 # make guest SHARE=DIR [GUEST=uml]    a shell in a guest with DIR at /mnt
 # make guest SLUICED=PROGRAM [SHARE=DIR] [ARGS="OPTION..."]    the same with a server of your own, and with options for it
+# make bench      compare sluiced with other servers, ten minutes; build/bench/report.md says what came of it (bench/README.md)
 SHELL := /bin/bash
 # Where scripts/go.sh puts Go on a machine without one.
 export PATH := $(PATH):$(CURDIR)/build/go/bin
@@ -11,6 +12,8 @@ GUEST ?= qemu
 SHARE ?=
 SLUICED ?= bin/sluiced
 ARGS ?=
+# Options of the benchmark, as in BENCH="-rounds 10 -conditions p16"; `go run ./bench -help` lists them.
+BENCH ?=
 STATIC := -tags osusergo,netgo -ldflags '-linkmode external -extldflags "-static"'
 FUZZ ?= ./...
 FUZZTIME ?= 60s
@@ -53,6 +56,14 @@ demo: setup build
 
 guest: setup build
 	@$(GO) run ./internal/testguest/shell -kind $(GUEST) -daemon $(SLUICED) -share "$(SHARE)" -- $(ARGS)
+
+# As root if possible: sluiced then has its usual sandbox, and system calls can be counted.
+bench: peers build
+	$(GO) run -exec '$(SUDO)' ./bench $(BENCH)
+
+# Two minutes, for a change that is under way; the intervals say what it has shown.
+bench-quick: peers build
+	$(GO) run -exec '$(SUDO)' ./bench -slice 60ms -conditions p16,s1,c1 $(BENCH)
 
 test: setup check
 
@@ -97,4 +108,4 @@ clean:
 	rm -rf bin build
 
 FORCE:
-.PHONY: all build build-nocgo build-arm64 setup peers demo guest test check lint unit test-guest test-guest-sandboxes test-guest-full seccomp-seen fuzz clean FORCE
+.PHONY: all bench bench-quick build build-nocgo build-arm64 setup peers demo guest test check lint unit test-guest test-guest-sandboxes test-guest-full seccomp-seen fuzz clean FORCE

@@ -125,7 +125,7 @@ func TestRunSurvivesServers(t *testing.T) {
 		"-servers", "one=" + one + " two=" + one + ",--readonly", "-workloads", "create,getattr", "-conditions", "s1", "-driver-cpus", "0", "-server-cpus", "0",
 		"-rounds", "2", "-slice", "10ms", "-out", out, "-dir", tree, "-syscalls=false",
 	}, &stdout, &stderr)
-	if err == nil || !strings.Contains(err.Error(), "1 measurements failed") {
+	if err == nil || !strings.Contains(err.Error(), "1 failures") {
 		t.Fatalf("%v, want one failure\n%s", err, stderr.String())
 	}
 	text, err := os.ReadFile(filepath.Join(out, "report.md"))
@@ -149,6 +149,44 @@ func TestRunSurvivesServers(t *testing.T) {
 		t.Errorf("%d samples, want 10", len(r.Samples))
 	}
 }
+
+// TestRunInterrupted is interrupted in the second round: the first is to be had.
+func TestRunInterrupted(t *testing.T) {
+	t.Setenv("SLUICE_BENCH_SERVE", "1")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	var stdout bytes.Buffer
+	err = run(ctx, []string{
+		"-servers", "one=sluice@" + program + ",--sandbox=none,--seccomp=none", "-workloads", "getattr", "-conditions", "s1", "-driver-cpus", "0", "-server-cpus", "0",
+		"-rounds", "1000000", "-slice", "5ms", "-out", out, "-dir", tree, "-syscalls=false",
+	}, &stdout, writerFunc(func(b []byte) (int, error) {
+		if strings.Contains(string(b), "round 2 of") {
+			cancel()
+		}
+		return len(b), nil
+	}))
+	if err == nil || !strings.Contains(err.Error(), "1 failures") {
+		t.Errorf("%v, want a failure", err)
+	}
+	text, err := os.ReadFile(filepath.Join(out, "report.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"* interrupted before all was measured", "\n| getattr |"} {
+		if !strings.Contains(string(text), want) {
+			t.Errorf("the report does not say %q:\n%s", want, text)
+		}
+	}
+}
+
+type writerFunc func(b []byte) (int, error)
+
+func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 
 func TestPlanRefuses(t *testing.T) {
 	for _, tt := range []struct{ args, want string }{

@@ -87,7 +87,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		defer os.RemoveAll(p.dir)
 	}
 	r, err := measureAll(ctx, p)
-	if err != nil {
+	switch {
+	case err != nil && ctx.Err() != nil && len(r.Samples) > 0:
+		// Who interrupts wants to see what there is.
+		r.Failures = append(r.Failures, "interrupted before all was measured")
+	case err != nil:
 		return err
 	}
 	if err := r.WriteDir(o.out); err != nil {
@@ -95,7 +99,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	fmt.Fprintln(stdout, filepath.Join(o.out, "report.md"))
 	if len(r.Failures) > 0 {
-		return fmt.Errorf("%d measurements failed, the report says which", len(r.Failures))
+		return fmt.Errorf("%d failures, the report says which", len(r.Failures))
 	}
 	return nil
 }
@@ -217,20 +221,21 @@ func ownCPUs() ([]int, error) {
 	return cpus, nil
 }
 
-// measureAll makes what is served and the floor's files, and carries the plan out.
+// measureAll makes what is served and the floor's files, and carries the plan out. With an error the report has what was
+// measured until then.
 func measureAll(ctx context.Context, p *plan) (r *report.Report, err error) {
+	r = &report.Report{Machine: report.Machine(p.dir)}
 	if err := frontend.MakeTree(p.dir); err != nil {
-		return nil, err
+		return r, err
 	}
 	// Where MakeTree has the files that lookup-cold looks up.
 	if p.files, err = floor.Open(p.dir, filepath.Join(p.dir, "cold")); err != nil {
-		return nil, err
+		return r, err
 	}
 	defer func() { err = errors.Join(err, p.files.Close()) }()
-	r = &report.Report{Machine: report.Machine(p.dir)}
 	facts, err := basics(p.files, p.drivers[0], p.serving[0], p.slice)
 	if err != nil {
-		return nil, err
+		return r, err
 	}
 	r.Machine = append(r.Machine, facts...)
 	for _, s := range p.servers {
@@ -250,9 +255,7 @@ func measureAll(ctx context.Context, p *plan) (r *report.Report, err error) {
 	}
 	r.Limits = limits(chosen)
 	before := report.Load()
-	if err := p.run(ctx, r); err != nil {
-		return nil, err
-	}
+	err = p.run(ctx, r)
 	r.Machine = append(r.Machine, report.Subject{Name: "load", Text: "averages " + before + " before, " + report.Load() + " after"})
-	return r, nil
+	return r, err
 }

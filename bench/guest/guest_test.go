@@ -163,7 +163,7 @@ func TestReport(t *testing.T) {
 	if want := map[string]float64{report.Requests: 1.5, report.Kicks: 2}; len(r.Samples) != 3 || !maps.Equal(r.Samples[2].Values, want) {
 		t.Errorf("samples %+v, want %v in the third", r.Samples, want)
 	}
-	want := map[string]float64{report.Elapsed: 1e8, report.CPU: 5e7, report.GuestCPU: 2.5e7}
+	want := map[string]float64{report.Time: 1e8, report.CPU: 5e7, report.GuestCPU: 2.5e7}
 	if !maps.Equal(r.Samples[0].Values, want) {
 		t.Errorf("%v, want %v", r.Samples[0].Values, want)
 	}

@@ -30,7 +30,7 @@ func (p *plan) report(ctx context.Context, list []workload, samples, counts []sa
 		r.Samples = append(r.Samples, report.Sample{
 			Round: s.round, Workload: s.workload, Condition: condition(s.policy), Server: s.server, Ops: uint64(s.ops),
 			Values: map[string]float64{
-				report.Elapsed: float64(s.elapsed) / ops, report.CPU: float64(s.serverCPU) / ops, report.GuestCPU: float64(s.guestCPU) / ops,
+				report.Time: float64(s.elapsed) / ops, report.CPU: float64(s.serverCPU) / ops, report.GuestCPU: float64(s.guestCPU) / ops,
 			},
 		})
 	}
@@ -72,7 +72,7 @@ func (p *plan) limits(list []workload) []report.Limit {
 					most = 1 / w.target
 				}
 				all = append(all, report.Limit{
-					Group: "Time, by the guest's clock:", Workload: w.name, Condition: condition(policy), Metric: report.Elapsed, Than: s.Name, Max: most,
+					Group: "Time, by the guest's clock:", Workload: w.name, Condition: condition(policy), Metric: report.Time, Than: s.Name, Max: most,
 				})
 			}
 		}

@@ -33,8 +33,8 @@ type series struct {
 	values []Summary // a zero one is a gap
 }
 
-// Charts returns the charts of a report: for each condition the subject's CPU time as a ratio to all others', and, where one
-// request is under way at a time, the latencies.
+// Charts returns the charts of a report: for each condition the subject's CPU time as a ratio to all others', and everybody's
+// latencies and times, as far as they were measured.
 func (r *Report) Charts() []Chart {
 	var all []Chart
 	for _, condition := range r.Conditions {
@@ -48,24 +48,33 @@ func (r *Report) Charts() []Chart {
 				return r.ratio(key{workload, condition.Name, r.subject(), CPU}, peer)
 			})
 		}
-		latencies := Chart{
-			File: condition.Name + "-latency.svg", condition: condition.Name, title: condition.Name + ": median latency",
-			axis: "µs, less is better", workloads: r.workloadsOf(key{condition: condition.Name, metric: P50}),
-		}
-		for _, server := range r.Servers {
-			latencies.add(server.Name, func(workload string) (Summary, bool) {
-				s, ok := r.value(key{workload, condition.Name, server.Name, P50})
-				return Summary{s.Median / 1e3, s.Low / 1e3, s.High / 1e3, s.N}, ok
-			})
-		}
-		latencies.base = math.Pow(10, math.Floor(math.Log10(latencies.least())))
-		for _, c := range []Chart{ratios, latencies} {
+		for _, c := range []Chart{
+			ratios,
+			r.valueChart(condition.Name, P50, "latency", "median latency", "µs", 1e3),
+			r.valueChart(condition.Name, Time, "time", "time", "ms", 1e6),
+		} {
 			if len(c.series) > 0 {
 				all = append(all, c)
 			}
 		}
 	}
 	return all
+}
+
+// valueChart is the chart of a metric of all servers, divided by scale.
+func (r *Report) valueChart(condition, metric, file, title, unit string, scale float64) Chart {
+	c := Chart{
+		File: condition + "-" + file + ".svg", condition: condition, title: condition + ": " + title,
+		axis: unit + ", less is better", workloads: r.workloadsOf(key{condition: condition, metric: metric}),
+	}
+	for _, server := range r.Servers {
+		c.add(server.Name, func(workload string) (Summary, bool) {
+			s, ok := r.value(key{workload, condition, server.Name, metric})
+			return Summary{s.Median / scale, s.Low / scale, s.High / scale, s.N}, ok
+		})
+	}
+	c.base = math.Pow(10, math.Floor(math.Log10(c.least())))
+	return c
 }
 
 // add adds a series of bars, unless it has none.

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -29,13 +30,13 @@ const (
 	P99      = "p99-ns"
 	P999     = "p99.9-ns"
 	Rate     = "ops/s"
-	Elapsed  = "ns/op"
 	GuestCPU = "guest-cpu-ns/op"
 	Syscalls = "syscalls/op"
 	Switches = "switches/op"
 	Kicks    = "kicks/op"
 	Notifies = "notifications/op"
 	Requests = "requests/op"
+	Time     = "ns/op" // elapsed, by the guest's clock
 )
 
 // metric is how a metric is shown.
@@ -48,7 +49,7 @@ type metric struct {
 }
 
 var metrics = []metric{
-	{Elapsed, "Time for each operation, by the guest's clock", 1e3, "µs", true},
+	{Time, "Time", 1e6, "ms", true},
 	{CPU, "CPU time of the server for each operation", 1e3, "µs", true},
 	{GuestCPU, "CPU time of the guest for each operation", 1e3, "µs", true},
 	{P50, "Latency, median", 1e3, "µs", true},
@@ -62,11 +63,22 @@ var metrics = []metric{
 	{Requests, "FUSE requests for each operation", 1, "", true},
 }
 
-func findMetric(unit string) metric {
-	if i := slices.IndexFunc(metrics, func(m metric) bool { return m.unit == unit }); i >= 0 {
-		return metrics[i]
+// shownMetrics are the metrics that samples have, those that are not known here last.
+func (r *Report) shownMetrics() []metric {
+	shown := slices.DeleteFunc(slices.Clone(metrics), func(m metric) bool { return !r.has(key{metric: m.unit}) })
+	others := map[string]bool{}
+	for _, s := range r.Samples {
+		for unit := range s.Values {
+			others[unit] = true
+		}
 	}
-	return metric{unit: unit, title: unit, scale: 1, shown: unit, less: true}
+	for _, m := range metrics {
+		delete(others, m.unit)
+	}
+	for _, unit := range slices.Sorted(maps.Keys(others)) {
+		shown = append(shown, metric{unit, unit, 1, "", true})
+	}
+	return shown
 }
 
 // Subject is one thing that was measured, or a way in which it was.

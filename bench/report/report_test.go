@@ -236,6 +236,33 @@ func TestCharts(t *testing.T) {
 	}
 }
 
+// TestOtherMetrics has a metric that is not known here: it is shown all the same.
+func TestOtherMetrics(t *testing.T) {
+	r := &Report{
+		Servers: []Subject{{"a", ""}, {"b", ""}}, Conditions: []Subject{{"guest", "a guest"}}, Workloads: []Subject{{"untar", "tar xf"}},
+		Samples: []Sample{
+			{0, "untar", "guest", "a", 1, map[string]float64{"LOOKUPs/file": 1.5, Time: 2e6}},
+			{0, "untar", "guest", "b", 1, map[string]float64{"LOOKUPs/file": 3, Time: 4e6}},
+		},
+	}
+	var text, bench bytes.Buffer
+	charts := r.Charts()
+	if err := errors.Join(r.WriteMarkdown(&text, charts), r.WriteBenchmark(&bench)); err != nil {
+		t.Fatal(err)
+	}
+	if len(charts) != 1 || charts[0].File != "guest-time.svg" {
+		t.Errorf("charts %+v, want one of times", charts)
+	}
+	for _, want := range []string{"### LOOKUPs/file\n\n| | a | b | ÷ b |\n|---|---|---|---|\n| untar | 1.50 | 3.00 | ≈0.500 |", "### Time, ms\n\n| | a | b | ÷ b |\n|---|---|---|---|\n| untar | 2.00 | 4.00 | ≈0.500 |", "](guest-time.svg)"} {
+		if !strings.Contains(text.String(), want) {
+			t.Errorf("no %q in\n%s", want, text.String())
+		}
+	}
+	if want := "BenchmarkUntar/condition=guest/server=a 1 2e+06 ns/op 1.5 LOOKUPs/file\n"; !strings.Contains(bench.String(), want) {
+		t.Errorf("no %q in\n%s", want, bench.String())
+	}
+}
+
 func TestNumber(t *testing.T) {
 	for v, want := range map[float64]string{0: "0", 0.0123: "0.012", 0.1234: "0.123", 1.234: "1.23", 12.34: "12.3", 1234: "1234", math.Inf(1): "∞"} {
 		if got := number(v); got != want {

@@ -16,9 +16,10 @@ func (r *Report) WriteBenchmark(w io.Writer) error {
 		fmt.Fprintf(b, "%s: %s\n", m.Name, m.Text)
 	}
 	fmt.Fprintln(b)
+	shown := r.shownMetrics()
 	for _, s := range r.Samples {
 		fmt.Fprintf(b, "Benchmark%s/condition=%s/server=%s %d", camel(s.Workload), s.Condition, s.Server, max(s.Ops, 1))
-		for _, m := range metrics {
+		for _, m := range shown {
 			if v, ok := s.Values[m.unit]; ok {
 				fmt.Fprintf(b, " %g %s", v, m.unit)
 			}
@@ -62,7 +63,7 @@ ratios of single rounds, with its interval in brackets; below 1 is better for %s
 				fmt.Fprintf(b, "\n![%s](%s)\n", c.title, c.File)
 			}
 		}
-		for _, m := range metrics {
+		for _, m := range r.shownMetrics() {
 			r.writeTable(b, condition.Name, m)
 		}
 	}
@@ -180,7 +181,7 @@ func (r *Report) writeLimits(w io.Writer) {
 			if c.server != "" {
 				server = c.server + " "
 			}
-			fmt.Fprintf(w, " %s %s %s÷ %s |", c.condition, findMetric(c.metric).unit, server, c.than)
+			fmt.Fprintf(w, " %s %s %s÷ %s |", c.condition, c.metric, server, c.than)
 		}
 		fmt.Fprintf(w, "\n|---|%s\n", strings.Repeat("---|", len(columns)))
 		for _, workload := range shown {
