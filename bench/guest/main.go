@@ -79,25 +79,25 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	}
 	before := report.Load()
 	samples, err := p.measure(ctx, list, fixtures.share(), initrd, p.rounds, false)
-	if err != nil {
-		return err
-	}
 	var counts []sample
-	if p.count {
-		if counts, err = p.measure(ctx, list, fixtures.share(), initrd, 1, true); err != nil {
-			return err
-		}
+	if err == nil && p.count {
+		counts, err = p.measure(ctx, list, fixtures.share(), initrd, 1, true)
 	}
-	r := p.report(ctx, list, samples, counts)
-	r.Machine = append(report.Machine(dir), report.Subject{Name: "load", Text: "averages " + before + " before, " + report.Load() + " after"})
-	if err := r.WriteDir(p.out); err != nil {
+	interrupted := ctx.Err() != nil && len(samples) > 0
+	if err != nil && !interrupted {
 		return err
 	}
-	if err := writeRequests(filepath.Join(p.out, "requests.md"), counts); err != nil {
+	r := p.report(context.WithoutCancel(ctx), list, samples, counts)
+	if interrupted {
+		// Who interrupts wants to see what there is.
+		r.Failures = append(r.Failures, "interrupted before all was measured")
+	}
+	r.Machine = append(report.Machine(dir), report.Subject{Name: "load", Text: "averages " + before + " before, " + report.Load() + " after"})
+	if err := errors.Join(r.WriteDir(p.out), writeRequests(filepath.Join(p.out, "requests.md"), counts)); err != nil {
 		return err
 	}
 	fmt.Fprintln(stdout, filepath.Join(p.out, "report.md"))
-	return nil
+	return err
 }
 
 // parse makes a plan of the command line.
@@ -215,7 +215,7 @@ func (p *plan) measure(ctx context.Context, list []workload, share, initrd strin
 				}
 				s, err := m.run(ctx, e, w, round)
 				if err != nil {
-					return nil, err
+					return samples, err
 				}
 				fmt.Fprintf(p.progress, "bench/guest: round %d: %-20s %-8s cache=%-5s %8.3f s, server %6.3f s, guest %6.3f s of CPU\n",
 					round+1, s.workload, s.server, s.policy, s.elapsed.Seconds(), s.serverCPU.Seconds(), s.guestCPU.Seconds())

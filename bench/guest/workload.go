@@ -55,7 +55,7 @@ func workloads(f fixtures, s sizes) []workload {
 	files := s.dirs * s.files
 	list := []workload{
 		{name: "find", text: "find an entry of a tree", command: command(entry(treeDir), "find", "{}"), ops: files, lines: files + s.dirs + 1, target: 1.4},
-		{name: "find-size", text: "find a file of a tree by its size", command: command(entry(treeDir), "find", "{}", "-type", "f", "-size", "-2"), ops: files, lines: files, target: 1.4},
+		{name: "find-size", text: "find a file of a tree by its size", command: command(entry(treeDir), "find", "{}", "-type", "f", "-size", "-2"), ops: files, lines: files, target: 1.4, policies: []string{auto}},
 		{
 			name: "stat", text: "stat a file of a tree, in no order", command: command(entry(treeDir), "guestbench", "stat", "{}", strconv.Itoa(s.dirs), strconv.Itoa(s.files), strconv.Itoa(s.stats)),
 			ops: s.stats, target: 1.4,
