@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -14,8 +15,11 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluicefs/sluice/bench/report"
 	"github.com/sluicefs/sluice/bench/server"
+	"github.com/sluicefs/sluice/vhostuser"
 )
 
 func TestParseFio(t *testing.T) {
@@ -206,5 +210,81 @@ func TestCacheArgs(t *testing.T) {
 		if got := cacheArgs(tt.kind, tt.policy); !reflect.DeepEqual(got, tt.want) {
 			t.Errorf("%s %s: %q, want %q", tt.kind, tt.policy, got, tt.want)
 		}
+	}
+}
+
+// TestTagger has a server without a configuration space get one, and all else pass.
+func TestTagger(t *testing.T) {
+	dir := t.TempDir()
+	server, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, "server"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	tagged, err := startTagger(filepath.Join(dir, "front"), filepath.Join(dir, "server"), "rust-auto")
+	if err != nil {
+		t.Fatal(err)
+	}
+	front, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: filepath.Join(dir, "front"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Close()
+	back, err := server.AcceptUnix()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer back.Close()
+	pass := func(from, to *net.UnixConn, request vhostuser.Request, payload []byte, fds ...int) *message {
+		t.Helper()
+		sent := message{header: vhostuser.Header{Request: request, Flags: vhostuser.Version}, payload: payload, fds: fds}
+		if err := sent.write(from); err != nil {
+			t.Fatal(err)
+		}
+		got, err := readMessage(to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.header.Request != request {
+			t.Errorf("%v has become %v", request, got.header.Request)
+		}
+		return got
+	}
+	const other = vhostuser.VHOST_USER_PROTOCOL_F_REPLY_ACK
+	if got := pass(back, front, vhostuser.VHOST_USER_GET_PROTOCOL_FEATURES, vhostuser.Append(nil, other)); !bytes.Equal(got.payload, vhostuser.Append(nil, other|vhostuser.VHOST_USER_PROTOCOL_F_CONFIG)) {
+		t.Errorf("the front-end is told of features %x", got.payload)
+	}
+	if got := pass(front, back, vhostuser.VHOST_USER_SET_PROTOCOL_FEATURES, vhostuser.Append(nil, other|vhostuser.VHOST_USER_PROTOCOL_F_CONFIG)); !bytes.Equal(got.payload, vhostuser.Append(nil, other)) {
+		t.Errorf("the server is told of features %x", got.payload)
+	}
+	window := vhostuser.Append(nil, vhostuser.ConfigWindow{Size: 40})
+	got := pass(front, front, vhostuser.VHOST_USER_GET_CONFIG, append(window, make([]byte, 40)...))
+	want := slices.Concat(window, []byte("rust-auto"), make([]byte, 27), []byte{1, 0, 0, 0})
+	if got.header.Flags != vhostuser.ReplyFlags || !bytes.Equal(got.payload, want) {
+		t.Errorf("the configuration space is %q, want %q", got.payload, want)
+	}
+	if got := pass(front, front, vhostuser.VHOST_USER_GET_CONFIG, nil); len(got.payload) != 0 {
+		t.Errorf("a request without a window is answered with %q", got.payload)
+	}
+	file, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	passed := pass(front, back, vhostuser.VHOST_USER_SET_MEM_TABLE, []byte("table"), int(file.Fd()))
+	if len(passed.fds) != 1 || string(passed.payload) != "table" {
+		t.Fatalf("it came as %+v", passed)
+	}
+	var sent, received unix.Stat_t
+	if err := errors.Join(unix.Fstat(int(file.Fd()), &sent), unix.Fstat(passed.fds[0], &received), unix.Close(passed.fds[0])); err != nil || sent.Ino != received.Ino {
+		t.Errorf("another file came: %v", err)
+	}
+	// When the front-end ends, so does the server's connection.
+	front.Close()
+	if m, err := readMessage(back); err == nil {
+		t.Errorf("after the end came %+v", m)
+	}
+	if err := tagged.Close(); err != nil {
+		t.Error(err)
 	}
 }

@@ -58,7 +58,11 @@ func (p *plan) start(ctx context.Context, share, initrd string, counting bool) (
 			if err != nil {
 				return m, err
 			}
-			devices = append(devices, e.Device())
+			device, err := m.device(e, spec.Kind == server.C)
+			if err != nil {
+				return m, err
+			}
+			devices = append(devices, device)
 		}
 	}
 	m.guest, err = testguest.Boot(ctx, testguest.Config{
