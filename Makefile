@@ -1,5 +1,6 @@
 # make            build bin/sluiced, bin/sluicectl and bin/sluice-agent
 # make test       install what is missing, then all checks and tests, those in real guests too
+# make bench-guest    the same in a guest, with fio, git, tar and others; build/bench-guest/report.md says what came of it
 # make demo       pass files to and from a real guest and compare them
 # make guest SHARE=DIR [GUEST=uml]    a shell in a guest with DIR at /mnt
 # make guest SLUICED=PROGRAM [SHARE=DIR] [ARGS="OPTION..."]    the same with a server of your own, and with options for it
@@ -108,4 +109,11 @@ clean:
 	rm -rf bin build
 
 FORCE:
-.PHONY: all bench bench-quick build build-nocgo build-arm64 setup peers demo guest test check lint unit test-guest test-guest-sandboxes test-guest-full seccomp-seen fuzz clean FORCE
+# The benchmark's second level, in a guest; build/bench-guest/report.md says what came of it.
+setup-bench:
+	@scripts/setup.sh --bench
+
+bench-guest: setup-bench build
+	$(GO) run -exec '$(SUDO)' ./bench/guest $(BENCH)
+
+.PHONY: all bench bench-guest bench-quick setup-bench build build-nocgo build-arm64 setup peers demo guest test check lint unit test-guest test-guest-sandboxes test-guest-full seccomp-seen fuzz clean FORCE

@@ -94,7 +94,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	case err != nil:
 		return err
 	}
-	if err := write(r, o.out); err != nil {
+	if err := r.WriteDir(o.out); err != nil {
 		return err
 	}
 	fmt.Fprintln(stdout, filepath.Join(o.out, "report.md"))
@@ -224,7 +224,7 @@ func ownCPUs() ([]int, error) {
 // measureAll makes what is served and the floor's files, and carries the plan out. With an error the report has what was
 // measured until then.
 func measureAll(ctx context.Context, p *plan) (r *report.Report, err error) {
-	r = &report.Report{Machine: machine(p.dir)}
+	r = &report.Report{Machine: report.Machine(p.dir)}
 	if err := frontend.MakeTree(p.dir); err != nil {
 		return r, err
 	}
@@ -239,7 +239,7 @@ func measureAll(ctx context.Context, p *plan) (r *report.Report, err error) {
 	}
 	r.Machine = append(r.Machine, facts...)
 	for _, s := range p.servers {
-		r.Servers = append(r.Servers, report.Subject{Name: s.Name, Text: describe(ctx, s)})
+		r.Servers = append(r.Servers, report.Subject{Name: s.Name, Text: server.Describe(ctx, s)})
 	}
 	for _, c := range p.conditions {
 		r.Conditions = append(r.Conditions, report.Subject{Name: c.name, Text: c.text()})
@@ -254,32 +254,8 @@ func measureAll(ctx context.Context, p *plan) (r *report.Report, err error) {
 		chosen[w.Name] = true
 	}
 	r.Limits = limits(chosen)
-	before := load()
+	before := report.Load()
 	err = p.run(ctx, r)
-	r.Machine = append(r.Machine, report.Subject{Name: "load", Text: "averages " + before + " before, " + load() + " after"})
+	r.Machine = append(r.Machine, report.Subject{Name: "load", Text: "averages " + before + " before, " + report.Load() + " after"})
 	return r, err
-}
-
-// write writes results.json, bench.txt, report.md and the charts to dir.
-func write(r *report.Report, dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	create := func(name string, fill func(io.Writer) error) error {
-		f, err := os.Create(filepath.Join(dir, name))
-		if err != nil {
-			return err
-		}
-		return errors.Join(fill(f), f.Close())
-	}
-	charts := r.Charts()
-	err := errors.Join(
-		create("results.json", r.WriteJSON),
-		create("bench.txt", r.WriteBenchmark),
-		create("report.md", func(w io.Writer) error { return r.WriteMarkdown(w, charts) }),
-	)
-	for _, c := range charts {
-		err = errors.Join(err, create(c.File, c.WriteSVG))
-	}
-	return err
 }

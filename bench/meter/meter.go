@@ -19,6 +19,7 @@ import (
 type Sample struct {
 	CPU          time.Duration // time on a CPU, to the ns
 	User, System time.Duration // the same by /proc/PID/stat, in ticks of 10 ms
+	Ended        time.Duration // of children that have ended, and their children, in ticks; CPU is without it
 	Voluntary    uint64        // context switches of threads that wait for something
 	Involuntary  uint64        // context switches of threads that another took the CPU from
 	RSS          uint64        // bytes in memory
@@ -32,6 +33,7 @@ func (s Sample) Sub(o Sample) Sample {
 	s.CPU -= o.CPU
 	s.User -= o.User
 	s.System -= o.System
+	s.Ended -= o.Ended
 	s.Voluntary -= o.Voluntary
 	s.Involuntary -= o.Involuntary
 	return s
@@ -55,6 +57,7 @@ func Read(pid int) (Sample, error) {
 		sum.CPU += s.CPU
 		sum.User += s.User
 		sum.System += s.System
+		sum.Ended += s.Ended
 		sum.Voluntary += s.Voluntary
 		sum.Involuntary += s.Involuntary
 		sum.RSS += s.RSS
@@ -119,7 +122,7 @@ func readOne(pid int) (s Sample, err error) {
 	if s.CPU, err = cpuTime(pid); err != nil {
 		return s, err
 	}
-	if s.User, s.System, err = split(pid); err != nil {
+	if s.User, s.System, s.Ended, err = split(pid); err != nil {
 		return s, err
 	}
 	tids, err := threads(pid)
@@ -194,19 +197,23 @@ func cpuTime(pid int) (time.Duration, error) {
 // tick is USER_HZ of every Linux that Go runs on.
 const tick = 10 * time.Millisecond
 
-// split returns a process's time in user space and in the kernel.
-func split(pid int) (user, system time.Duration, err error) {
+// split returns a process's time in user space and in the kernel, and that of its children that have ended.
+func split(pid int) (user, system, ended time.Duration, err error) {
 	stat, err := os.ReadFile(procPath(pid, "stat"))
 	if err != nil {
-		return 0, 0, err
+		return 0, 0, 0, err
 	}
 	// The name, in parentheses, may have anything in it.
 	words := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	const utime, stime = 11, 12 // fields 14 and 15 of proc_pid_stat(5), which count from 1 and have two before the name's end
-	if len(words) <= stime {
-		return 0, 0, fmt.Errorf("parse %q: expected utime and stime", stat)
+	const utime, times = 11, 4 // fields 14 to 17 of proc_pid_stat(5), which count from 1 and have two before the name's end
+	if len(words) < utime+times {
+		return 0, 0, 0, fmt.Errorf("parse %q: expected utime, stime, cutime and cstime", stat)
 	}
-	u, err := strconv.ParseUint(words[utime], 10, 63)
-	k, kerr := strconv.ParseUint(words[stime], 10, 63)
-	return time.Duration(u) * tick, time.Duration(k) * tick, errors.Join(err, kerr)
+	var ticks [times]time.Duration
+	for i := range ticks {
+		n, nerr := strconv.ParseUint(words[utime+i], 10, 63)
+		err = errors.Join(err, nerr)
+		ticks[i] = time.Duration(n) * tick
+	}
+	return ticks[0], ticks[1], ticks[2] + ticks[3], err
 }

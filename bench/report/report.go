@@ -5,10 +5,13 @@ package report
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"math"
+	"os"
+	"path/filepath"
 	"slices"
 
 	"golang.org/x/perf/benchmath"
@@ -27,12 +30,13 @@ const (
 	P99      = "p99-ns"
 	P999     = "p99.9-ns"
 	Rate     = "ops/s"
+	GuestCPU = "guest-cpu-ns/op"
 	Syscalls = "syscalls/op"
 	Switches = "switches/op"
 	Kicks    = "kicks/op"
 	Notifies = "notifications/op"
 	Requests = "requests/op"
-	Time     = "ns/op" // elapsed, of what is done once
+	Time     = "ns/op" // elapsed, by the guest's clock
 )
 
 // metric is how a metric is shown.
@@ -45,8 +49,9 @@ type metric struct {
 }
 
 var metrics = []metric{
-	{CPU, "CPU time of the server for each operation", 1e3, "µs", true},
 	{Time, "Time", 1e6, "ms", true},
+	{CPU, "CPU time of the server for each operation", 1e3, "µs", true},
+	{GuestCPU, "CPU time of the guest for each operation", 1e3, "µs", true},
 	{P50, "Latency, median", 1e3, "µs", true},
 	{P99, "Latency, 99th percentile", 1e3, "µs", true},
 	{P999, "Latency, 99.9th percentile", 1e3, "µs", true},
@@ -294,4 +299,28 @@ func (r *Report) has(k key) bool {
 		return ok && cmp.Or(k.workload, s.Workload) == s.Workload && cmp.Or(k.condition, s.Condition) == s.Condition &&
 			cmp.Or(k.server, s.Server) == s.Server
 	})
+}
+
+// WriteDir writes results.json, bench.txt, report.md and the charts to dir.
+func (r *Report) WriteDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	create := func(name string, fill func(io.Writer) error) error {
+		f, err := os.Create(filepath.Join(dir, name))
+		if err != nil {
+			return err
+		}
+		return errors.Join(fill(f), f.Close())
+	}
+	charts := r.Charts()
+	err := errors.Join(
+		create("results.json", r.WriteJSON),
+		create("bench.txt", r.WriteBenchmark),
+		create("report.md", func(w io.Writer) error { return r.WriteMarkdown(w, charts) }),
+	)
+	for _, c := range charts {
+		err = errors.Join(err, create(c.File, c.WriteSVG))
+	}
+	return err
 }

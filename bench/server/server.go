@@ -6,10 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/sluicefs/sluice/internal/testguest"
 )
@@ -31,23 +34,23 @@ const (
 var kinds = []struct {
 	kind    Kind
 	program func() (string, error)
-	args    func(socket, dir string) []string
+	args    func(socket, tag, dir string) []string
 }{
-	{Sluice, sluiced, func(socket, dir string) []string {
-		return []string{"--socket-path", socket, "--tag", testguest.Tag, "--shared-dir", dir}
+	{Sluice, sluiced, func(socket, tag, dir string) []string {
+		return []string{"--socket-path", socket, "--tag", tag, "--shared-dir", dir}
 	}},
 	{Rust, peer("virtiofsd"), rustArgs},
-	{RustNoHandles, peer("virtiofsd"), func(socket, dir string) []string {
-		return append(rustArgs(socket, dir), "--inode-file-handles=never")
+	{RustNoHandles, peer("virtiofsd"), func(socket, tag, dir string) []string {
+		return append(rustArgs(socket, tag, dir), "--inode-file-handles=never")
 	}},
-	{C, peer("virtiofsd-c"), func(socket, dir string) []string {
+	{C, peer("virtiofsd-c"), func(socket, _, dir string) []string {
 		return []string{"--socket-path=" + socket, "-o", "source=" + dir}
 	}},
 }
 
-func rustArgs(socket, dir string) []string {
+func rustArgs(socket, tag, dir string) []string {
 	return []string{
-		"--socket-path", socket, "--tag", testguest.Tag, "--shared-dir", dir, "--thread-pool-size=0", "--sandbox", "none",
+		"--socket-path", socket, "--tag", tag, "--shared-dir", dir, "--thread-pool-size=0", "--sandbox", "none",
 	}
 }
 
@@ -80,10 +83,12 @@ func Kinds() []Kind {
 type Spec struct {
 	Name    string // what reports call it
 	Kind    Kind
-	Program string   // "" means what `make build` or `make peers` makes
-	Args    []string // in addition to those of its kind
-	Dir     string   // the directory to serve
-	CPUs    []int    // what it may run on; empty means any
+	Program string    // "" means what `make build` or `make peers` makes
+	Args    []string  // in addition to those of its kind
+	Dir     string    // the directory to serve
+	Tag     string    // by which a guest finds it, if it has several; "" means testguest.Tag
+	CPUs    []int     // what it may run on; empty means any
+	Output  io.Writer // also gets what the server writes; nil means nothing does
 }
 
 // Parse reads a server of a command line: [NAME=]KIND[@PROGRAM][,ARG...], as in "sluice", "sluice,--poll-us=0" and
@@ -145,14 +150,18 @@ func Start(ctx context.Context, spec Spec) (*Server, error) {
 	if spec.Dir, err = filepath.Abs(spec.Dir); err != nil {
 		return nil, err
 	}
+	if spec.Tag == "" {
+		spec.Tag = testguest.Tag
+	}
 	scratch, err := os.MkdirTemp("", "sluice-bench-")
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{Spec: spec, Socket: filepath.Join(scratch, "fs.sock"), scratch: scratch}
-	args := kinds[slices.Index(Kinds(), spec.Kind)].args(s.Socket, spec.Dir)
+	args := kinds[slices.Index(Kinds(), spec.Kind)].args(s.Socket, spec.Tag, spec.Dir)
 	s.daemon, err = testguest.StartDaemon(ctx, testguest.DaemonConfig{
 		Program: spec.Program, Scratch: scratch, Shares: true, Args: append(args, spec.Args...), CPUs: spec.CPUs,
+		Output: spec.Output,
 	})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("server %s: %w", spec.Name, err), os.RemoveAll(scratch))
@@ -167,7 +176,9 @@ func (s *Server) PID() int { return s.daemon.PID() }
 func (s *Server) PIDs() []int { return s.daemon.PIDs() }
 
 // Device is what a guest needs to know of the server. The C server tells no tag; its VMM must.
-func (s *Server) Device() testguest.Device { return s.daemon.Device() }
+func (s *Server) Device() testguest.Device {
+	return testguest.Device{Socket: s.Socket, Tag: s.Spec.Tag}
+}
 
 // Exited is closed when the server has ended.
 func (s *Server) Exited() <-chan struct{} { return s.daemon.Exited() }
@@ -179,4 +190,19 @@ func (s *Server) Log() string { return s.daemon.Log() }
 func (s *Server) Stop() error {
 	s.daemon.Close()
 	return os.RemoveAll(s.scratch)
+}
+
+// Describe says what a server is: its version and its options.
+func Describe(ctx context.Context, s Spec) string {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, s.Program, "--version").CombinedOutput()
+	version, _, _ := strings.Cut(string(out), "\n")
+	if err != nil || version == "" {
+		version = filepath.Base(s.Program) + " of an unknown version"
+	}
+	if len(s.Args) > 0 {
+		version += ", with " + strings.Join(s.Args, " ")
+	}
+	return version
 }

@@ -3,6 +3,7 @@ package testguest
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -31,6 +32,8 @@ type DaemonConfig struct {
 	UID     uint32 // the user, and group, to run as
 	Args    []string
 	CPUs    []int // the CPUs it may run on; empty means those that this process may
+	// Output, if set, also gets what the daemon writes, of which its log keeps the end.
+	Output io.Writer
 	// Surroundings names the sandbox and user among Args and UID, should the daemon be traced.
 	Surroundings string
 }
@@ -53,7 +56,7 @@ func StartDaemon(ctx context.Context, cfg DaemonConfig) (*Daemon, error) {
 	if cfg.UID != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: cfg.UID, Gid: cfg.UID}}
 	}
-	p, err := startProcessOn(cfg.CPUs, filepath.Base(cfg.Program), cmd, true)
+	p, err := startProcessOn(cfg.CPUs, cfg.Output, filepath.Base(cfg.Program), cmd, true)
 	if err != nil {
 		return nil, err
 	}

@@ -48,6 +48,8 @@ type Config struct {
 	CPUs    int    // 0 means 1; User-Mode Linux has only one
 	// Serial, if set, is the host's side of the guest's SerialDevice; it stays the caller's.
 	Serial *os.File
+	// Params are more parameters for the kernel.
+	Params []string
 	// Shell is the tag of a share to run an interactive shell on, with the terminal of this process, instead of the agent.
 	Shell string
 }
@@ -183,7 +185,7 @@ func umlCommand(cfg Config) (*exec.Cmd, error) {
 	if cfg.Vsock != nil {
 		args = append(args, "virtio_uml.device="+cfg.Vsock.socket+":19") // 19: of a socket device
 	}
-	cmd := exec.Command(cfg.Kit.uml(), args...)
+	cmd := exec.Command(cfg.Kit.uml(), append(args, cfg.Params...)...)
 	// The guest's memory is a file there; one that is too small shows as SIGBUS much later.
 	memory, err := roomFor(int64(cfg.MemMiB)<<20, "/dev/shm", os.TempDir())
 	if err != nil {
@@ -219,8 +221,8 @@ func qemuCommand(cfg Config) *exec.Cmd {
 		"-M", "q35,accel=" + accel, "-cpu", "max", "-smp", strconv.Itoa(cfg.CPUs), "-m", fmt.Sprintf("%dM", cfg.MemMiB),
 		"-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", cfg.MemMiB), "-numa", "node,memdev=mem",
 		"-kernel", cfg.Kit.vmlinuz(), "-initrd", cfg.Initrd,
-		"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 oops=panic %s=/dev/vport0p1 %s=%s %s=%s",
-			agentproto.ParamPort, agentproto.ParamShell, cfg.Shell, agentproto.ParamModules, modulesDir(QEMU)),
+		"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 oops=panic %s=/dev/vport0p1 %s=%s %s=%s %s",
+			agentproto.ParamPort, agentproto.ParamShell, cfg.Shell, agentproto.ParamModules, modulesDir(QEMU), strings.Join(cfg.Params, " ")),
 		"-chardev", console + ",id=console", "-serial", "chardev:console",
 		"-device", "virtio-serial-pci", "-chardev", fmt.Sprintf("socket,id=port,fd=%d", portFD), "-device", "virtserialport,chardev=port",
 	}
@@ -396,6 +398,9 @@ func (g *Guest) PowerOff(ctx context.Context) error {
 	}
 	return nil
 }
+
+// PID is the process id of the guest's virtual machine.
+func (g *Guest) PID() int { return g.p.cmd.Process.Pid }
 
 // Console is the end of what the guest's kernel and its virtual machine have written.
 func (g *Guest) Console() string { return g.p.log.String() }

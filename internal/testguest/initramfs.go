@@ -10,7 +10,8 @@ import (
 )
 
 // WriteInitramfs writes, to the file path, the initial file system that both kinds of guest start from: busybox, this package's init,
-// the drivers of each, and programs, a map from the name in the guest's /bin to a static program of the host.
+// the drivers of each, and programs, a map from the name in the guest's /bin to a static program of the host. A name that is an absolute
+// path is a file there, of any kind.
 func WriteInitramfs(path string, kit Kit, programs map[string]string) (err error) {
 	init, remove, err := BuildProgram("github.com/sluicefs/sluice/internal/testguest/guestinit")
 	if err != nil {
@@ -31,7 +32,10 @@ func WriteInitramfs(path string, kit Kit, programs map[string]string) (err error
 	}()
 	files := map[string]string{"/init": init, "/bin/busybox": kit.Busybox()}
 	for name, source := range programs {
-		files["/bin/"+name] = source
+		if !filepath.IsAbs(name) {
+			name = "/bin/" + name
+		}
+		files[name] = source
 	}
 	orders := make(map[Kind]string)
 	for _, kind := range []Kind{UML, QEMU} {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os/exec"
 	"runtime"
 	"sync"
@@ -41,18 +42,22 @@ func spawn(work <-chan func()) {
 // startProcess starts cmd, whose standard error (and output, unless it is set) go to the log. A process group of its own lets kill reach
 // the processes that it forks; a program that is to read from the terminal must share ours.
 func startProcess(name string, cmd *exec.Cmd, ownGroup bool) (*process, error) {
-	return startProcessOn(nil, name, cmd, ownGroup)
+	return startProcessOn(nil, nil, name, cmd, ownGroup)
 }
 
 // startProcessOn is startProcess for a process that may run on some CPUs only, from its first instruction on: programs look at
-// their affinity when they start.
-func startProcessOn(cpus []int, name string, cmd *exec.Cmd, ownGroup bool) (*process, error) {
+// their affinity when they start. more, if it is set, gets all that goes to the log.
+func startProcessOn(cpus []int, more io.Writer, name string, cmd *exec.Cmd, ownGroup bool) (*process, error) {
 	p := &process{name: name, cmd: cmd, log: newLogBuffer(), exited: make(chan struct{})}
+	var log io.Writer = p.log
+	if more != nil {
+		log = io.MultiWriter(p.log, more)
+	}
 	if cmd.Stdout == nil {
-		cmd.Stdout = p.log
+		cmd.Stdout = log
 	}
 	if cmd.Stderr == nil {
-		cmd.Stderr = p.log
+		cmd.Stderr = log
 	}
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
