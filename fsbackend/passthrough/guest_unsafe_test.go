@@ -24,3 +24,14 @@ func parseDirents(b []byte, plus bool) []dirent {
 	}
 	return list
 }
+
+// lastOffset is the offset of the last entry of a READDIRPLUS reply.
+func lastOffset(b []byte) (off uint64) {
+	const entry = int(unsafe.Sizeof(fuseproto.EntryOut{}))
+	for len(b) > 0 {
+		wire := (*fuseproto.Dirent)(unsafe.Pointer(&b[entry]))
+		off = wire.Off
+		b = b[(entry+int(unsafe.Sizeof(*wire))+int(wire.Namelen)+7)&^7:]
+	}
+	return off
+}
