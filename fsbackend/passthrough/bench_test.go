@@ -95,7 +95,7 @@ func flooredOps(b *testing.B) []floored {
 		write  fuseproto.WriteIn
 		create fuseproto.CreateIn
 		made   fuseproto.CreateOut
-		list   fsbackend.DirList
+		dirent fsbackend.DirList
 		sink   fsbackend.Sink
 		src    fsbackend.Source
 		iov    = make([]unix.Iovec, 8)
@@ -106,7 +106,24 @@ func flooredOps(b *testing.B) []floored {
 	read.NodeId, read.Fh, read.Size = node, fh, 4096
 	write.NodeId, write.Fh, write.Size = node, fh, 4096
 	create.NodeId, create.Flags, create.Mode = rootID, unix.O_RDWR|unix.O_EXCL, 0o644
-	list.Plus = true
+	dirent.Plus = true
+	// list reads the large directory in replies of size bytes.
+	list := func(size int) func(int) {
+		return func(int) {
+			for off := uint64(0); ; off = lastOffset(page[:dirent.Written()]) {
+				for i := range iov {
+					iov[i] = sys.MakeIovec(page[i<<12:][:4096])
+				}
+				dirent.Reset(iov, 0, uint64(size))
+				var in fuseproto.ReadIn
+				in.NodeId, in.Fh, in.Offset, in.Size = listed, dirfh, off, uint32(size)
+				ok("READDIRPLUS", g.fs.Readdirplus(ctx, &in, &dirent))
+				if dirent.Written() == 0 {
+					return
+				}
+			}
+		}
+	}
 	forgetMany := func() {
 		for _, n := range nodes {
 			g.fs.Forget(n, 1)
@@ -168,24 +185,8 @@ func flooredOps(b *testing.B) []floored {
 				ok("WRITE", e)
 			},
 			floor: func(i int) { f.vectored(unix.SYS_PWRITEV, rwFD, uint64(i)<<12) }},
-		{name: "readdirplus-1000", limit: 1.6, round: 1,
-			op: func(int) {
-				off := uint64(0)
-				for {
-					for i := range iov {
-						iov[i] = sys.MakeIovec(page[i<<12:][:4096])
-					}
-					list.Reset(iov, 0, 32<<10)
-					var in fuseproto.ReadIn
-					in.NodeId, in.Fh, in.Offset, in.Size = listed, dirfh, off, 32<<10
-					ok("READDIRPLUS", g.fs.Readdirplus(ctx, &in, &list))
-					if list.Written() == 0 {
-						return
-					}
-					off = lastOffset(page[:list.Written()])
-				}
-			},
-			floor: func(int) { f.list(listFD) }},
+		{name: "readdirplus-1000", limit: 1.6, round: 1, op: list(32 << 10), floor: func(int) { f.list(listFD) }},
+		{name: "readdirplus-1000-4k", round: 1, op: list(4 << 10), floor: func(int) { f.list(listFD) }},
 		{name: "create+unlink", limit: 4,
 			op: func(i int) {
 				made = fuseproto.CreateOut{}
