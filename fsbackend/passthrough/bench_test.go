@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -268,6 +269,95 @@ func BenchmarkFloor(b *testing.B) {
 			b.ReportMetric(quartile(ops), "cpu-ns/op")
 			b.ReportMetric(quartile(floors), "floor-ns/op")
 			b.ReportMetric(ratios[len(ratios)/2], "x-floor")
+		})
+	}
+}
+
+// BenchmarkThreads has two threads, each in a directory and with files of its own, at work alone and at the same time, in turns. The
+// unit x-alone is how much more CPU time an operation takes when the other thread is at work, too: what they share costs.
+func BenchmarkThreads(b *testing.B) {
+	g := newGuest(b, Config{Dir: fastDir(b)})
+	type worker struct {
+		ctx       fsbackend.Context
+		dir, node uint64
+		names     [64]fsbackend.Name
+	}
+	var workers [2]*worker
+	for i := range workers {
+		w := &worker{ctx: fsbackend.Context{Shard: uint8(i)}, dir: g.mkdir(rootID, fmt.Sprint("dir", i)).NodeId}
+		for j := range w.names {
+			name := fmt.Sprint("file", j)
+			g.write(fmt.Sprintf("dir%d/%s", i, name), "")
+			w.names[j] = fsbackend.MakeName(name)
+		}
+		workers[i] = w
+	}
+	for _, w := range workers {
+		var entry fuseproto.EntryOut
+		if e := g.fs.Lookup(&w.ctx, w.dir, w.names[0], &entry); e != fsbackend.OK {
+			b.Fatal(e)
+		}
+		w.node = entry.NodeId
+	}
+	ops := []struct {
+		name string
+		run  func(w *worker, i int) fsbackend.Errno
+	}{
+		{"getattr", func(w *worker, _ int) fsbackend.Errno {
+			var in fuseproto.GetattrIn
+			var out fuseproto.AttrOut
+			in.NodeId = w.node
+			return g.fs.Getattr(&w.ctx, &in, &out)
+		}},
+		{"lookup-first+forget", func(w *worker, i int) fsbackend.Errno {
+			var entry fuseproto.EntryOut
+			e := g.fs.Lookup(&w.ctx, w.dir, w.names[1+i%(len(w.names)-1)], &entry)
+			g.fs.Forget(entry.NodeId, 1)
+			return e
+		}},
+		{"open+release", func(w *worker, _ int) fsbackend.Errno {
+			var in fuseproto.OpenIn
+			var out fuseproto.OpenOut
+			in.NodeId = w.node
+			e := g.fs.Open(&w.ctx, &in, &out)
+			var rel fuseproto.ReleaseIn
+			rel.NodeId, rel.Fh = w.node, out.Fh
+			g.fs.Release(&w.ctx, &rel)
+			return e
+		}},
+	}
+	for _, o := range ops {
+		b.Run(o.name, func(b *testing.B) {
+			const calls = 2000
+			run := func(w *worker) time.Duration {
+				runtime.LockOSThread()
+				defer runtime.UnlockOSThread()
+				begin := threadTime()
+				for i := range calls {
+					if e := o.run(w, i); e != fsbackend.OK {
+						b.Error(e)
+						break
+					}
+				}
+				return threadTime() - begin
+			}
+			var alone []time.Duration
+			var ratios []float64
+			for b.Loop() {
+				one := run(workers[0])
+				var other time.Duration
+				var both sync.WaitGroup
+				both.Go(func() { other = run(workers[1]) })
+				two := run(workers[0])
+				both.Wait()
+				alone = append(alone, one)
+				ratios = append(ratios, float64(two+other)/2/float64(one))
+			}
+			slices.Sort(alone)
+			slices.Sort(ratios)
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(float64(alone[len(alone)/4])/calls, "cpu-ns/op")
+			b.ReportMetric(ratios[len(ratios)/2], "x-alone")
 		})
 	}
 }

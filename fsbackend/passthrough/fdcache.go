@@ -5,6 +5,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/sys"
 )
 
 // fdCache holds the descriptors of the inodes used of late, never more than its budget at any moment: whoever opens one
@@ -151,7 +153,8 @@ func (fs *FS) evict(slot int32, id uint64) bool {
 	sh.mu.Unlock()
 
 	if !known {
-		fs.takeHandle(id, int(s.fd), mount, typ)
+		var h sys.FileHandle
+		fs.takeHandle(id, int(s.fd), mount, typ, &h)
 	}
 
 	sh, n = fs.nodes.lock(id)

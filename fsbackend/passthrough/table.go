@@ -59,6 +59,7 @@ type node struct {
 	privs      privs
 	handle     [inlineHandle]byte
 	name       [inlineName]byte
+	opened     bool // by the guest: it may well be again
 }
 
 type chunk [chunkSize]node
@@ -242,15 +243,19 @@ func (s *shard) describe(slot uint32, n *node, l *location) {
 	l.parent = n.parent
 	l.nameLen = len(s.nameOf(slot, n, &l.name))
 	l.name[l.nameLen] = 0
-	l.handle.Bytes = uint32(n.handleLen)
-	l.handle.Type = int32(n.handleType)
-	if n.handleLen <= inlineHandle {
-		copy(l.handle.Handle[:], n.handle[:])
-	} else {
-		copy(l.handle.Handle[:], s.longHandles[slot])
-	}
+	s.handleOf(slot, n, &l.handle)
 	l.mount, l.typ = n.mount, n.typ
 	l.key = key{n.ino, n.btime, n.mount, n.typ}
+}
+
+// handleOf copies the file handle, of 0 bytes if there is none, to h.
+func (s *shard) handleOf(slot uint32, n *node, h *sys.FileHandle) {
+	h.Bytes, h.Type = uint32(n.handleLen), int32(n.handleType)
+	if n.handleLen <= inlineHandle {
+		copy(h.Handle[:], n.handle[:])
+	} else {
+		copy(h.Handle[:], s.longHandles[slot])
+	}
 }
 
 // nameOf copies the name to buf.
