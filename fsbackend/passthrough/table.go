@@ -24,6 +24,9 @@ const (
 	// chunkSize is what fits in 8 KiB: Go's allocator gives such an object a span of its own, which goes back to the host
 	// whatever is alive beside it. A few nodes that the guest keeps out of a million thus keep little memory.
 	chunkSize = 78
+
+	// smallShard is how many chunks a shard without nodes has room to list.
+	smallShard = 8
 )
 
 // key is what a file is known by without a descriptor: birth time tells apart files that had an inode number in turn.
@@ -70,6 +73,7 @@ type shard struct {
 	chunks      []*chunk // nil: no node of it is in use
 	fill        []uint8  // nodes in use in each
 	hint        int      // every chunk before it is full
+	spare       *chunk   // the last that went, for the next that comes: a guest that looks up and forgets makes no garbage
 	gen         uint32
 	byKey       index // slot + 1
 	tiers       [tierCount]int
@@ -180,8 +184,10 @@ func (s *shard) alloc() (uint32, *node) {
 	}
 	c := s.chunks[s.hint]
 	if c == nil {
-		c = new(chunk)
-		s.chunks[s.hint] = c
+		if c = s.spare; c == nil {
+			c = new(chunk)
+		}
+		s.chunks[s.hint], s.spare = c, nil
 	}
 	i := 0
 	for c[i].gen != 0 {
@@ -213,14 +219,14 @@ func (s *shard) release(slot uint32) {
 	if s.fill[c] > 0 {
 		return
 	}
-	s.chunks[c] = nil
+	s.spare, s.chunks[c] = s.chunks[c], nil
 	used := len(s.chunks)
 	for used > 0 && s.chunks[used-1] == nil {
 		used--
 	}
 	s.chunks, s.fill = s.chunks[:used], s.fill[:used]
 	s.hint = min(s.hint, used)
-	if used == 0 {
+	if used == 0 && cap(s.chunks) > smallShard {
 		s.chunks, s.fill = nil, nil
 	}
 }
