@@ -13,7 +13,9 @@ import (
 // has a slot first. It is a clock (second chance) and not a list, so that a use costs one store.
 type fdCache struct {
 	slots []fdSlot
-	hand  atomic.Uint32
+	_     [64]byte // what follows changes, and must not take the line of slots away from other threads
+
+	hand atomic.Uint32
 
 	mu    sync.Mutex
 	free  []int32
@@ -29,6 +31,7 @@ type fdSlot struct {
 	pins atomic.Int32  // and slotDead; raised only under the node's shard lock
 	fd   int32
 	used atomic.Bool
+	_    [40]byte // a slot fills a cache line: neighbours are used by other threads
 }
 
 // slotDead marks a slot whose node has let go of it: the last to unpin it closes.

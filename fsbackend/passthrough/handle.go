@@ -50,8 +50,10 @@ type handleChunk [handleChunkSize]handle
 // handleTable finds handles without a lock.
 type handleTable struct {
 	chunks atomic.Pointer[[]*handleChunk]
-	mu     sync.Mutex
-	free   []uint32
+	_      [64]byte // what follows changes, and must not take the line of chunks away from other threads
+
+	mu   sync.Mutex
+	free []uint32
 
 	kept atomic.Int32 // buffers that listings keep
 }

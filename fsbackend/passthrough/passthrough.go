@@ -111,6 +111,7 @@ type FS struct {
 	mayNotOpenHandles atomic.Bool
 	features          atomic.Uint64 // FUSE_* INIT flags in force
 
+	_        [64]byte   // what follows changes
 	starved  sync.Mutex // held by the one call that may wait for a descriptor slot
 	tooMany  sync.Once  // log of MaxInodes
 	trimming atomic.Bool

@@ -95,10 +95,13 @@ type table struct {
 	names  [shards]nameShard
 	seed   maphash.Seed
 	mix    uint64
-	count  atomic.Int64
-	peak   atomic.Int64 // about the largest count since memory was last given back
 	max    int64
 	drop   func(slot int32) // ends the descriptor of a node that has died
+
+	_     [64]byte // what follows changes, and must not take the line of the above away from other threads
+	count atomic.Int64
+	peak  atomic.Int64 // about the largest count since memory was last given back
+	_     [64]byte
 }
 
 func (t *table) init(maxNodes int, drop func(slot int32)) {
