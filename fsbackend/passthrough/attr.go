@@ -50,7 +50,7 @@ func fillStat(a *fuseproto.Attr, st *unix.Stat_t) {
 
 // useFile returns a descriptor of node: of its handle fh where there is one.
 func (fs *FS) useFile(node, fh uint64, hasFh bool, r *ref) errno {
-	if !hasFh {
+	if !hasFh || fh == 0 && fs.withoutOpen(noOpenFlags) {
 		return fs.resolve(node, r)
 	}
 	h := fs.handles.get(fh, node)

@@ -15,23 +15,11 @@ import (
 
 // Opendir implements fsbackend.DirReader.
 func (fs *FS) Opendir(_ *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) fsbackend.Errno {
-	var r ref
-	if errno := fs.resolve(in.NodeId, &r); errno != 0 {
-		return errno
+	if fs.withoutOpen(fuseproto.FUSE_NO_OPENDIR_SUPPORT) {
+		return unix.ENOSYS
 	}
-	defer fs.put(&r)
-	if r.typ != typeDir {
-		return unix.ENOTDIR
-	}
-	flags := unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC
-	if fs.cfg.PreserveNoatime {
-		flags |= int(in.Flags) & unix.O_NOATIME
-	}
-	fd, errno := sys.OpenDot(r.fd, flags)
-	if errno != 0 {
-		return limit(errno)
-	}
-	out.Fh, errno = fs.openHandle(in.NodeId, fd, uint32(flags), true)
+	fh, errno := fs.openDir(in.NodeId, in.Flags)
+	out.Fh = fh
 	return errno
 }
 
@@ -62,9 +50,9 @@ func (fs *FS) list(in *fuseproto.ReadIn, out *fsbackend.DirList) errno {
 	if in.Offset > math.MaxInt64 {
 		return unix.EINVAL
 	}
-	h := fs.handles.get(in.Fh, in.NodeId)
-	if h == nil {
-		return unix.EBADF
+	h, errno := fs.use(in.Fh, in.NodeId)
+	if errno != 0 {
+		return errno
 	}
 	defer fs.handles.put(h)
 	if !h.dir {

@@ -27,6 +27,9 @@ func (fs *FS) openFlags(guest uint32) int {
 
 // Open implements fsbackend.Opener.
 func (fs *FS) Open(_ *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) fsbackend.Errno {
+	if fs.withoutOpen(fuseproto.FUSE_NO_OPEN_SUPPORT) {
+		return unix.ENOSYS
+	}
 	fh, errno := fs.openNode(in.NodeId, in.Flags, in.Mode)
 	out.Fh = fh
 	return errno
@@ -126,9 +129,9 @@ func (fs *FS) release(in *fuseproto.ReleaseIn) {
 
 // useHandle returns a file's handle; EBADF for a directory's.
 func (fs *FS) useHandle(fh, node uint64) (*handle, errno) {
-	h := fs.handles.get(fh, node)
-	if h == nil {
-		return nil, unix.EBADF
+	h, errno := fs.use(fh, node)
+	if errno != 0 {
+		return nil, errno
 	}
 	if h.dir {
 		fs.handles.put(h)
@@ -246,6 +249,9 @@ func write(h *handle, in *fuseproto.WriteIn, src *fsbackend.Source, flags int) (
 // which none is sent any more, unless the share lies on a file system that first learns at close(2) that what was written
 // is lost: a network's, or another FUSE server's; or it ends POSIX locks.
 func (fs *FS) Flush(_ *fsbackend.Context, in *fuseproto.FlushIn) fsbackend.Errno {
+	if fs.withoutOpen(fuseproto.FUSE_NO_OPEN_SUPPORT) {
+		return unix.ENOSYS // nothing is written
+	}
 	h, errno := fs.useHandle(in.Fh, in.NodeId)
 	if errno != 0 {
 		return errno
@@ -293,9 +299,9 @@ func (fs *FS) Fsyncdir(_ *fsbackend.Context, in *fuseproto.FsyncIn) fsbackend.Er
 }
 
 func (fs *FS) fsync(in *fuseproto.FsyncIn) errno {
-	h := fs.handles.get(in.Fh, in.NodeId)
-	if h == nil {
-		return unix.EBADF
+	h, errno := fs.use(in.Fh, in.NodeId)
+	if errno != 0 {
+		return errno
 	}
 	defer fs.handles.put(h)
 	var err error

@@ -168,6 +168,9 @@ func (fs *FS) Forget(node, n uint64) {
 	if node == rootID || n == 0 {
 		return
 	}
+	if fs.withoutOpen(noOpenFlags) {
+		fs.forgetUnopened(node, n)
+	}
 	if fs.nodes.forget(node, n) {
 		fs.trim()
 	}

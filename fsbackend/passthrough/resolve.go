@@ -106,19 +106,24 @@ func (fs *FS) pinHot(n *node, r *ref) bool {
 		*r = ref{fd: fs.fds.pin(n.slot), mount: n.mount, typ: n.typ, privs: n.privs, slot: n.slot}
 		return true
 	}
-	if n.handles != 0 {
-		// A handle is taken off its node's list under the lock but closed before: then it is being released.
-		h := fs.handles.at(n.handles - 1)
-		for !h.pin(h.state.Load() >> handleGenShift) {
-			if h.next == 0 {
-				return false
-			}
-			h = fs.handles.at(h.next - 1)
-		}
+	if h := fs.pinHandle(n); h != nil {
 		*r = ref{fd: int(h.fd), mount: n.mount, typ: n.typ, privs: n.privs, slot: -1, h: h}
 		return true
 	}
 	return false
+}
+
+// pinHandle pins a handle that the locked node has; nil if there is none.
+func (fs *FS) pinHandle(n *node) *handle {
+	for next := n.handles; next != 0; {
+		h := fs.handles.at(next - 1)
+		// It is taken off its node's list under the lock but closed before: then it is being released.
+		if h.pin(h.state.Load() >> handleGenShift) {
+			return h
+		}
+		next = h.next
+	}
+	return nil
 }
 
 // reopen opens a node that has no descriptor: by its file handle, or else by name from the nearest directory above it that
