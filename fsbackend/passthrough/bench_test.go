@@ -131,13 +131,18 @@ func flooredOps(b *testing.B) []floored {
 		}
 	}
 	return []floored{
-		{name: "getattr", limit: 3.0,
+		{
+			name: "getattr", limit: 3.0,
 			op:    func(int) { ok("GETATTR", g.fs.Getattr(ctx, &get, &attr)) },
-			floor: func(int) { f.statxFD(fileFD) }},
-		{name: "lookup-known", limit: 1.8,
+			floor: func(int) { f.statxFD(fileFD) },
+		},
+		{
+			name: "lookup-known", limit: 1.8,
 			op:    func(int) { ok("LOOKUP", g.fs.Lookup(ctx, rootID, file, &entry)) },
-			floor: func(int) { f.fstatat(rootFD, cname(file)) }},
-		{name: "lookup-first", limit: 2.0,
+			floor: func(int) { f.fstatat(rootFD, cname(file)) },
+		},
+		{
+			name: "lookup-first", limit: 2.0,
 			op: func(i int) {
 				ok("LOOKUP", g.fs.Lookup(ctx, many, names[i], &entry))
 				nodes[i] = entry.NodeId
@@ -147,8 +152,10 @@ func flooredOps(b *testing.B) []floored {
 				f.statxFD(fd)
 				f.close(fd)
 			},
-			after: forgetMany},
-		{name: "lookup-first+forget", limit: 2.0,
+			after: forgetMany,
+		},
+		{
+			name: "lookup-first+forget", limit: 2.0,
 			op: func(i int) {
 				ok("LOOKUP", g.fs.Lookup(ctx, many, names[i], &entry))
 				g.fs.Forget(entry.NodeId, 1)
@@ -157,15 +164,19 @@ func flooredOps(b *testing.B) []floored {
 				fd := f.openat(manyFD, cname(names[i]), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 				f.statxFD(fd)
 				f.close(fd)
-			}},
-		{name: "open+release", limit: 1.5,
+			},
+		},
+		{
+			name: "open+release", limit: 1.5,
 			op: func(int) {
 				ok("OPEN", g.fs.Open(ctx, &open, &opened))
 				rel.Fh = opened.Fh
 				g.fs.Release(ctx, &rel)
 			},
-			floor: func(int) { f.close(f.reopen(procfd, fileFD, unix.O_RDWR|unix.O_CLOEXEC)) }},
-		{name: "read4k", limit: 1.4,
+			floor: func(int) { f.close(f.reopen(procfd, fileFD, unix.O_RDWR|unix.O_CLOEXEC)) },
+		},
+		{
+			name: "read4k", limit: 1.4,
 			op: func(i int) {
 				iov[0] = sys.MakeIovec(page[:4096])
 				sink.Reset(iov[:1], 0, 4096)
@@ -176,8 +187,10 @@ func flooredOps(b *testing.B) []floored {
 				}
 				ok("READ", e)
 			},
-			floor: func(i int) { f.vectored(unix.SYS_PREADV, rwFD, uint64(i)<<12) }},
-		{name: "write4k", limit: 1.3,
+			floor: func(i int) { f.vectored(unix.SYS_PREADV, rwFD, uint64(i)<<12) },
+		},
+		{
+			name: "write4k", limit: 1.3,
 			op: func(i int) {
 				iov[0] = sys.MakeIovec(page[:4096])
 				src.Reset(iov[:1], 0, 4096)
@@ -185,10 +198,12 @@ func flooredOps(b *testing.B) []floored {
 				_, e := g.fs.Write(ctx, &write, &src)
 				ok("WRITE", e)
 			},
-			floor: func(i int) { f.vectored(unix.SYS_PWRITEV, rwFD, uint64(i)<<12) }},
+			floor: func(i int) { f.vectored(unix.SYS_PWRITEV, rwFD, uint64(i)<<12) },
+		},
 		{name: "readdirplus-1000", limit: 1.6, round: 1, op: list(32 << 10), floor: func(int) { f.list(listFD) }},
 		{name: "readdirplus-1000-4k", round: 1, op: list(4 << 10), floor: func(int) { f.list(listFD) }},
-		{name: "create+unlink", limit: 4,
+		{
+			name: "create+unlink", limit: 4,
 			op: func(i int) {
 				made = fuseproto.CreateOut{}
 				ok("CREATE", g.fs.Create(ctx, &create, fresh[i], &made))
@@ -203,8 +218,10 @@ func flooredOps(b *testing.B) []floored {
 				f.fstat(fd)
 				f.close(fd)
 				f.unlinkat(rootFD, cname(fresh[i]), 0)
-			}},
-		{name: "mkdir+rmdir",
+			},
+		},
+		{
+			name: "mkdir+rmdir",
 			op: func(i int) {
 				var in fuseproto.MkdirIn
 				in.NodeId, in.Mode = rootID, 0o755
@@ -216,7 +233,8 @@ func flooredOps(b *testing.B) []floored {
 				f.mkdirat(rootFD, cname(fresh[i]))
 				f.fstatat(rootFD, cname(fresh[i]))
 				f.unlinkat(rootFD, cname(fresh[i]), unix.AT_REMOVEDIR)
-			}},
+			},
+		},
 	}
 }
 

@@ -23,7 +23,6 @@ type floorCalls struct {
 	stx    unix.Statx_t
 	buf    [32 << 10]byte
 	iov    unix.Iovec
-	name   []byte
 	decode sys.Decimal
 }
 
