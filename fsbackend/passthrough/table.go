@@ -192,9 +192,10 @@ func (s *shard) alloc() (uint32, *node) {
 		}
 		s.chunks[s.hint], s.spare = c, nil
 	}
-	i := 0
+	// In a chunk that is filled for the first time this one is free, and mostly where one goes and another comes.
+	i := int(s.fill[s.hint])
 	for c[i].gen != 0 {
-		i++
+		i = (i + 1) % chunkSize
 	}
 	s.fill[s.hint]++
 	s.gen = s.gen%(1<<genBits-1) + 1
