@@ -28,6 +28,7 @@ var virtiofsdOptions = []string{
 // ourOptions are those that virtiofsd does not have.
 var ourOptions = []string{
 	"bundle", "spec", "backend", "list-extensions", "persist", "num-request-queues", "max-fds", "max-inodes", "posix-lock", "flock",
+	"no-open",
 	"seccomp-report", "config", "check-config", "share", "control-socket", "control-group", "allow-extension",
 }
 

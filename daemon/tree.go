@@ -177,7 +177,7 @@ func (o *opener) openStock(g *share.Graft, m *bundle.Mount, p place) (err error)
 	o.tree.writes = o.tree.writes || !m.ReadOnly
 	g.Backend, err = passthrough.New(passthrough.Config{
 		Dir: p.dir(m), DirFD: p.fd, MaxFDs: o.share.MaxFDs, MaxInodes: o.share.MaxInodes, ProcFD: o.procFD, Log: o.log,
-		NoFileHandles: o.noFileHandles,
+		NoFileHandles: o.noFileHandles, NoOpen: o.share.NoOpen,
 	})
 	return err
 }

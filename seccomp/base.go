@@ -130,7 +130,7 @@ func baseSignals(pid int) Rules {
 // baseDescriptors is what is done with descriptors of any kind.
 var baseDescriptors = Rules{
 	"close":    MatchAll{}, // everyone
-	"fstat":    MatchAll{}, // virtiofs: kick and call fds; guestmem: a region's file
+	"fstat":    MatchAll{}, // virtiofs: kick and call fds; guestmem: a region's file; passthrough: GETATTR
 	"pread64":  MatchAll{}, // Go: the cgroup's CPU limit, for GOMAXPROCS
 	"preadv2":  MatchAll{}, // fsbackend.Sink: files to guest memory
 	"pwritev2": MatchAll{}, // fsbackend.Source: guest memory to files

@@ -34,6 +34,19 @@ func hotPath(g *guest) map[string]func() fsbackend.Errno {
 	read.NodeId, read.Fh, read.Size = f.NodeId, f.Fh, 16
 	write.NodeId, write.Fh, write.Size = f.NodeId, f.Fh, 16
 	get.NodeId, open.NodeId, rel.NodeId = f.NodeId, f.NodeId, f.NodeId
+	g.write("other", "")
+	other, fresh := fsbackend.MakeName("other"), fsbackend.MakeName("fresh")
+	var (
+		create fuseproto.CreateIn
+		made   fuseproto.CreateOut
+		dir    fuseproto.OpenIn
+		ls     fuseproto.ReadIn
+		list   fsbackend.DirList
+	)
+	create.NodeId, create.Flags, create.Mode = rootID, unix.O_RDWR|unix.O_EXCL, 0o644
+	dir.NodeId, ls.NodeId = rootID, rootID
+	list.Plus = true
+	page := make([]byte, 4096)
 	inline := fsbackend.Context{}
 	return map[string]func() fsbackend.Errno{
 		"READ": func() fsbackend.Errno {
@@ -58,6 +71,36 @@ func hotPath(g *guest) map[string]func() fsbackend.Errno {
 				return unix.EIO
 			}
 			return fsbackend.OK
+		},
+		"LOOKUP, FORGET": func() fsbackend.Errno {
+			e := g.fs.Lookup(&inline, rootID, other, &entry)
+			g.fs.Forget(entry.NodeId, 1)
+			return e
+		},
+		"CREATE, RELEASE, UNLINK, FORGET": func() fsbackend.Errno {
+			if e := g.fs.Create(&inline, &create, fresh, &made); e != fsbackend.OK {
+				return e
+			}
+			in := fuseproto.ReleaseIn{Fh: made.Fh}
+			in.NodeId = made.NodeId
+			g.fs.Release(&inline, &in)
+			e := g.fs.Unlink(&inline, rootID, fresh)
+			g.fs.Forget(made.NodeId, 1)
+			return e
+		},
+		"OPENDIR, READDIRPLUS, RELEASEDIR": func() fsbackend.Errno {
+			if e := g.fs.Opendir(&inline, &dir, &opn); e != fsbackend.OK {
+				return e
+			}
+			iov[0] = sys.MakeIovec(page)
+			list.Reset(iov, 0, uint64(len(page)))
+			ls.Fh, ls.Size = opn.Fh, uint32(len(page))
+			e := g.fs.Readdirplus(&inline, &ls, &list)
+			walkEntries(page[:list.Written()], func(e *fuseproto.EntryOut, _ *fuseproto.Dirent) { g.fs.Forget(e.NodeId, 1) })
+			in := fuseproto.ReleaseIn{Fh: opn.Fh}
+			in.NodeId = rootID
+			g.fs.Releasedir(&inline, &in)
+			return e
 		},
 		"OPEN, RELEASE": func() fsbackend.Errno {
 			e := g.fs.Open(&inline, &open, &opn)

@@ -54,6 +54,8 @@ var counted = []struct {
 		}
 	}},
 	{"RELEASE", 1, func(c *countedGuest) { c.release(c.a.NodeId, c.fh) }},
+	{"OPEN for the second time", 2, func(c *countedGuest) { c.fh = c.open(c.a.NodeId, unix.O_RDWR) }},
+	{"OPEN from then on", 1, func(c *countedGuest) { c.fh = c.open(c.a.NodeId, unix.O_RDWR) }},
 	{"CREATE", 2, func(c *countedGuest) { c.created = c.create(rootID, "new") }},
 	{"GETATTR of what is open", 1, func(c *countedGuest) { _, e := c.getattr(c.created.NodeId); c.ok("GETATTR", e) }},
 	{"CREATE by a user", 6, func(c *countedGuest) { c.as(1000, 1000).create(c.open777, "user") }},

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"math"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -14,23 +15,11 @@ import (
 
 // Opendir implements fsbackend.DirReader.
 func (fs *FS) Opendir(_ *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) fsbackend.Errno {
-	var r ref
-	if errno := fs.resolve(in.NodeId, &r); errno != 0 {
-		return errno
+	if fs.withoutOpen(fuseproto.FUSE_NO_OPENDIR_SUPPORT) {
+		return unix.ENOSYS
 	}
-	defer fs.put(&r)
-	if r.typ != typeDir {
-		return unix.ENOTDIR
-	}
-	flags := unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC
-	if fs.cfg.PreserveNoatime {
-		flags |= int(in.Flags) & unix.O_NOATIME
-	}
-	fd, errno := sys.OpenDot(r.fd, flags)
-	if errno != 0 {
-		return limit(errno)
-	}
-	out.Fh, errno = fs.openHandle(in.NodeId, fd, uint32(flags), true)
+	fh, errno := fs.openDir(in.NodeId, in.Flags)
+	out.Fh = fh
 	return errno
 }
 
@@ -61,16 +50,14 @@ func (fs *FS) list(in *fuseproto.ReadIn, out *fsbackend.DirList) errno {
 	if in.Offset > math.MaxInt64 {
 		return unix.EINVAL
 	}
-	h := fs.handles.get(in.Fh, in.NodeId)
-	if h == nil {
-		return unix.EBADF
+	h, errno := fs.use(in.Fh, in.NodeId)
+	if errno != 0 {
+		return errno
 	}
 	defer fs.handles.put(h)
 	if !h.dir {
 		return unix.ENOTDIR
 	}
-	buf := getBuffer()
-	defer putBuffer(buf)
 	var mount uint16
 	if in.NodeId != rootID && out.Plus {
 		s, n := fs.nodes.lock(in.NodeId)
@@ -81,67 +68,113 @@ func (fs *FS) list(in *fuseproto.ReadIn, out *fsbackend.DirList) errno {
 	}
 	dir := ref{fd: int(h.fd), mount: mount, typ: typeDir}
 
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.pos != int64(in.Offset) {
+	l := h.list
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	defer l.letGo(&fs.handles)
+	if l.pos != int64(in.Offset) {
+		l.rest = nil
 		if _, errno := sys.Lseek(int(h.fd), int64(in.Offset), unix.SEEK_SET); errno != 0 {
 			return errno
 		}
-		h.pos = int64(in.Offset)
+		l.pos = int64(in.Offset)
 	}
-	for out.Fits(1) {
-		// Not much more than will fit: what does not is read again. An entry of READDIRPLUS is about four times as long.
-		size := out.Len()
-		if out.Plus {
-			size /= 4
-		}
-		size = min(max(size, direntMax), len(buf))
-		n, errno := sys.Getdents64(int(h.fd), buf[:size])
-		if errno != 0 {
-			h.pos = -1
-			if out.Written() > 0 {
+	for atEnd := false; out.Fits(1); {
+		if len(l.rest) == 0 {
+			if atEnd && out.Written() > 0 {
+				return 0 // most likely; the guest asks again to be sure
+			}
+			size := l.room(&fs.handles, out)
+			n, errno := sys.Getdents64(int(h.fd), l.buf[:size])
+			if errno != 0 {
+				l.pos = -1
+				if out.Written() > 0 {
+					return 0
+				}
+				return errno
+			}
+			if n == 0 {
 				return 0
 			}
-			return errno
+			l.rest, atEnd = l.buf[:n], size-n >= direntMax
 		}
-		if n == 0 {
+		if !fs.listEntries(l, &dir, in.NodeId, out) {
 			return 0
-		}
-		if !fs.listEntries(h, &dir, in.NodeId, buf[:n], out) {
-			h.pos = -1 // the descriptor is further on than the reply
-			return 0
-		}
-		if size-n >= direntMax && out.Written() > 0 {
-			return 0 // most likely the directory's end; the guest asks again to be sure
 		}
 	}
 	return 0
 }
 
-// listEntries adds the linux_dirent64 records in buf and reports false at the first that does not fit. It leaves h.pos
-// behind the last one.
-func (fs *FS) listEntries(h *handle, dir *ref, node uint64, buf []byte, out *fsbackend.DirList) bool {
-	for len(buf) >= direntHeader {
-		ino := binary.NativeEndian.Uint64(buf)
-		off := binary.NativeEndian.Uint64(buf[8:])
-		size := int(binary.NativeEndian.Uint16(buf[16:]))
-		typ := uint32(buf[18])
-		if size < direntHeader || size > len(buf) {
-			return true
+// listing is where the reading of a directory is. mu is held while it goes on: there is one offset, the descriptor's.
+type listing struct {
+	mu   sync.Mutex
+	pos  int64   // offset of the first entry of rest or, if there are none, the descriptor's; -1: unknown
+	rest []byte  // what has been read into buf and not been listed
+	buf  *buffer // nil: none
+	kept bool    // buf may stay while rest is not empty
+}
+
+// Buffers that stay with directories: a guest has as many of those open as it likes. One is not larger than a C library's.
+const (
+	maxKept  = 64
+	keptSize = 32 << 10
+)
+
+// room gets l a buffer and returns how much of it to read to. What does not fit in the reply waits for the next where it may: to come
+// back to the middle of a directory is dear. Where it may not, little more is read than will fit: it is read again.
+func (l *listing) room(t *handleTable, out *fsbackend.DirList) int {
+	if l.buf == nil {
+		l.buf = getBuffer()
+		if l.kept = t.kept.Add(1) <= maxKept; !l.kept {
+			t.kept.Add(-1)
 		}
-		name := buf[direntHeader:size]
+	}
+	if l.kept {
+		return keptSize
+	}
+	size := out.Len()
+	if out.Plus {
+		size /= 4 // an entry of READDIRPLUS is about four times as long
+	}
+	return min(max(size, direntMax), len(l.buf))
+}
+
+// letGo gives the buffer back unless something in it is to stay.
+func (l *listing) letGo(t *handleTable) {
+	if l.buf == nil || l.kept && len(l.rest) > 0 {
+		return
+	}
+	if len(l.rest) > 0 {
+		l.rest, l.pos = nil, -1 // the descriptor is further on than the reply
+	}
+	if l.kept {
+		t.kept.Add(-1)
+	}
+	putBuffer(l.buf)
+	l.buf, l.kept = nil, false
+}
+
+// listEntries adds the linux_dirent64 records in l.rest and takes those away from it that it has added. It reports false at the
+// first that does not fit.
+func (fs *FS) listEntries(l *listing, dir *ref, node uint64, out *fsbackend.DirList) bool {
+	for len(l.rest) >= direntHeader {
+		ino := binary.NativeEndian.Uint64(l.rest)
+		off := binary.NativeEndian.Uint64(l.rest[8:])
+		size := int(binary.NativeEndian.Uint16(l.rest[16:]))
+		typ := uint32(l.rest[18])
+		if size < direntHeader || size > len(l.rest) {
+			break
+		}
+		name := l.rest[direntHeader:size]
 		if end := bytes.IndexByte(name, 0); end >= 0 && end < len(name) {
 			name = name[:end+1]
 		}
-		buf = buf[size:]
-		if len(name) < 2 {
-			continue
-		}
-		if !fs.listEntry(dir, node, ino, off, typ, name, out) {
+		if len(name) >= 2 && !fs.listEntry(dir, node, ino, off, typ, name, out) {
 			return false
 		}
-		h.pos = int64(off)
+		l.rest, l.pos = l.rest[size:], int64(off)
 	}
+	l.rest = nil
 	return true
 }
 

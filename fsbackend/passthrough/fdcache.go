@@ -5,13 +5,17 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/sys"
 )
 
 // fdCache holds the descriptors of the inodes used of late, never more than its budget at any moment: whoever opens one
 // has a slot first. It is a clock (second chance) and not a list, so that a use costs one store.
 type fdCache struct {
 	slots []fdSlot
-	hand  atomic.Uint32
+	_     [64]byte // what follows changes, and must not take the line of slots away from other threads
+
+	hand atomic.Uint32
 
 	mu    sync.Mutex
 	free  []int32
@@ -27,6 +31,7 @@ type fdSlot struct {
 	pins atomic.Int32  // and slotDead; raised only under the node's shard lock
 	fd   int32
 	used atomic.Bool
+	_    [40]byte // a slot fills a cache line: neighbours are used by other threads
 }
 
 // slotDead marks a slot whose node has let go of it: the last to unpin it closes.
@@ -151,7 +156,8 @@ func (fs *FS) evict(slot int32, id uint64) bool {
 	sh.mu.Unlock()
 
 	if !known {
-		fs.takeHandle(id, int(s.fd), mount, typ)
+		var h sys.FileHandle
+		fs.takeHandle(id, int(s.fd), mount, typ, &h)
 	}
 
 	sh, n = fs.nodes.lock(id)

@@ -24,3 +24,19 @@ func parseDirents(b []byte, plus bool) []dirent {
 	}
 	return list
 }
+
+// walkEntries calls f with what is in a READDIRPLUS reply.
+func walkEntries(b []byte, f func(e *fuseproto.EntryOut, d *fuseproto.Dirent)) {
+	const size = int(unsafe.Sizeof(fuseproto.EntryOut{}))
+	for len(b) > 0 {
+		d := (*fuseproto.Dirent)(unsafe.Pointer(&b[size]))
+		f((*fuseproto.EntryOut)(unsafe.Pointer(&b[0])), d)
+		b = b[(size+int(unsafe.Sizeof(*d))+int(d.Namelen)+7)&^7:]
+	}
+}
+
+// lastOffset is the offset of the last entry of a READDIRPLUS reply.
+func lastOffset(b []byte) (off uint64) {
+	walkEntries(b, func(_ *fuseproto.EntryOut, d *fuseproto.Dirent) { off = d.Off })
+	return off
+}

@@ -26,7 +26,7 @@ type handle struct {
 	fd    int32
 	index uint32
 	flags uint32 // open(2) flags in force on fd
-	dir   bool
+	dir   bool   // and then list is not nil
 
 	// nowait is what is known of RWF_NOWAIT on fd.
 	nowait atomic.Uint32
@@ -34,9 +34,9 @@ type handle struct {
 	// next and prev link the handles of one node, as index + 1, guarded by the node's shard lock.
 	next, prev uint32
 
-	// mu guards a directory's offset, which is the descriptor's: pos is what the last getdents64 left it at.
-	mu  sync.Mutex
-	pos int64
+	list *listing // stays with the handle when another file gets it
+
+	_ [8]byte // a handle fills a cache line: threads use them without a lock
 }
 
 const (
@@ -50,8 +50,12 @@ type handleChunk [handleChunkSize]handle
 // handleTable finds handles without a lock.
 type handleTable struct {
 	chunks atomic.Pointer[[]*handleChunk]
-	mu     sync.Mutex
-	free   []uint32
+	_      [64]byte // what follows changes, and must not take the line of chunks away from other threads
+
+	mu   sync.Mutex
+	free []uint32
+
+	kept atomic.Int32 // buffers that listings keep
 }
 
 func (t *handleTable) at(index uint32) *handle {
@@ -95,7 +99,12 @@ func (t *handleTable) alloc() *handle {
 func (h *handle) open(node uint64, fd int, flags uint32, dir bool) uint64 {
 	h.node, h.fd, h.flags, h.dir = node, int32(fd), flags, dir
 	h.nowait.Store(nowaitUnknown)
-	h.pos = 0
+	if dir {
+		if h.list == nil {
+			h.list = new(listing)
+		}
+		h.list.pos = 0
+	}
 	gen := h.state.Load() >> handleGenShift
 	h.state.Store(gen << handleGenShift)
 	return gen<<handleIndexBits | uint64(h.index)
@@ -141,6 +150,10 @@ func (h *handle) close() bool {
 // retire closes the descriptor of a handle that nobody can use any more.
 func (t *handleTable) retire(h *handle) {
 	_ = unix.Close(int(h.fd))
+	if h.dir {
+		h.list.rest = nil
+		h.list.letGo(t)
+	}
 	gen := (h.state.Load()>>handleGenShift)%(handleGenModulus-1) + 1
 	h.state.Store(gen<<handleGenShift | handleClosed)
 	t.mu.Lock()

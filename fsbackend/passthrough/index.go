@@ -70,7 +70,7 @@ func (x *index) remove(hash, ref uint32) {
 	x.entries[i] = indexEntry{}
 	x.used--
 	switch {
-	case x.used == 0:
+	case x.used == 0 && len(x.entries) > indexMin:
 		x.entries = nil
 	case len(x.entries) > indexMin && 8*x.used < len(x.entries):
 		x.resize(len(x.entries) / 4)

@@ -35,9 +35,9 @@ func (fs *FS) Ioctl(_ *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, dst
 	default:
 		return 0, unix.ENOTTY
 	}
-	h := fs.handles.get(in.Fh, in.NodeId)
-	if h == nil {
-		return 0, unix.EBADF
+	h, errno := fs.use(in.Fh, in.NodeId)
+	if errno != 0 {
+		return 0, errno
 	}
 	defer fs.handles.put(h)
 	buf := getBuffer()

@@ -99,7 +99,7 @@ func (fs *FS) countHot(k key, st *unix.Statx_t, out *fuseproto.EntryOut) bool {
 	}
 	n.count()
 	fs.fds.slots[n.slot].used.Store(true)
-	n.privs.seen(st)
+	n.privs.seen(uint32(st.Mode))
 	out.NodeId = makeID(i, slot, n.gen)
 	return true
 }
@@ -124,7 +124,7 @@ func (fs *FS) enter(p *ref, parent uint64, name []byte, st *unix.Statx_t, slot i
 		})
 		return unix.ENFILE
 	}
-	n.privs.seen(st)
+	n.privs.seen(uint32(st.Mode))
 	if n.btime == 0 && n.slot < 0 && n.handleLen > 0 {
 		// Without a birth time this may be another file with a former one's number: its handle would be wrong.
 		_, at, _ := splitID(id)
@@ -167,6 +167,9 @@ func (fs *FS) finishEntry(p *ref, m uint16, st *unix.Statx_t, out *fuseproto.Ent
 func (fs *FS) Forget(node, n uint64) {
 	if node == rootID || n == 0 {
 		return
+	}
+	if fs.withoutOpen(noOpenFlags) {
+		fs.forgetUnopened(node, n)
 	}
 	if fs.nodes.forget(node, n) {
 		fs.trim()

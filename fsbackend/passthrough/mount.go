@@ -20,6 +20,8 @@ type mount struct {
 	// it becomes handlesWork. There is one such descriptor for each mount, beyond the budget of inode descriptors.
 	state atomic.Uint32
 	fd    *sys.FD
+	// local says that the file system is known to describe an inode in memory, or to find it by its handle, without asking anybody.
+	local atomic.Bool
 }
 
 const (
@@ -84,10 +86,14 @@ func (ms *mounts) close() {
 	}
 }
 
-// probe finds out whether file handles work on m, given a descriptor of a directory on it. It is done once for a mount.
+// probe finds out whether m's file system is a local one and whether file handles work on it, given a descriptor of a directory on it. It is done once for a mount.
 func (fs *FS) probe(m *mount, dirfd int) {
 	if m.state.Load() != handlesUnknown || !m.state.CompareAndSwap(handlesUnknown, handlesProbing) {
 		return
+	}
+	var sfs unix.Statfs_t
+	if err := unix.Fstatfs(dirfd, &sfs); err == nil {
+		m.local.Store(localFS(int64(sfs.Type)))
 	}
 	if fs.cfg.NoFileHandles || fs.mayNotOpenHandles.Load() {
 		m.state.Store(handlesFail)
@@ -110,23 +116,34 @@ func (fs *FS) probe(m *mount, dirfd int) {
 	m.state.Store(state)
 }
 
-// takeHandle keeps the file handle of the file behind fd in node id, where its mount has such.
-func (fs *FS) takeHandle(id uint64, fd int, mountIndex uint16, typ uint8) {
+// localFS says whether a file system with this magic number (statfs(2)) answers fstat(2) out of memory alone (fs/*/inode.c, their
+// getattr). Those that lie on others, or elsewhere, are not among them.
+func localFS(magic int64) bool {
+	switch magic {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.TMPFS_MAGIC:
+		return true
+	}
+	return false
+}
+
+// takeHandle keeps the file handle of the file behind fd in node id and in h, and says whether it has one.
+func (fs *FS) takeHandle(id uint64, fd int, mountIndex uint16, typ uint8, h *sys.FileHandle) bool {
 	m := fs.mounts.at(mountIndex)
 	if typ == typeDir {
 		fs.probe(m, fd)
 	}
 	if m.state.Load() != handlesWork {
-		return
+		return false
 	}
-	var h sys.FileHandle
-	if errno := sys.NameToHandle(fd, &h); errno != 0 {
-		return
+	if errno := sys.NameToHandle(fd, h); errno != 0 {
+		h.Bytes = 0
+		return false
 	}
 	sh, n := fs.nodes.lock(id)
 	if n != nil {
 		_, slot, _ := splitID(id)
-		sh.setHandle(slot, n, &h)
+		sh.setHandle(slot, n, h)
 	}
 	sh.mu.Unlock()
+	return true
 }

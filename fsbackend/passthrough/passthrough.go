@@ -72,6 +72,10 @@ type Config struct {
 	PosixACL bool
 	// SecurityLabel offers guests to label what they create (FUSE_SECURITY_CTX).
 	SecurityLabel bool
+	// NoOpen has the guest read without opening (noOpenFlags), where it can and nothing else is shared with it: for trees that it may
+	// not change and keeps for good. A quarter of MaxFDs more descriptors are kept of what it reads. Where its mount is not
+	// read-only, a program that opens a file for writing is told so by its write(2) only, and locks are the guest's own.
+	NoOpen bool
 	// ProcFD is a descriptor of /proc/self/fd, which stays the caller's, for where /proc is out of reach; if 0, New opens it.
 	ProcFD int
 	// Log is told of what is worth knowing once; nothing if nil.
@@ -106,11 +110,14 @@ type FS struct {
 	fds     fdCache
 	handles handleTable
 	locks   lockFiles
-	mounts  mounts
+	// unopened are among handles.
+	unopened unopened
+	mounts   mounts
 	// mayNotOpenHandles says that the process lacks CAP_DAC_READ_SEARCH: no mount need be tried.
 	mayNotOpenHandles atomic.Bool
 	features          atomic.Uint64 // FUSE_* INIT flags in force
 
+	_        [64]byte   // what follows changes
 	starved  sync.Mutex // held by the one call that may wait for a descriptor slot
 	tooMany  sync.Once  // log of MaxInodes
 	trimming atomic.Bool
@@ -204,6 +211,11 @@ func (fs *FS) WantFlags(defaults uint64) uint64 {
 	if fs.cfg.SecurityLabel {
 		defaults |= fuseproto.FUSE_SECURITY_CTX
 	}
+	if fs.cfg.NoOpen {
+		defaults |= noOpenFlags
+		// Without the first an OPEN that truncates is a SETATTR, which can be refused; without RELEASE locks would stay.
+		defaults &^= fuseproto.FUSE_ATOMIC_O_TRUNC | fuseproto.FUSE_POSIX_LOCKS | fuseproto.FUSE_FLOCK_LOCKS
+	}
 	return defaults
 }
 
@@ -214,6 +226,9 @@ func (fs *FS) Slow() bool {
 
 // Init implements fsbackend.Initer.
 func (fs *FS) Init(f fsbackend.Features) {
+	if f.Flags&noOpenFlags != 0 {
+		fs.unopened.init(fs.cfg.MaxFDs)
+	}
 	fs.features.Store(f.Flags)
 }
 

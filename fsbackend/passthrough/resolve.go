@@ -106,19 +106,24 @@ func (fs *FS) pinHot(n *node, r *ref) bool {
 		*r = ref{fd: fs.fds.pin(n.slot), mount: n.mount, typ: n.typ, privs: n.privs, slot: n.slot}
 		return true
 	}
-	if n.handles != 0 {
-		// A handle is taken off its node's list under the lock but closed before: then it is being released.
-		h := fs.handles.at(n.handles - 1)
-		for !h.pin(h.state.Load() >> handleGenShift) {
-			if h.next == 0 {
-				return false
-			}
-			h = fs.handles.at(h.next - 1)
-		}
+	if h := fs.pinHandle(n); h != nil {
 		*r = ref{fd: int(h.fd), mount: n.mount, typ: n.typ, privs: n.privs, slot: -1, h: h}
 		return true
 	}
 	return false
+}
+
+// pinHandle pins a handle that the locked node has; nil if there is none.
+func (fs *FS) pinHandle(n *node) *handle {
+	for next := n.handles; next != 0; {
+		h := fs.handles.at(next - 1)
+		// It is taken off its node's list under the lock but closed before: then it is being released.
+		if h.pin(h.state.Load() >> handleGenShift) {
+			return h
+		}
+		next = h.next
+	}
+	return nil
 }
 
 // reopen opens a node that has no descriptor: by its file handle, or else by name from the nearest directory above it that
@@ -228,7 +233,7 @@ func (fs *FS) adopt(n *node, id uint64, slot int32, fd int, r *ref) {
 // openAt opens what is at loc and makes sure that by name it is still the same file.
 func (fs *FS) openAt(parent *ref, loc *location) (int, errno) {
 	if loc.hasHandle() {
-		return fs.openByHandle(loc, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
+		return fs.openByHandle(loc.mount, &loc.handle, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC)
 	}
 	if parent == nil || parent.typ != typeDir {
 		return -1, unix.ESTALE
@@ -253,9 +258,9 @@ func (fs *FS) openAt(parent *ref, loc *location) (int, errno) {
 	return -1, errno
 }
 
-// openByHandle opens the file whose handle is in loc.
-func (fs *FS) openByHandle(loc *location, flags int) (int, errno) {
-	fd, errno := sys.OpenByHandle(fs.mounts.at(loc.mount).fd.Int(), &loc.handle, flags)
+// openByHandle opens the file with handle h on a mount.
+func (fs *FS) openByHandle(mount uint16, h *sys.FileHandle, flags int) (int, errno) {
+	fd, errno := sys.OpenByHandle(fs.mounts.at(mount).fd.Int(), h, flags)
 	if errno == unix.ENOMEM {
 		// ext4 says so, too, of a file that is gone whose inode number is just being given to another
 		// (fs/inode.c, iget_locked; fs/ext4/inode.c, __ext4_iget).

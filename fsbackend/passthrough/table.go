@@ -24,6 +24,9 @@ const (
 	// chunkSize is what fits in 8 KiB: Go's allocator gives such an object a span of its own, which goes back to the host
 	// whatever is alive beside it. A few nodes that the guest keeps out of a million thus keep little memory.
 	chunkSize = 78
+
+	// smallShard is how many chunks a shard without nodes has room to list.
+	smallShard = 8
 )
 
 // key is what a file is known by without a descriptor: birth time tells apart files that had an inode number in turn.
@@ -59,6 +62,7 @@ type node struct {
 	privs      privs
 	handle     [inlineHandle]byte
 	name       [inlineName]byte
+	opened     bool // by the guest: it may well be again
 }
 
 type chunk [chunkSize]node
@@ -69,6 +73,7 @@ type shard struct {
 	chunks      []*chunk // nil: no node of it is in use
 	fill        []uint8  // nodes in use in each
 	hint        int      // every chunk before it is full
+	spare       *chunk   // the last that went, for the next that comes: a guest that looks up and forgets makes no garbage
 	gen         uint32
 	byKey       index // slot + 1
 	tiers       [tierCount]int
@@ -90,10 +95,13 @@ type table struct {
 	names  [shards]nameShard
 	seed   maphash.Seed
 	mix    uint64
-	count  atomic.Int64
-	peak   atomic.Int64 // about the largest count since memory was last given back
 	max    int64
 	drop   func(slot int32) // ends the descriptor of a node that has died
+
+	_     [64]byte // what follows changes, and must not take the line of the above away from other threads
+	count atomic.Int64
+	peak  atomic.Int64 // about the largest count since memory was last given back
+	_     [64]byte
 }
 
 func (t *table) init(maxNodes int, drop func(slot int32)) {
@@ -179,12 +187,15 @@ func (s *shard) alloc() (uint32, *node) {
 	}
 	c := s.chunks[s.hint]
 	if c == nil {
-		c = new(chunk)
-		s.chunks[s.hint] = c
+		if c = s.spare; c == nil {
+			c = new(chunk)
+		}
+		s.chunks[s.hint], s.spare = c, nil
 	}
-	i := 0
+	// In a chunk that is filled for the first time this one is free, and mostly where one goes and another comes.
+	i := int(s.fill[s.hint])
 	for c[i].gen != 0 {
-		i++
+		i = (i + 1) % chunkSize
 	}
 	s.fill[s.hint]++
 	s.gen = s.gen%(1<<genBits-1) + 1
@@ -212,14 +223,14 @@ func (s *shard) release(slot uint32) {
 	if s.fill[c] > 0 {
 		return
 	}
-	s.chunks[c] = nil
+	s.spare, s.chunks[c] = s.chunks[c], nil
 	used := len(s.chunks)
 	for used > 0 && s.chunks[used-1] == nil {
 		used--
 	}
 	s.chunks, s.fill = s.chunks[:used], s.fill[:used]
 	s.hint = min(s.hint, used)
-	if used == 0 {
+	if used == 0 && cap(s.chunks) > smallShard {
 		s.chunks, s.fill = nil, nil
 	}
 }
@@ -242,15 +253,19 @@ func (s *shard) describe(slot uint32, n *node, l *location) {
 	l.parent = n.parent
 	l.nameLen = len(s.nameOf(slot, n, &l.name))
 	l.name[l.nameLen] = 0
-	l.handle.Bytes = uint32(n.handleLen)
-	l.handle.Type = int32(n.handleType)
-	if n.handleLen <= inlineHandle {
-		copy(l.handle.Handle[:], n.handle[:])
-	} else {
-		copy(l.handle.Handle[:], s.longHandles[slot])
-	}
+	s.handleOf(slot, n, &l.handle)
 	l.mount, l.typ = n.mount, n.typ
 	l.key = key{n.ino, n.btime, n.mount, n.typ}
+}
+
+// handleOf copies the file handle, of 0 bytes if there is none, to h.
+func (s *shard) handleOf(slot uint32, n *node, h *sys.FileHandle) {
+	h.Bytes, h.Type = uint32(n.handleLen), int32(n.handleType)
+	if n.handleLen <= inlineHandle {
+		copy(h.Handle[:], n.handle[:])
+	} else {
+		copy(h.Handle[:], s.longHandles[slot])
+	}
 }
 
 // nameOf copies the name to buf.

@@ -112,12 +112,12 @@ func (fs *FS) Setxattr(_ *fsbackend.Context, in *fuseproto.SetxattrIn, name fsba
 	}
 	defer fs.put(&r)
 	if in.SetXAttrFlags&fuseproto.FUSE_SETXATTR_ACL_KILL_SGID != 0 && fs.has(fuseproto.FUSE_SETXATTR_EXT) && string(name) == accessACL {
-		var st unix.Statx_t
+		var st unix.Stat_t
 		if errno := fs.stat(&r, in.NodeId, &st); errno != 0 {
 			return errno
 		}
 		if st.Mode&unix.S_ISGID != 0 {
-			if errno := sys.ChmodFD(fs.procfd.Int(), r.fd, uint32(st.Mode)&permBits&^unix.S_ISGID); errno != 0 {
+			if errno := sys.ChmodFD(fs.procfd.Int(), r.fd, st.Mode&permBits&^unix.S_ISGID); errno != 0 {
 				return errno
 			}
 		}

@@ -113,6 +113,8 @@ type Share struct {
 	Flock bool
 	// NoReaddirplus withholds READDIRPLUS, as CacheNever does.
 	NoReaddirplus bool
+	// NoOpen has the guest read files and directories without opening them (FUSE_NO_OPEN_SUPPORT).
+	NoOpen bool
 
 	// MaxFDs bounds the descriptors kept for inodes the guest knows, beside those of the files it has open; 0 derives it
 	// from the limit on open files.
@@ -152,6 +154,9 @@ func (c Config) Validate() error {
 		return errors.New("--seccomp-report needs --seccomp log or --seccomp trace: nothing else lets calls happen and counts them")
 	case c.RlimitNofile < DefaultNofile:
 		return fmt.Errorf("--rlimit-nofile: %d is out of range; expected a number of files, or 0 to leave the limit alone", c.RlimitNofile)
+	}
+	if c.Share.NoOpen && c.Managed() {
+		return errors.New("--no-open is for a share that never changes: it excludes --config, --share and --control-socket")
 	}
 	if err := c.validateManaged(); err != nil {
 		return err
@@ -226,6 +231,10 @@ func (s *Share) Validate() error {
 		return fmt.Errorf("--tag: %d bytes are too long; at most %d fit", len(s.Tag), MaxTag)
 	case !utf8.ValidString(s.Tag):
 		return errors.New("--tag: not UTF-8")
+	case s.NoOpen && (!s.ReadOnly || s.Cache != CacheAlways):
+		return errors.New("--no-open needs --readonly and --cache always: the guest checks nothing when it opens a file")
+	case s.NoOpen && (s.PosixLock || s.Flock):
+		return errors.New("--no-open excludes --posix-lock and --flock: the guest does not say when it closes a file, which ends locks")
 	case s.MaxFDs < 0:
 		return fmt.Errorf("--max-fds: %d is out of range; expected a number of descriptors, or 0 for the default", s.MaxFDs)
 	case s.MaxInodes < 0:

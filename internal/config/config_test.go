@@ -52,6 +52,15 @@ func TestValidate(t *testing.T) {
 		{"no directory", func(c *Config) { c.Share.Dir = "" }, "--shared-dir is needed"},
 		{"long tag", func(c *Config) { c.Share.Tag = strings.Repeat("t", MaxTag+1) }, "--tag: 37 bytes"},
 		{"tag not UTF-8", func(c *Config) { c.Share.Tag = "\xff" }, "--tag: not UTF-8"},
+		{"no open", func(c *Config) { c.Share.NoOpen, c.Share.ReadOnly, c.Share.Cache = true, true, CacheAlways }, ""},
+		{"no open, and changes", func(c *Config) { c.Share.NoOpen, c.Share.Cache = true, CacheAlways }, "--no-open needs"},
+		{"no open, and others change", func(c *Config) { c.Share.NoOpen, c.Share.ReadOnly = true, true }, "--no-open needs"},
+		{"no open, and locks", func(c *Config) {
+			c.Share.NoOpen, c.Share.ReadOnly, c.Share.Cache, c.Share.Flock = true, true, CacheAlways, true
+		}, "--no-open excludes"},
+		{"no open, and orders", func(c *Config) {
+			c.Share.NoOpen, c.Share.ReadOnly, c.Share.Cache, c.ControlSocket = true, true, CacheAlways, "/run/c"
+		}, "--no-open is for"},
 		{"negative fds", func(c *Config) { c.Share.MaxFDs = -1 }, "--max-fds: -1"},
 		{"negative inodes", func(c *Config) { c.Share.MaxInodes = -1 }, "--max-inodes: -1"},
 	} {

@@ -6,9 +6,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/internal/testguest"
 	"github.com/sluicefs/sluice/internal/testguest/tree"
@@ -145,7 +148,19 @@ func TestDirectIO(t *testing.T) {
 }
 
 // flagsOf returns the flags with which the daemon has a file open for reading and writing.
-func (m *machine) flagsOf(file string) (flags uint) {
+func (m *machine) flagsOf(file string) uint {
+	m.t.Helper()
+	for _, flags := range m.openFlags(file) {
+		if flags&3 == uint(os.O_RDWR) {
+			return flags
+		}
+	}
+	m.t.Fatalf("the daemon does not have %s open", file)
+	return 0
+}
+
+// openFlags returns the flags of all descriptors that the daemon has of a file.
+func (m *machine) openFlags(file string) (all []uint) {
 	m.t.Helper()
 	proc := fmt.Sprintf("/proc/%d/", m.daemon.Server())
 	want, err := os.Stat(file)
@@ -160,14 +175,49 @@ func (m *machine) flagsOf(file string) (flags uint) {
 		m.check(err)
 		for line := range strings.Lines(string(info)) {
 			if value, ok := strings.CutPrefix(line, "flags:"); ok {
+				var flags uint
 				_, err := fmt.Sscanf(strings.TrimSpace(value), "%o", &flags)
 				m.check(err)
+				all = append(all, flags)
 			}
 		}
-		if flags&3 == uint(os.O_RDWR) {
-			return flags
-		}
 	}
-	m.t.Fatalf("the daemon does not have %s open", file)
-	return 0
+	return all
+}
+
+// TestNoOpen has a guest read what it need not open, on a mount that it may write to as far as its own kernel goes.
+func TestNoOpen(t *testing.T) {
+	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+		m := newMachine(t, "--readonly", "--cache", "always", "--no-open", "--max-fds", "64")
+		m.check(os.Mkdir(m.path("dir"), 0o755))
+		for i := range 100 {
+			m.check(tree.WriteRandom(m.path(fmt.Sprint("dir/", i)), int64(i)<<10, byte(i)))
+		}
+		m.check(os.WriteFile(m.path("file"), []byte("first"), 0o666))
+		m.boot(testguest.Config{Kind: kind})
+		want := digest(t, m.path("dir"))
+		for range 2 {
+			if got := m.sh("guestprog sum /mnt/dir"); got != want {
+				t.Errorf("the guest reads %s, want %s", got, want)
+			}
+			m.sh("echo 3 > /proc/sys/vm/drop_caches")
+		}
+		for _, write := range []string{"echo x > /mnt/file", "echo x >> /mnt/file", "touch /mnt/file", "touch /mnt/new"} {
+			if out, err := m.trySh(write); err == nil {
+				t.Errorf("%s: it worked: %q", write, out)
+			}
+		}
+		m.check(os.WriteFile(m.path("new"), []byte("second"), 0o666))
+		if got := m.sh("exec 3< /mnt/file; cat <&3"); got != "first" {
+			t.Errorf("the guest reads %q after it was refused to write, want what was there", got)
+		}
+		// Nobody has said that it is not read any more.
+		if !slices.ContainsFunc(m.openFlags(m.path("file")), func(flags uint) bool { return flags&unix.O_PATH == 0 }) {
+			t.Error("the daemon has closed the file: the guest opens what it reads")
+		}
+		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", m.daemon.Server()))
+		if m.check(err); len(fds) > 64+64/4+64 {
+			t.Errorf("the daemon has %d descriptors, 64 of them for what the guest knows and 16 for what it reads", len(fds))
+		}
+	})
 }
