@@ -95,11 +95,10 @@ type Device struct {
 
 	features uint64 // acknowledged; only the session's goroutine uses it
 
-	threads sync.WaitGroup
-	closed  sync.Once
+	closed sync.Once
 }
 
-// New makes a device and starts its workers, which sleep until a front-end starts a queue.
+// New makes a device. It has no threads until a front-end starts a queue.
 func New(cfg Config) (*Device, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -121,13 +120,8 @@ func New(cfg Config) (*Device, error) {
 	cfg.Server.OnForgets(d.pool.forgets)
 	cfg.Server.OnUnlock(d.pool.room.retryAll)
 	cfg.Server.OnGone(d.pool.gone)
-	for i := range min(cfg.NumRequestQueues, runtime.NumCPU()) {
-		w, err := newWorker(d, i)
-		if err != nil {
-			d.closeWorkers()
-			return nil, err
-		}
-		d.workers = append(d.workers, w)
+	for range min(cfg.NumRequestQueues, runtime.NumCPU()) {
+		d.workers = append(d.workers, &worker{device: d})
 	}
 	for i := range 1 + cfg.NumRequestQueues {
 		// Hiprio lives beside the first request queue: on a thread of its own each FORGET would wake a second thread.
@@ -135,9 +129,6 @@ func New(cfg Config) (*Device, error) {
 		q := &queue{device: d, index: i, worker: w}
 		d.queues = append(d.queues, q)
 		w.queues = append(w.queues, q)
-	}
-	for _, w := range d.workers {
-		d.threads.Go(w.run)
 	}
 	return d, nil
 }
@@ -150,8 +141,16 @@ func (d *Device) Serve(ctx context.Context, conn *net.UnixConn) error {
 	d.stats.frontEnds.Add(1)
 	d.stats.connected.Add(1)
 	defer d.stats.connected.Add(-1)
+	defer d.rest()
 	defer d.cfg.Server.Reset()
 	return vhostuser.Serve(ctx, conn, vhostuser.Config{Device: d, Memory: d.mem, Log: d.cfg.Log, DrainTimeout: d.cfg.DrainTimeout})
+}
+
+// rest has a device without a front-end keep no threads.
+func (d *Device) rest() {
+	if err := d.endWorkers(); err != nil {
+		d.log.Warn("front-end has gone", "error", err)
+	}
 }
 
 // Close ends the threads and the server. No Serve may be running.
@@ -165,9 +164,10 @@ func (d *Device) Close() error {
 			d.SetCall(i, nil)
 			d.SetErr(i, nil)
 		}
-		d.closeWorkers()
-		if e := d.pool.close(d.cfg.DrainTimeout); e != nil {
-			err = e
+		left := d.endWorkers()
+		left = errors.Join(left, d.pool.close(d.cfg.DrainTimeout))
+		if left != nil { // it may still use the backend
+			err = left
 			return
 		}
 		err = errors.Join(err, d.cfg.Server.Close())
@@ -175,14 +175,15 @@ func (d *Device) Close() error {
 	return err
 }
 
-func (d *Device) closeWorkers() {
+// endWorkers ends the workers' threads, once every queue is stopped.
+func (d *Device) endWorkers() error {
+	deadline := time.Now().Add(d.cfg.DrainTimeout)
 	for _, w := range d.workers {
-		w.stop()
+		if !w.end(time.Until(deadline)) {
+			return errors.New("a request is stuck in the backend: its thread was left behind")
+		}
 	}
-	d.threads.Wait()
-	for _, w := range d.workers {
-		w.close()
-	}
+	return nil
 }
 
 // Features returns the virtio feature bits on offer.

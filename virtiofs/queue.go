@@ -144,7 +144,11 @@ func (q *queue) start(vq *virtqueue.Queue, num int, kickFD *sys.FD) error {
 		m.Release()
 		return fmt.Errorf("start queue %d: %w", q.index, err)
 	}
-	k, err := q.worker.watch(q, kickFD)
+	err := q.worker.start()
+	var k *kick
+	if err == nil {
+		k, err = q.worker.watch(q, kickFD)
+	}
 	if err != nil {
 		m.Release()
 		return fmt.Errorf("start queue %d: %w", q.index, err)

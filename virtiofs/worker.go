@@ -6,6 +6,7 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -13,19 +14,23 @@ import (
 	"github.com/sluicefs/sluice/internal/sys"
 )
 
-// worker is a locked thread that serves a fixed set of queues inline.
+// worker serves a fixed set of queues inline, on one locked thread at a time. It has a thread, and descriptors, from its
+// first queue's start until the front-end has gone.
 type worker struct {
-	device *Device
-	queues []*queue
+	device   *Device
+	queues   []*queue
+	counters *fuseserver.Counters // nil before the first start
+
+	mu     sync.Mutex
+	thread chan struct{} // closed when the thread has left; nil: the worker is off
 	epoll  *sys.FD
 	wake   *sys.FD // eventfd: something other than a kick wants attention
-	ending atomic.Bool
+	kicks  []*kick // by slot, which epoll hands back
 
-	counters *fuseserver.Counters
+	ending   atomic.Bool  // the thread is to leave
+	kickless atomic.Int32 // queues without a kick fd
 
-	mu      sync.Mutex
-	kicks   []*kick // by slot, which epoll hands back
-	polling int     // queues without a kick fd
+	now time.Duration // fuseserver.Clock when last looked at; the thread's alone
 }
 
 // kick is a kick fd under watch: an eventfd or a pipe, or none at all (VHOST_USER_VRING_NOFD_MASK).
@@ -41,23 +46,97 @@ const wakeSlot = -1
 // pollInterval is how often rings without a kick fd are looked at, in milliseconds.
 const pollInterval = 1
 
-func newWorker(d *Device, index int) (*worker, error) {
+// start gives the worker a thread, unless it has one.
+func (w *worker) start() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ending.Store(false)
+	if w.thread != nil && !w.left() {
+		return nil
+	}
+	w.closeLocked() // of a thread that has left late
+	if err := w.openLocked(); err != nil {
+		w.closeLocked()
+		return fmt.Errorf("start a worker: %w", err)
+	}
+	if w.counters == nil {
+		w.counters = w.device.cfg.Server.NewCounters()
+	}
+	w.thread = make(chan struct{})
+	go w.run()
+	return nil
+}
+
+func (w *worker) openLocked() error {
 	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
-		return nil, fmt.Errorf("create epoll for worker %d: %w", index, err)
+		return fmt.Errorf("create epoll: %w", err)
 	}
-	w := &worker{device: d, epoll: sys.NewFD(epoll), counters: d.cfg.Server.NewCounters()}
+	w.epoll = sys.NewFD(epoll)
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
-		_ = w.epoll.Close()
-		return nil, fmt.Errorf("create eventfd for worker %d: %w", index, err)
+		return fmt.Errorf("create eventfd: %w", err)
 	}
 	w.wake = sys.NewFD(wake)
-	if err := w.add(wake, wakeSlot, unix.EPOLLIN|unix.EPOLLET); err != nil {
-		w.close()
-		return nil, err
+	return w.add(wake, wakeSlot, unix.EPOLLIN|unix.EPOLLET)
+}
+
+func (w *worker) closeLocked() {
+	for _, fd := range []**sys.FD{&w.epoll, &w.wake} {
+		if *fd != nil {
+			_ = (*fd).Close()
+			*fd = nil
+		}
 	}
-	return w, nil
+	w.thread = nil
+}
+
+// left says whether the thread has.
+func (w *worker) left() bool {
+	select {
+	case <-w.thread:
+		return true
+	default:
+		return false
+	}
+}
+
+// end has the thread leave, and says whether it does before timeout: one that hangs in a call of the backend may not. Its queues
+// are stopped.
+func (w *worker) end(timeout time.Duration) bool {
+	w.mu.Lock()
+	thread := w.thread
+	w.mu.Unlock()
+	if thread == nil {
+		return true
+	}
+	w.ending.Store(true)
+	w.poke()
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	select {
+	case <-thread:
+	case <-timer.C:
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closeLocked()
+	return true
+}
+
+// leaves lets the thread go if it is to, unless it has just been asked to stay.
+func (w *worker) leaves() bool {
+	if !w.ending.Load() {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.ending.Load() {
+		return false
+	}
+	close(w.thread)
+	return true
 }
 
 // add watches fd. Edge-triggered, an eventfd never has to be read: each write to it is an event of its own, which saves a
@@ -75,7 +154,7 @@ func (w *worker) watch(q *queue, fd *sys.FD) (*kick, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if fd == nil {
-		w.polling++
+		w.kickless.Add(1)
 		return &kick{queue: q, fd: -1}, nil
 	}
 	k := &kick{queue: q, fd: fd.Int(), slot: len(w.kicks)}
@@ -112,7 +191,7 @@ func (w *worker) unwatch(k *kick) {
 
 func (w *worker) dropLocked(k *kick) {
 	if k.fd < 0 {
-		w.polling--
+		w.kickless.Add(-1)
 		return
 	}
 	if w.kicks[k.slot] == k {
@@ -123,17 +202,11 @@ func (w *worker) dropLocked(k *kick) {
 
 // poke has the worker look at its queues.
 func (w *worker) poke() {
-	_, _ = unix.Write(w.wake.Int(), one)
-}
-
-func (w *worker) stop() {
-	w.ending.Store(true)
-	w.poke()
-}
-
-func (w *worker) close() {
-	_ = w.epoll.Close()
-	_ = w.wake.Close()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.wake != nil {
+		_, _ = unix.Write(w.wake.Int(), one)
+	}
 }
 
 func (w *worker) run() {
@@ -145,7 +218,7 @@ func (w *worker) run() {
 
 	t := w.device.pool.get()
 	var events [16]unix.EpollEvent
-	for !w.ending.Load() {
+	for !w.leaves() {
 		busy := false
 		for _, q := range w.queues {
 			served := false
@@ -167,11 +240,9 @@ func (w *worker) run() {
 // sleep waits for a kick.
 func (w *worker) sleep(events []unix.EpollEvent) {
 	timeout := -1
-	w.mu.Lock()
-	if w.polling > 0 {
+	if w.kickless.Load() > 0 {
 		timeout = pollInterval
 	}
-	w.mu.Unlock()
 	n, err := unix.EpollWait(w.epoll.Int(), events, timeout)
 	if err != nil {
 		return // EINTR
