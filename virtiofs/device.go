@@ -57,7 +57,10 @@ type Config struct {
 	// PoolThreads is the most threads that run requests that may sleep, and the most of each isolated part of the backend;
 	// 0 means 16.
 	PoolThreads int
-	Log         *slog.Logger
+	// PollWindow is how long a worker that has nothing more to do looks at its rings before it sleeps: PollAuto, PollNever, or
+	// always that long, at most MaxPollWindow.
+	PollWindow time.Duration
+	Log        *slog.Logger
 }
 
 // Validate says what is wrong with c.
@@ -67,6 +70,9 @@ func (c Config) Validate() error {
 	}
 	if c.NumRequestQueues < 0 || c.NumRequestQueues > MaxRequestQueues {
 		return fmt.Errorf("%d request queues: expected 1 to %d", c.NumRequestQueues, MaxRequestQueues)
+	}
+	if c.PollWindow < PollNever || c.PollWindow > MaxPollWindow {
+		return fmt.Errorf("poll window of %v: expected at most %v", c.PollWindow, MaxPollWindow)
 	}
 	if c.Tag != "" {
 		return ValidateTag(c.Tag)
@@ -121,7 +127,7 @@ func New(cfg Config) (*Device, error) {
 	cfg.Server.OnUnlock(d.pool.room.retryAll)
 	cfg.Server.OnGone(d.pool.gone)
 	for range min(cfg.NumRequestQueues, runtime.NumCPU()) {
-		d.workers = append(d.workers, &worker{device: d})
+		d.workers = append(d.workers, &worker{device: d, poller: poller{fixed: cfg.PollWindow}})
 	}
 	for i := range 1 + cfg.NumRequestQueues {
 		// Hiprio lives beside the first request queue: on a thread of its own each FORGET would wake a second thread.

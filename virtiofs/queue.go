@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fuseproto"
+	"github.com/sluicefs/sluice/fuseserver"
 	"github.com/sluicefs/sluice/guestmem"
 	"github.com/sluicefs/sluice/internal/sys"
 	"github.com/sluicefs/sluice/virtqueue"
@@ -51,6 +52,8 @@ type queue struct {
 
 	// Counters; see QueueStats.
 	polls, notifications uint64
+	hits, misses         atomic.Uint64 // polls after it was empty that have found a request, and those that have not
+	polling              atomic.Uint64 // nanoseconds of them
 	kicks                atomic.Uint64 // not under mu: kicks come while a batch is served
 	kicked               bool          // since the worker, which alone uses this, last looked at the ring
 }
@@ -453,6 +456,7 @@ func (q *queue) publishLocked() {
 // serve handles a batch of requests with t and says whether there were any. It returns the task to go on with: t, unless
 // the pool has taken it.
 func (q *queue) serve(t *task) (next *task, busy bool) {
+	w := q.worker
 	q.mu.Lock()
 	if !q.readyLocked() {
 		q.unlock()
@@ -462,22 +466,28 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 		q.polls++
 	}
 	q.kicked = false
-	m, run := q.bound.Retain(), q.run
 	if err := q.vq.Disarm(); err != nil {
 		q.failLocked(err)
 	}
-	bytes, now := uint64(0), time.Duration(0)
-	for n := 0; n < batch && bytes < batchBytes && q.run == run && q.runningLocked() && q.popLocked(t); n++ {
-		busy = true
+	if !q.runningLocked() || !q.popLocked(t) {
+		q.publishLocked() // chains that were none
+		q.unlock()
+		return t, false
+	}
+	w.served, w.polled = q, false
+	m, run := q.bound.Retain(), q.run
+	for n, bytes := 1, uint64(0); ; n++ {
 		if q.bound != m { // rebound since
 			m.Release()
 			m = q.bound.Retain()
 		}
 		q.mu.Unlock()
 		bytes += t.chain.ReadableLen + t.chain.WritableLen
-		t.req.Counters, t.req.Fetched = q.worker.counters, now
+		t.req.Counters, t.req.Fetched = w.counters, w.now
 		written, done := t.begin()
-		now = t.req.Ended
+		if w.now = t.req.Ended; !done {
+			w.now = fuseserver.Clock()
+		}
 		q.mu.Lock()
 		switch {
 		case q.run != run:
@@ -487,11 +497,40 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 		default:
 			t = q.parkLocked(t, m)
 		}
+		if n == batch || bytes >= batchBytes || q.run != run || !q.runningLocked() || !q.popLocked(t) {
+			break
+		}
 	}
 	q.publishLocked()
 	q.unlock()
 	m.Release()
-	return t, busy
+	return t, true
+}
+
+// pending says whether there is a request, or something that serve has to see to.
+func (q *queue) pending() bool {
+	if !q.mu.TryLock() {
+		return false
+	}
+	defer q.unlock()
+	if !q.readyLocked() {
+		return false
+	}
+	pending, err := q.vq.Pending()
+	if err != nil {
+		q.failLocked(err)
+	}
+	return pending
+}
+
+// polled counts a poll that has taken so long.
+func (q *queue) polled(found bool, took time.Duration) {
+	if found {
+		q.hits.Add(1)
+	} else {
+		q.misses.Add(1)
+	}
+	q.polling.Add(uint64(max(took, 0)))
 }
 
 // arm asks the guest for a kick and says whether requests came in before it could have seen that.

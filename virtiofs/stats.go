@@ -2,6 +2,7 @@ package virtiofs
 
 import (
 	"sync/atomic"
+	"time"
 
 	"github.com/sluicefs/sluice/fuseserver"
 )
@@ -34,6 +35,12 @@ type QueueStats struct {
 	// Notifications were sent to the guest: one for a batch, and none without a call fd. A pipe that is full takes none, but
 	// they count.
 	Notifications uint64
+
+	// PollWindow is how long its worker polls at present before it sleeps (gauge), 0 when it does not. PollHits are polls after
+	// this queue was empty that have ended with a request, PollMisses those that have not, PollTime how long all took.
+	PollWindow           time.Duration
+	PollHits, PollMisses uint64
+	PollTime             time.Duration
 }
 
 // Stats returns the present values. It may be called from any thread at any time, and holds up no request: each queue's lock
@@ -57,9 +64,12 @@ func (d *Device) Stats() Stats {
 func (q *queue) stats() QueueStats {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	s := QueueStats{Kicks: q.kicks.Load(), Polls: q.polls, Notifications: q.notifications}
+	s := QueueStats{
+		Kicks: q.kicks.Load(), Polls: q.polls, Notifications: q.notifications,
+		PollHits: q.hits.Load(), PollMisses: q.misses.Load(), PollTime: time.Duration(q.polling.Load()),
+	}
 	if q.vq != nil {
-		s.Size, s.Depth = q.num, q.inflight
+		s.Size, s.Depth, s.PollWindow = q.num, q.inflight, time.Duration(q.worker.window.Load())
 	}
 	return s
 }

@@ -30,7 +30,13 @@ type worker struct {
 	ending   atomic.Bool  // the thread is to leave
 	kickless atomic.Int32 // queues without a kick fd
 
-	now time.Duration // fuseserver.Clock when last looked at; the thread's alone
+	window atomic.Int64 // nanoseconds that it polls for at present; 0: not at all
+
+	// The thread's alone.
+	now    time.Duration // fuseserver.Clock when last looked at
+	served *queue        // the last one with requests since the thread slept; nil: none
+	polled bool          // in vain, since then
+	poller poller
 }
 
 // kick is a kick fd under watch: an eventfd or a pipe, or none at all (VHOST_USER_VRING_NOFD_MASK).
@@ -216,8 +222,10 @@ func (w *worker) run() {
 	// Guest memory can go at any time; see sys.Guard.
 	debug.SetPanicOnFault(true)
 
+	spinners.measure()
 	t := w.device.pool.get()
 	var events [16]unix.EpollEvent
+	w.served = nil
 	for !w.leaves() {
 		busy := false
 		for _, q := range w.queues {
@@ -225,7 +233,7 @@ func (w *worker) run() {
 			t, served = q.serve(t)
 			busy = busy || served
 		}
-		if busy {
+		if busy || w.poll() {
 			continue
 		}
 		for _, q := range w.queues {
@@ -237,13 +245,72 @@ func (w *worker) run() {
 	}
 }
 
+// looks is how many times the rings are looked at for one look at the clock.
+const looks = 8
+
+// poll looks at the rings for a while and says whether there is something to do. Kicks stay disarmed meanwhile.
+func (w *worker) poll() (found bool) {
+	if w.served == nil || w.polled {
+		return false
+	}
+	window := w.poller.window(w.now)
+	if w.window.Load() != int64(window) {
+		w.window.Store(int64(window))
+	}
+	if window == 0 || !spinners.enter() {
+		return false
+	}
+	defer spinners.leave()
+	begin, last := w.now, time.Duration(0)
+	for {
+		for range looks {
+			if found = w.pending(); found {
+				break
+			}
+		}
+		w.now = fuseserver.Clock()
+		robbed := last != 0 && w.now-last > theft
+		last = w.now
+		over := w.now-begin >= window
+		switch {
+		case robbed:
+			w.poller.robbed(w.now)
+		case found:
+			w.poller.found()
+		case over:
+			w.poller.vain(w.now)
+		default:
+			continue
+		}
+		w.polled = !found
+		w.served.polled(found, w.now-begin)
+		return found
+	}
+}
+
+// pending says whether a ring has requests, or whether the thread is wanted elsewhere.
+func (w *worker) pending() bool {
+	for _, q := range w.queues {
+		if q.pending() {
+			return true
+		}
+	}
+	return w.ending.Load()
+}
+
 // sleep waits for a kick.
 func (w *worker) sleep(events []unix.EpollEvent) {
 	timeout := -1
 	if w.kickless.Load() > 0 {
 		timeout = pollInterval
 	}
+	began := w.now
 	n, err := unix.EpollWait(w.epoll.Int(), events, timeout)
+	w.now = fuseserver.Clock()
+	if w.served != nil && !w.polled {
+		w.poller.slept(w.now - began)
+	}
+	w.served, w.polled = nil, false
 	if err != nil {
 		return // EINTR
 	}

@@ -114,6 +114,9 @@ type Share struct {
 	// NoReaddirplus withholds READDIRPLUS, as CacheNever does.
 	NoReaddirplus bool
 
+	// PollWindow is how long the share's workers look at their rings before they sleep.
+	PollWindow PollWindow
+
 	// MaxFDs bounds the descriptors kept for inodes the guest knows, beside those of the files it has open; 0 derives it
 	// from the limit on open files.
 	MaxFDs int
