@@ -97,6 +97,8 @@ type Device struct {
 	queues  []*queue // queues[0] is hiprio
 	workers []*worker
 	pool    *pool
+	strays  strays
+	slow    slowness
 	stats   counters
 
 	features uint64 // acknowledged; only the session's goroutine uses it
@@ -122,6 +124,7 @@ func New(cfg Config) (*Device, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	d := &Device{cfg: cfg, log: ratelog.New(cfg.Log, time.Second, 10), mem: guestmem.New()}
+	d.strays.limit = cfg.PoolThreads
 	d.pool = newPool(d, cfg.PoolThreads)
 	cfg.Server.OnForgets(d.pool.forgets)
 	cfg.Server.OnUnlock(d.pool.room.retryAll)
@@ -171,6 +174,9 @@ func (d *Device) Close() error {
 			d.SetErr(i, nil)
 		}
 		left := d.endWorkers()
+		if left == nil && !d.strays.wait(d.cfg.DrainTimeout) {
+			left = errStuck
+		}
 		left = errors.Join(left, d.pool.close(d.cfg.DrainTimeout))
 		if left != nil { // it may still use the backend
 			err = left
@@ -181,12 +187,14 @@ func (d *Device) Close() error {
 	return err
 }
 
+var errStuck = errors.New("a request is stuck in the backend: its thread was left behind")
+
 // endWorkers ends the workers' threads, once every queue is stopped.
 func (d *Device) endWorkers() error {
 	deadline := time.Now().Add(d.cfg.DrainTimeout)
 	for _, w := range d.workers {
 		if !w.end(time.Until(deadline)) {
-			return errors.New("a request is stuck in the backend: its thread was left behind")
+			return errStuck
 		}
 	}
 	return nil

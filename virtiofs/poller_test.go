@@ -135,7 +135,8 @@ func TestSpinners(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(3))
 	var s spinCount
 	s.measure()
-	if !s.enter() || !s.enter() || s.enter() {
+	first, second, third := s.enter(), s.enter(), s.enter()
+	if !first || !second || third {
 		t.Error("expected two of three Ps to be for polling")
 	}
 	s.leave()

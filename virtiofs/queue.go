@@ -48,6 +48,10 @@ type queue struct {
 	call     *notifier
 	err      *notifier
 
+	calls  uint64 // made by its worker, inline
+	inCall bool   // one has not returned
+	seen   uint64 // calls when the watch last looked
+
 	due due
 
 	// Counters; see QueueStats.
@@ -453,14 +457,22 @@ func (q *queue) publishLocked() {
 	}
 }
 
-// serve handles a batch of requests with t and says whether there were any. It returns the task to go on with: t, unless
-// the pool has taken it.
-func (q *queue) serve(t *task) (next *task, busy bool) {
+// What came of queue.serve.
+type outcome int
+
+const (
+	idle     outcome = iota
+	busy             // there were requests
+	relieved         // a call took so long that another thread has the queue
+)
+
+// serve handles a batch of requests with t. It returns the task to go on with: t, unless the pool has taken it.
+func (q *queue) serve(t *task) (next *task, what outcome) {
 	w := q.worker
 	q.mu.Lock()
 	if !q.readyLocked() {
 		q.unlock()
-		return t, false
+		return t, idle
 	}
 	if !q.kicked {
 		q.polls++
@@ -472,7 +484,7 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 	if !q.runningLocked() || !q.popLocked(t) {
 		q.publishLocked() // chains that were none
 		q.unlock()
-		return t, false
+		return t, idle
 	}
 	w.served, w.polled = q, false
 	m, run := q.bound.Retain(), q.run
@@ -481,14 +493,25 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 			m.Release()
 			m = q.bound.Retain()
 		}
+		q.calls++
+		call := q.calls
+		q.inCall = true
 		q.mu.Unlock()
 		bytes += t.chain.ReadableLen + t.chain.WritableLen
-		t.req.Counters, t.req.Fetched = w.counters, w.now
-		written, done := t.begin()
-		if w.now = t.req.Ended; !done {
-			w.now = fuseserver.Clock()
+		written, done := w.handle(q, t)
+		now := t.req.Ended
+		if !done {
+			now = fuseserver.Clock()
 		}
 		q.mu.Lock()
+		if q.calls != call {
+			what = relieved // and what is the thread's alone is another's
+		} else {
+			if op := w.opcode.Load(); done && w.scores.note(op, now-w.now) {
+				q.device.slow.add(op)
+			}
+			q.inCall, w.now, what = false, now, busy
+		}
 		switch {
 		case q.run != run:
 			// Given up while it was handled.
@@ -497,14 +520,37 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 		default:
 			t = q.parkLocked(t, m)
 		}
-		if n == batch || bytes >= batchBytes || q.run != run || !q.runningLocked() || !q.popLocked(t) {
+		if what == relieved || n == batch || bytes >= batchBytes || q.run != run || !q.runningLocked() || !q.popLocked(t) {
 			break
 		}
 	}
 	q.publishLocked()
 	q.unlock()
 	m.Release()
-	return t, true
+	return t, what
+}
+
+// look says whether its worker has made calls since the last look, or is in one: stuck, if it is still the same.
+func (q *queue) look() (called, stuck bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	called, stuck = q.inCall || q.calls != q.seen, q.inCall && q.calls == q.seen
+	q.seen = q.calls
+	return called, stuck
+}
+
+// relieve has the queue wait no longer for the call that it was in when it was last looked at, and says whether that
+// still goes on.
+func (q *queue) relieve() bool {
+	q.mu.Lock()
+	defer q.unlock()
+	if !q.inCall || q.calls != q.seen {
+		return false
+	}
+	q.calls++
+	q.inCall, q.kicked = false, false
+	q.publishLocked() // what was done before it
+	return true
 }
 
 // pending says whether there is a request, or something that serve has to see to.

@@ -8,8 +8,9 @@ import (
 )
 
 type counters struct {
-	frontEnds, chainErrors, ringErrors, abandoned atomic.Uint64
-	connected                                     atomic.Int32 // Serve's that run
+	frontEnds, chainErrors, ringErrors, abandoned, relieved atomic.Uint64
+
+	connected atomic.Int32 // Serve's that run
 }
 
 // Stats are counts since the device was made, and gauges of what it is at.
@@ -21,6 +22,11 @@ type Stats struct {
 	ChainErrors uint64 // malformed descriptor chains, completed with nothing written
 	RingErrors  uint64 // queues stopped because their ring was broken
 	Abandoned   uint64 // requests given up when their queue was stopped
+	// Relieved counts calls that took so long that another thread has gone on with their queues. SlowOpcodes (gauge) are those
+	// whose calls have slept where they were not to, Avoided the requests of theirs that the pool was given at once.
+	Relieved    uint64
+	SlowOpcodes int
+	Avoided     uint64
 
 	Requests fuseserver.Snapshot
 }
@@ -53,6 +59,9 @@ func (d *Device) Stats() Stats {
 		ChainErrors: d.stats.chainErrors.Load(),
 		RingErrors:  d.stats.ringErrors.Load(),
 		Abandoned:   d.stats.abandoned.Load(),
+		Relieved:    d.stats.relieved.Load(),
+		SlowOpcodes: d.slow.count(),
+		Avoided:     d.slow.avoided.Load(),
 		Requests:    d.cfg.Server.Snapshot(),
 	}
 	for i, q := range d.queues {

@@ -30,13 +30,15 @@ type worker struct {
 	ending   atomic.Bool  // the thread is to leave
 	kickless atomic.Int32 // queues without a kick fd
 
-	window atomic.Int64 // nanoseconds that it polls for at present; 0: not at all
+	opcode atomic.Uint32 // of the last call
+	window atomic.Int64  // nanoseconds that it polls for at present; 0: not at all
 
 	// The thread's alone.
 	now    time.Duration // fuseserver.Clock when last looked at
 	served *queue        // the last one with requests since the thread slept; nil: none
 	polled bool          // in vain, since then
 	poller poller
+	scores scores
 }
 
 // kick is a kick fd under watch: an eventfd or a pipe, or none at all (VHOST_USER_VRING_NOFD_MASK).
@@ -68,6 +70,7 @@ func (w *worker) start() error {
 	if w.counters == nil {
 		w.counters = w.device.cfg.Server.NewCounters()
 	}
+	w.device.pool.watch.start()
 	w.thread = make(chan struct{})
 	go w.run()
 	return nil
@@ -217,8 +220,7 @@ func (w *worker) poke() {
 
 func (w *worker) run() {
 	// Credentials belong to a thread, and a backend may change them for a call.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	runtime.LockOSThread() // for good: the thread ends with this
 	// Guest memory can go at any time; see sys.Guard.
 	debug.SetPanicOnFault(true)
 
@@ -227,22 +229,77 @@ func (w *worker) run() {
 	var events [16]unix.EpollEvent
 	w.served = nil
 	for !w.leaves() {
-		busy := false
+		rest := true
 		for _, q := range w.queues {
-			served := false
-			t, served = q.serve(t)
-			busy = busy || served
+			var what outcome
+			t, what = q.serve(t)
+			if what == relieved {
+				w.device.pool.put(t)
+				w.device.strays.leave()
+				return
+			}
+			rest = rest && what == idle
 		}
-		if busy || w.poll() {
+		if !rest || w.poll() {
 			continue
 		}
 		for _, q := range w.queues {
-			busy = q.arm() || busy
+			rest = !q.arm() && rest
 		}
-		if !busy {
+		if rest {
 			w.sleep(events[:])
 		}
 	}
+}
+
+// handle begins t's request and answers it, if that does not sleep for all that is known.
+func (w *worker) handle(q *queue, t *task) (written uint32, done bool) {
+	d := w.device
+	d.pool.watch.rouse()
+	t.req.Counters, t.req.Fetched = w.counters, w.now
+	t.server.Begin(t.req, t.chain.Readable, t.chain.Writable, t.chain.ReadableLen, t.chain.WritableLen)
+	op := uint32(t.req.Opcode())
+	if w.opcode.Load() != op {
+		w.opcode.Store(op)
+	}
+	if q.index != 0 && d.slow.avoids(op) {
+		return 0, false
+	}
+	return t.server.Handle(t.req)
+}
+
+// look says whether the worker has made calls since the last look. If it has been in one of them since then, another thread
+// takes its queues over, unless late says that it may just have had to wait for a CPU.
+func (w *worker) look(late bool) (called bool) {
+	for _, q := range w.queues {
+		c, stuck := q.look()
+		called = called || c
+		if !stuck || late || !w.device.strays.enter() {
+			continue
+		}
+		op := w.opcode.Load()
+		if !q.relieve() {
+			w.device.strays.leave()
+			continue
+		}
+		w.device.stats.relieved.Add(1)
+		w.device.slow.add(op)
+		go w.run()
+	}
+	return called
+}
+
+// calling says whether look would find something.
+func (w *worker) calling() bool {
+	for _, q := range w.queues {
+		q.mu.Lock()
+		called := q.inCall || q.calls != q.seen
+		q.mu.Unlock()
+		if called {
+			return true
+		}
+	}
+	return false
 }
 
 // looks is how many times the rings are looked at for one look at the clock.

@@ -16,7 +16,7 @@ func TestIdleDeviceHoldsNothing(t *testing.T) {
 	if n := openFDs(t) - fds; n != 0 {
 		t.Errorf("20 devices that nobody uses hold %d descriptors", n)
 	}
-	if n := runtime.NumGoroutine() - goroutines; n != 0 {
+	if n := runtime.NumGoroutine() - goroutines; n > 0 {
 		t.Errorf("20 devices that nobody uses have %d goroutines", n)
 	}
 	for _, d := range devices {
