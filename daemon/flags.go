@@ -57,6 +57,7 @@ var options = []option{
 	{name: "flock", usage: "share flock(2) locks with the host and with other guests, instead of leaving them to each guest", field: func(c *config.Config) any { return &c.Share.Flock }},
 	{name: "no-readdirplus", usage: "list directories without the attributes of their entries", field: func(c *config.Config) any { return &c.Share.NoReaddirplus }},
 	{name: "no-open", usage: "let the guest read without opening files and directories, with --readonly and --cache always; it should mount read-only, too: whoever opens a file for writing is told only when he writes", field: func(c *config.Config) any { return &c.Share.NoOpen }},
+	{name: "poll-us", usage: "look for requests for `TIME` before sleeping: 0 (never) to 1000 microseconds, or auto, which polls where it pays", field: func(c *config.Config) any { return &c.Share.PollWindow }},
 
 	{name: "sandbox", usage: "sandbox `MODE`: namespace, chroot (root only) or none", field: func(c *config.Config) any { return &c.Sandbox }},
 	{name: "uid-map", usage: "give the namespace of an ordinary user the user ids of `MAP`, :inside:outside:count:; may be repeated; by default the own one", computed: true, field: func(c *config.Config) any { return &c.UIDMap }},

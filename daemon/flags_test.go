@@ -28,7 +28,7 @@ var virtiofsdOptions = []string{
 // ourOptions are those that virtiofsd does not have.
 var ourOptions = []string{
 	"bundle", "spec", "backend", "list-extensions", "persist", "num-request-queues", "max-fds", "max-inodes", "posix-lock", "flock",
-	"no-open",
+	"no-open", "poll-us",
 	"seccomp-report", "config", "check-config", "share", "control-socket", "control-group", "allow-extension",
 }
 
@@ -126,7 +126,7 @@ func TestOptionsMatchConfig(t *testing.T) {
 
 // TestOptionsSet gives every option a value other than the default and looks for the change.
 func TestOptionsSet(t *testing.T) {
-	values := map[string]string{"cache": "always", "sandbox": "none", "seccomp": "none", "log-level": "trace"}
+	values := map[string]string{"cache": "always", "sandbox": "none", "seccomp": "none", "log-level": "trace", "poll-us": "50"}
 	for _, o := range options {
 		cfg, def := config.Default(), config.Default()
 		arg := "--" + o.name

@@ -291,6 +291,11 @@ func shareConfig(cfg config.Config, spec api.ShareSpec) (config.Config, error) {
 			return cfg, api.Errorf(api.CodeInvalid, "cache: %v", err)
 		}
 	}
+	if spec.PollUS != "" {
+		if err := cfg.Share.PollWindow.Set(spec.PollUS); err != nil {
+			return cfg, api.Errorf(api.CodeInvalid, "poll_us: %v", err)
+		}
+	}
 	return cfg, nil
 }
 

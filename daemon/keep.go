@@ -239,7 +239,7 @@ func (k *keeper) addSingle(ctx context.Context, cfg config.Config, what *source)
 		Tag: share.Tag, Socket: cfg.SocketPath, SocketGroup: cfg.SocketGroup, Cache: share.Cache.String(), ReadOnly: share.ReadOnly,
 		Writeback: share.Writeback, Xattr: share.Xattr, AllowMmap: share.AllowMmap, AllowDirectIO: share.AllowDirectIO,
 		PosixLock: share.PosixLock, Flock: share.Flock, NoReaddirplus: share.NoReaddirplus,
-		RequestQueues: cfg.RequestQueues, MaxFDs: share.MaxFDs, MaxInodes: share.MaxInodes,
+		RequestQueues: cfg.RequestQueues, MaxFDs: share.MaxFDs, MaxInodes: share.MaxInodes, PollUS: share.PollWindow.String(),
 	}
 	var err error
 	if spec.Socket, err = absolute(cfg.SocketPath); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net"
+	"time"
 
 	"github.com/sluicefs/sluice/fuseserver"
 	"github.com/sluicefs/sluice/internal/config"
@@ -29,6 +30,18 @@ var cachePolicies = map[config.CachePolicy]fuseserver.CachePolicy{
 	config.CacheAlways:   fuseserver.CacheAlways,
 }
 
+// pollWindow is an option's window in the device's words.
+func pollWindow(p config.PollWindow) time.Duration {
+	switch p {
+	case config.PollAuto:
+		return virtiofs.PollAuto
+	case config.PollNever:
+		return virtiofs.PollNever
+	default:
+		return time.Duration(p) * time.Microsecond
+	}
+}
+
 // newServer makes what answers requests for t, as cfg's share is to look, and the device that they come through.
 func newServer(cfg config.Config, t *tree, log *slog.Logger) (server, error) {
 	share := cfg.Share
@@ -48,7 +61,9 @@ func newServer(cfg config.Config, t *tree, log *slog.Logger) (server, error) {
 	if err != nil {
 		return nil, err
 	}
-	device, err := virtiofs.New(virtiofs.Config{Server: answers, Tag: share.Tag, NumRequestQueues: cfg.RequestQueues, Log: log})
+	device, err := virtiofs.New(virtiofs.Config{
+		Server: answers, Tag: share.Tag, NumRequestQueues: cfg.RequestQueues, PollWindow: pollWindow(share.PollWindow), Log: log,
+	})
 	if err != nil {
 		return nil, err
 	}

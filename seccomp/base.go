@@ -145,11 +145,14 @@ var baseVhostUser = Rules{
 	"recvmsg":     MatchAll{}, // vhostuser: messages with descriptors
 }
 
-// baseQueues is the threads' sleep between requests, and Go's network poller. What they sleep on is there before the filter.
+// baseQueues is the threads' sleep between requests, and Go's network poller. A worker makes what it sleeps on when a
+// front-end starts the first of its queues.
 var baseQueues = Rules{
-	"epoll_ctl":   MatchAll{},            // Go, virtiofs
-	"epoll_pwait": MatchAll{},            // Go, virtiofs
-	"ppoll":       PerArg{1: EqualTo(1)}, // virtiofs: call pipes
+	"epoll_create1": PerArg{0: Int32(unix.EPOLL_CLOEXEC)},                   // virtiofs: a worker
+	"eventfd2":      PerArg{1: Int32(unix.EFD_CLOEXEC | unix.EFD_NONBLOCK)}, // virtiofs: a worker
+	"epoll_ctl":     MatchAll{},                                             // Go, virtiofs
+	"epoll_pwait":   MatchAll{},                                             // Go, virtiofs
+	"ppoll":         PerArg{1: EqualTo(1)},                                  // virtiofs: call pipes
 }
 
 // baseOwnSocket is how listen removes the socket and the pid file, if they are still its own: by their open directory.
@@ -160,11 +163,9 @@ var baseOwnSocket = Rules{
 
 // baseLink is how sockets and devices come to be at run time. None is created here, but by descriptors.
 var baseLink = Rules{
-	"epoll_create1": PerArg{0: Int32(unix.EPOLL_CLOEXEC)},                                            // virtiofs: a worker
-	"eventfd2":      PerArg{1: Int32(unix.EFD_CLOEXEC | unix.EFD_NONBLOCK)},                          // virtiofs: a worker
-	"fcntl":         where(1, Int32(unix.F_DUPFD_CLOEXEC), Int32(unix.F_GETFL), Int32(unix.F_SETFL)), // Go's net, os: a descriptor of its own, and who waits for it
-	"getpeername":   MatchAll{},                                                                      // listen: is it connected?
-	"getsockopt":    where(1, Int32(unix.SOL_SOCKET)),                                                // listen, Go's net: what kind of socket it is
+	"fcntl":       where(1, Int32(unix.F_DUPFD_CLOEXEC), Int32(unix.F_GETFL), Int32(unix.F_SETFL)), // Go's net, os: a descriptor of its own, and who waits for it
+	"getpeername": MatchAll{},                                                                      // listen: is it connected?
+	"getsockopt":  where(1, Int32(unix.SOL_SOCKET)),                                                // listen, Go's net: what kind of socket it is
 }
 
 // baseSyslog is how log/syslog connects anew: Go's net with Unix sockets.

@@ -57,7 +57,10 @@ type Config struct {
 	// PoolThreads is the most threads that run requests that may sleep, and the most of each isolated part of the backend;
 	// 0 means 16.
 	PoolThreads int
-	Log         *slog.Logger
+	// PollWindow is how long a worker that has nothing more to do looks at its rings before it sleeps: PollAuto, PollNever, or
+	// always that long, at most MaxPollWindow.
+	PollWindow time.Duration
+	Log        *slog.Logger
 }
 
 // Validate says what is wrong with c.
@@ -67,6 +70,9 @@ func (c Config) Validate() error {
 	}
 	if c.NumRequestQueues < 0 || c.NumRequestQueues > MaxRequestQueues {
 		return fmt.Errorf("%d request queues: expected 1 to %d", c.NumRequestQueues, MaxRequestQueues)
+	}
+	if c.PollWindow < PollNever || c.PollWindow > MaxPollWindow {
+		return fmt.Errorf("poll window of %v: expected at most %v", c.PollWindow, MaxPollWindow)
 	}
 	if c.Tag != "" {
 		return ValidateTag(c.Tag)
@@ -91,15 +97,16 @@ type Device struct {
 	queues  []*queue // queues[0] is hiprio
 	workers []*worker
 	pool    *pool
+	strays  strays
+	slow    slowness
 	stats   counters
 
 	features uint64 // acknowledged; only the session's goroutine uses it
 
-	threads sync.WaitGroup
-	closed  sync.Once
+	closed sync.Once
 }
 
-// New makes a device and starts its workers, which sleep until a front-end starts a queue.
+// New makes a device. It has no threads until a front-end starts a queue.
 func New(cfg Config) (*Device, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -117,17 +124,13 @@ func New(cfg Config) (*Device, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	d := &Device{cfg: cfg, log: ratelog.New(cfg.Log, time.Second, 10), mem: guestmem.New()}
+	d.strays.limit = cfg.PoolThreads
 	d.pool = newPool(d, cfg.PoolThreads)
 	cfg.Server.OnForgets(d.pool.forgets)
 	cfg.Server.OnUnlock(d.pool.room.retryAll)
 	cfg.Server.OnGone(d.pool.gone)
-	for i := range min(cfg.NumRequestQueues, runtime.NumCPU()) {
-		w, err := newWorker(d, i)
-		if err != nil {
-			d.closeWorkers()
-			return nil, err
-		}
-		d.workers = append(d.workers, w)
+	for range min(cfg.NumRequestQueues, runtime.NumCPU()) {
+		d.workers = append(d.workers, &worker{device: d, poller: poller{fixed: cfg.PollWindow}})
 	}
 	for i := range 1 + cfg.NumRequestQueues {
 		// Hiprio lives beside the first request queue: on a thread of its own each FORGET would wake a second thread.
@@ -135,9 +138,6 @@ func New(cfg Config) (*Device, error) {
 		q := &queue{device: d, index: i, worker: w}
 		d.queues = append(d.queues, q)
 		w.queues = append(w.queues, q)
-	}
-	for _, w := range d.workers {
-		d.threads.Go(w.run)
 	}
 	return d, nil
 }
@@ -150,8 +150,16 @@ func (d *Device) Serve(ctx context.Context, conn *net.UnixConn) error {
 	d.stats.frontEnds.Add(1)
 	d.stats.connected.Add(1)
 	defer d.stats.connected.Add(-1)
+	defer d.rest()
 	defer d.cfg.Server.Reset()
 	return vhostuser.Serve(ctx, conn, vhostuser.Config{Device: d, Memory: d.mem, Log: d.cfg.Log, DrainTimeout: d.cfg.DrainTimeout})
+}
+
+// rest has a device without a front-end keep no threads.
+func (d *Device) rest() {
+	if err := d.endWorkers(); err != nil {
+		d.log.Warn("front-end has gone", "error", err)
+	}
 }
 
 // Close ends the threads and the server. No Serve may be running.
@@ -165,9 +173,13 @@ func (d *Device) Close() error {
 			d.SetCall(i, nil)
 			d.SetErr(i, nil)
 		}
-		d.closeWorkers()
-		if e := d.pool.close(d.cfg.DrainTimeout); e != nil {
-			err = e
+		left := d.endWorkers()
+		if left == nil && !d.strays.wait(d.cfg.DrainTimeout) {
+			left = errStuck
+		}
+		left = errors.Join(left, d.pool.close(d.cfg.DrainTimeout))
+		if left != nil { // it may still use the backend
+			err = left
 			return
 		}
 		err = errors.Join(err, d.cfg.Server.Close())
@@ -175,14 +187,17 @@ func (d *Device) Close() error {
 	return err
 }
 
-func (d *Device) closeWorkers() {
+var errStuck = errors.New("a request is stuck in the backend: its thread was left behind")
+
+// endWorkers ends the workers' threads, once every queue is stopped.
+func (d *Device) endWorkers() error {
+	deadline := time.Now().Add(d.cfg.DrainTimeout)
 	for _, w := range d.workers {
-		w.stop()
+		if !w.end(time.Until(deadline)) {
+			return errStuck
+		}
 	}
-	d.threads.Wait()
-	for _, w := range d.workers {
-		w.close()
-	}
+	return nil
 }
 
 // Features returns the virtio feature bits on offer.

@@ -91,7 +91,7 @@ func (l *lane) hand(t *task) bool {
 	}
 	l.mu.Unlock()
 	if l.part != nil {
-		l.pool.rouse()
+		l.pool.watch.rouse()
 	}
 	return true
 }

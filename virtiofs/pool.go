@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"maps"
-	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -48,12 +47,6 @@ type task struct {
 	hurry   uint64        // waitRoom.hurry before it was last tried
 }
 
-// begin handles the request as far as it does not sleep.
-func (t *task) begin() (written uint32, done bool) {
-	t.server.Begin(t.req, t.chain.Readable, t.chain.Writable, t.chain.ReadableLen, t.chain.WritableLen)
-	return t.server.Handle(t.req)
-}
-
 // finish handles the request to its end and gives it back to the guest, unless it has to rest.
 func (t *task) finish() (rests bool) {
 	if t.req == nil {
@@ -90,20 +83,14 @@ type pool struct {
 	lanes  map[*fsbackend.Part]*lane // of isolated parts, made when first needed
 	closed bool                      // no more of them
 
-	watching bool // watch runs
-
-	// The watch ends what takes too long in these; it runs once there is one of them.
-	asleep  atomic.Bool
-	wake    chan struct{} // buffered
-	closing chan struct{}
-	watcher sync.WaitGroup
+	// watch ends what takes too long in isolated lanes, and relieves workers.
+	watch *watch
+	calls atomic.Bool // the workers have made some when it last looked
 }
 
 func newPool(d *Device, threads int) *pool {
-	p := &pool{
-		device: d, threads: threads,
-		lanes: make(map[*fsbackend.Part]*lane), wake: make(chan struct{}, 1), closing: make(chan struct{}),
-	}
+	p := &pool{device: d, threads: threads, lanes: make(map[*fsbackend.Part]*lane), watch: newWatch()}
+	p.watch.look, p.watch.busy, p.watch.tick = p.patrol, p.busy, p.tick
 	p.shared = newLane(p, nil)
 	p.room = newWaitRoom()
 	return p
@@ -149,10 +136,7 @@ func (p *pool) lane(part *fsbackend.Part) *lane {
 		return p.shared // no call of it will be made
 	case l == nil:
 		l = newLane(p, part)
-		if !p.watching {
-			p.watching = true
-			p.watcher.Go(p.watch)
-		}
+		p.watch.start()
 		p.lanes[part] = l
 	}
 	return l
@@ -196,46 +180,15 @@ func (p *pool) unblock() {
 	}
 }
 
-// rouse has the watch look at the lanes from now on.
-func (p *pool) rouse() {
-	if p.asleep.CompareAndSwap(true, false) {
-		select {
-		case p.wake <- struct{}{}:
-		default: // it has yet to see the last one
-		}
-	}
-}
-
-// watch gives up what takes too long in isolated lanes. It sleeps while they have nothing to do.
-func (p *pool) watch() {
-	debug.SetPanicOnFault(true) // it completes requests
-	timer := time.NewTimer(minTick)
-	defer timer.Stop()
-	for {
-		select {
-		case <-p.closing:
-			return
-		case <-p.wake: // nothing can have taken too long yet
-			timer.Reset(p.tick())
-			continue
-		case <-timer.C:
-		}
-		busy := p.patrol()
-		if !busy {
-			p.asleep.Store(true)
-			// What came just before has roused nobody; what came since has sent a wake.
-			busy = p.busy() && p.asleep.CompareAndSwap(true, false)
-		}
-		if busy {
-			timer.Reset(p.tick())
-		}
-	}
-}
-
 // patrol looks at everything once and says whether it has to be looked at again.
-func (p *pool) patrol() (busy bool) {
-	if !p.busy() {
-		return false
+func (p *pool) patrol(late bool) (busy bool) {
+	calls := false
+	for _, w := range p.device.workers {
+		calls = w.look(late) || calls
+	}
+	p.calls.Store(calls)
+	if !p.lanesBusy() {
+		return calls
 	}
 	now := time.Now()
 	for _, q := range p.device.queues {
@@ -248,11 +201,18 @@ func (p *pool) patrol() (busy bool) {
 }
 
 func (p *pool) busy() bool {
+	return slices.ContainsFunc(p.device.workers, (*worker).calling) || p.lanesBusy()
+}
+
+func (p *pool) lanesBusy() bool {
 	return slices.ContainsFunc(p.isolated(), (*lane).busy)
 }
 
 // tick returns how often the watch has to look.
 func (p *pool) tick() time.Duration {
+	if p.calls.Load() || !p.lanesBusy() {
+		return callTick
+	}
 	tick := stalled / patrols
 	for _, l := range p.isolated() {
 		if l.part.Timeout > 0 {
@@ -281,8 +241,7 @@ func (p *pool) close(timeout time.Duration) error {
 			err = errors.Join(err, l.leftBehind())
 		}
 	}
-	close(p.closing)
-	p.watcher.Wait()
+	p.watch.close()
 	return err
 }
 

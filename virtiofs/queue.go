@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fuseproto"
+	"github.com/sluicefs/sluice/fuseserver"
 	"github.com/sluicefs/sluice/guestmem"
 	"github.com/sluicefs/sluice/internal/sys"
 	"github.com/sluicefs/sluice/virtqueue"
@@ -47,10 +48,16 @@ type queue struct {
 	call     *notifier
 	err      *notifier
 
+	calls  uint64 // made by its worker, inline
+	inCall bool   // one has not returned
+	seen   uint64 // calls when the watch last looked
+
 	due due
 
 	// Counters; see QueueStats.
 	polls, notifications uint64
+	hits, misses         atomic.Uint64 // polls after it was empty that have found a request, and those that have not
+	polling              atomic.Uint64 // nanoseconds of them
 	kicks                atomic.Uint64 // not under mu: kicks come while a batch is served
 	kicked               bool          // since the worker, which alone uses this, last looked at the ring
 }
@@ -144,7 +151,11 @@ func (q *queue) start(vq *virtqueue.Queue, num int, kickFD *sys.FD) error {
 		m.Release()
 		return fmt.Errorf("start queue %d: %w", q.index, err)
 	}
-	k, err := q.worker.watch(q, kickFD)
+	err := q.worker.start()
+	var k *kick
+	if err == nil {
+		k, err = q.worker.watch(q, kickFD)
+	}
 	if err != nil {
 		m.Release()
 		return fmt.Errorf("start queue %d: %w", q.index, err)
@@ -446,35 +457,61 @@ func (q *queue) publishLocked() {
 	}
 }
 
-// serve handles a batch of requests with t and says whether there were any. It returns the task to go on with: t, unless
-// the pool has taken it.
-func (q *queue) serve(t *task) (next *task, busy bool) {
+// What came of queue.serve.
+type outcome int
+
+const (
+	idle     outcome = iota
+	busy             // there were requests
+	relieved         // a call took so long that another thread has the queue
+)
+
+// serve handles a batch of requests with t. It returns the task to go on with: t, unless the pool has taken it.
+func (q *queue) serve(t *task) (next *task, what outcome) {
+	w := q.worker
 	q.mu.Lock()
 	if !q.readyLocked() {
 		q.unlock()
-		return t, false
+		return t, idle
 	}
 	if !q.kicked {
 		q.polls++
 	}
 	q.kicked = false
-	m, run := q.bound.Retain(), q.run
 	if err := q.vq.Disarm(); err != nil {
 		q.failLocked(err)
 	}
-	bytes, now := uint64(0), time.Duration(0)
-	for n := 0; n < batch && bytes < batchBytes && q.run == run && q.runningLocked() && q.popLocked(t); n++ {
-		busy = true
+	if !q.runningLocked() || !q.popLocked(t) {
+		q.publishLocked() // chains that were none
+		q.unlock()
+		return t, idle
+	}
+	w.served, w.polled = q, false
+	m, run := q.bound.Retain(), q.run
+	for n, bytes := 1, uint64(0); ; n++ {
 		if q.bound != m { // rebound since
 			m.Release()
 			m = q.bound.Retain()
 		}
+		q.calls++
+		call := q.calls
+		q.inCall = true
 		q.mu.Unlock()
 		bytes += t.chain.ReadableLen + t.chain.WritableLen
-		t.req.Counters, t.req.Fetched = q.worker.counters, now
-		written, done := t.begin()
-		now = t.req.Ended
+		written, done := w.handle(q, t)
+		now := t.req.Ended
+		if !done {
+			now = fuseserver.Clock()
+		}
 		q.mu.Lock()
+		if q.calls != call {
+			what = relieved // and what is the thread's alone is another's
+		} else {
+			if op := w.opcode.Load(); done && w.scores.note(op, now-w.now) {
+				q.device.slow.add(op)
+			}
+			q.inCall, w.now, what = false, now, busy
+		}
 		switch {
 		case q.run != run:
 			// Given up while it was handled.
@@ -483,11 +520,63 @@ func (q *queue) serve(t *task) (next *task, busy bool) {
 		default:
 			t = q.parkLocked(t, m)
 		}
+		if what == relieved || n == batch || bytes >= batchBytes || q.run != run || !q.runningLocked() || !q.popLocked(t) {
+			break
+		}
 	}
 	q.publishLocked()
 	q.unlock()
 	m.Release()
-	return t, busy
+	return t, what
+}
+
+// look says whether its worker has made calls since the last look, or is in one: stuck, if it is still the same.
+func (q *queue) look() (called, stuck bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	called, stuck = q.inCall || q.calls != q.seen, q.inCall && q.calls == q.seen
+	q.seen = q.calls
+	return called, stuck
+}
+
+// relieve has the queue wait no longer for the call that it was in when it was last looked at, and says whether that
+// still goes on.
+func (q *queue) relieve() bool {
+	q.mu.Lock()
+	defer q.unlock()
+	if !q.inCall || q.calls != q.seen {
+		return false
+	}
+	q.calls++
+	q.inCall, q.kicked = false, false
+	q.publishLocked() // what was done before it
+	return true
+}
+
+// pending says whether there is a request, or something that serve has to see to.
+func (q *queue) pending() bool {
+	if !q.mu.TryLock() {
+		return false
+	}
+	defer q.unlock()
+	if !q.readyLocked() {
+		return false
+	}
+	pending, err := q.vq.Pending()
+	if err != nil {
+		q.failLocked(err)
+	}
+	return pending
+}
+
+// polled counts a poll that has taken so long.
+func (q *queue) polled(found bool, took time.Duration) {
+	if found {
+		q.hits.Add(1)
+	} else {
+		q.misses.Add(1)
+	}
+	q.polling.Add(uint64(max(took, 0)))
 }
 
 // arm asks the guest for a kick and says whether requests came in before it could have seen that.

@@ -32,6 +32,9 @@ const (
 	request = 1
 	// patience is how long a test waits for what must come: a failure, never a measure.
 	patience = 20 * time.Second
+
+	rigFeatures = vhostuser.VIRTIO_F_VERSION_1 | vhostuser.VHOST_USER_F_PROTOCOL_FEATURES |
+		virtqueue.VIRTIO_RING_F_EVENT_IDX | virtqueue.VIRTIO_RING_F_INDIRECT_DESC
 )
 
 // rig is a device with a whole front-end and a driver for each queue on the other side.
@@ -127,9 +130,7 @@ func (r *rig) connect() {
 	r.check(err)
 	r.mem, err = vqtest.NewMemory(vqtest.Regions(32 << 20))
 	r.check(err)
-	const features = vhostuser.VIRTIO_F_VERSION_1 | vhostuser.VHOST_USER_F_PROTOCOL_FEATURES |
-		virtqueue.VIRTIO_RING_F_EVENT_IDX | virtqueue.VIRTIO_RING_F_INDIRECT_DESC
-	r.check(fe.SetFeatures(features))
+	r.check(fe.SetFeatures(rigFeatures))
 	for _, m := range r.mem.Regions() {
 		r.check(fe.AddMemReg(vhosttest.Region{
 			MemRegion: vhostuser.MemRegion{GuestPhysAddr: m.GuestPhysAddr, Size: m.Size, UserAddr: m.UserAddr, MmapOffset: m.MmapOffset},
@@ -138,7 +139,7 @@ func (r *rig) connect() {
 	}
 	r.queues = nil
 	for range r.device.NumQueues() {
-		d, err := vqtest.New(vqtest.Config{Num: r.num, Features: features, Memory: r.mem})
+		d, err := vqtest.New(vqtest.Config{Num: r.num, Features: rigFeatures, Memory: r.mem})
 		r.check(err)
 		q := &rigQueue{Driver: d, kick: eventfd(r.t), call: eventfd(r.t), err: eventfd(r.t), chains: make(map[uint16]vqtest.Chain)}
 		r.queues = append(r.queues, q)

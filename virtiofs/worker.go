@@ -6,6 +6,7 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -13,19 +14,31 @@ import (
 	"github.com/sluicefs/sluice/internal/sys"
 )
 
-// worker is a locked thread that serves a fixed set of queues inline.
+// worker serves a fixed set of queues inline, on one locked thread at a time. It has a thread, and descriptors, from its
+// first queue's start until the front-end has gone.
 type worker struct {
-	device *Device
-	queues []*queue
+	device   *Device
+	queues   []*queue
+	counters *fuseserver.Counters // nil before the first start
+
+	mu     sync.Mutex
+	thread chan struct{} // closed when the thread has left; nil: the worker is off
 	epoll  *sys.FD
 	wake   *sys.FD // eventfd: something other than a kick wants attention
-	ending atomic.Bool
+	kicks  []*kick // by slot, which epoll hands back
 
-	counters *fuseserver.Counters
+	ending   atomic.Bool  // the thread is to leave
+	kickless atomic.Int32 // queues without a kick fd
 
-	mu      sync.Mutex
-	kicks   []*kick // by slot, which epoll hands back
-	polling int     // queues without a kick fd
+	opcode atomic.Uint32 // of the last call
+	window atomic.Int64  // nanoseconds that it polls for at present; 0: not at all
+
+	// The thread's alone.
+	now    time.Duration // fuseserver.Clock when last looked at
+	served *queue        // the last one with requests since the thread slept; nil: none
+	polled bool          // in vain, since then
+	poller poller
+	scores scores
 }
 
 // kick is a kick fd under watch: an eventfd or a pipe, or none at all (VHOST_USER_VRING_NOFD_MASK).
@@ -41,23 +54,98 @@ const wakeSlot = -1
 // pollInterval is how often rings without a kick fd are looked at, in milliseconds.
 const pollInterval = 1
 
-func newWorker(d *Device, index int) (*worker, error) {
+// start gives the worker a thread, unless it has one.
+func (w *worker) start() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ending.Store(false)
+	if w.thread != nil && !w.left() {
+		return nil
+	}
+	w.closeLocked() // of a thread that has left late
+	if err := w.openLocked(); err != nil {
+		w.closeLocked()
+		return fmt.Errorf("start a worker: %w", err)
+	}
+	if w.counters == nil {
+		w.counters = w.device.cfg.Server.NewCounters()
+	}
+	w.device.pool.watch.start()
+	w.thread = make(chan struct{})
+	go w.run()
+	return nil
+}
+
+func (w *worker) openLocked() error {
 	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
-		return nil, fmt.Errorf("create epoll for worker %d: %w", index, err)
+		return fmt.Errorf("create epoll: %w", err)
 	}
-	w := &worker{device: d, epoll: sys.NewFD(epoll), counters: d.cfg.Server.NewCounters()}
+	w.epoll = sys.NewFD(epoll)
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
-		_ = w.epoll.Close()
-		return nil, fmt.Errorf("create eventfd for worker %d: %w", index, err)
+		return fmt.Errorf("create eventfd: %w", err)
 	}
 	w.wake = sys.NewFD(wake)
-	if err := w.add(wake, wakeSlot, unix.EPOLLIN|unix.EPOLLET); err != nil {
-		w.close()
-		return nil, err
+	return w.add(wake, wakeSlot, unix.EPOLLIN|unix.EPOLLET)
+}
+
+func (w *worker) closeLocked() {
+	for _, fd := range []**sys.FD{&w.epoll, &w.wake} {
+		if *fd != nil {
+			_ = (*fd).Close()
+			*fd = nil
+		}
 	}
-	return w, nil
+	w.thread = nil
+}
+
+// left says whether the thread has.
+func (w *worker) left() bool {
+	select {
+	case <-w.thread:
+		return true
+	default:
+		return false
+	}
+}
+
+// end has the thread leave, and says whether it does before timeout: one that hangs in a call of the backend may not. Its queues
+// are stopped.
+func (w *worker) end(timeout time.Duration) bool {
+	w.mu.Lock()
+	thread := w.thread
+	w.mu.Unlock()
+	if thread == nil {
+		return true
+	}
+	w.ending.Store(true)
+	w.poke()
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	select {
+	case <-thread:
+	case <-timer.C:
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closeLocked()
+	return true
+}
+
+// leaves lets the thread go if it is to, unless it has just been asked to stay.
+func (w *worker) leaves() bool {
+	if !w.ending.Load() {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.ending.Load() {
+		return false
+	}
+	close(w.thread)
+	return true
 }
 
 // add watches fd. Edge-triggered, an eventfd never has to be read: each write to it is an event of its own, which saves a
@@ -75,7 +163,7 @@ func (w *worker) watch(q *queue, fd *sys.FD) (*kick, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if fd == nil {
-		w.polling++
+		w.kickless.Add(1)
 		return &kick{queue: q, fd: -1}, nil
 	}
 	k := &kick{queue: q, fd: fd.Int(), slot: len(w.kicks)}
@@ -112,7 +200,7 @@ func (w *worker) unwatch(k *kick) {
 
 func (w *worker) dropLocked(k *kick) {
 	if k.fd < 0 {
-		w.polling--
+		w.kickless.Add(-1)
 		return
 	}
 	if w.kicks[k.slot] == k {
@@ -123,56 +211,163 @@ func (w *worker) dropLocked(k *kick) {
 
 // poke has the worker look at its queues.
 func (w *worker) poke() {
-	_, _ = unix.Write(w.wake.Int(), one)
-}
-
-func (w *worker) stop() {
-	w.ending.Store(true)
-	w.poke()
-}
-
-func (w *worker) close() {
-	_ = w.epoll.Close()
-	_ = w.wake.Close()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.wake != nil {
+		_, _ = unix.Write(w.wake.Int(), one)
+	}
 }
 
 func (w *worker) run() {
 	// Credentials belong to a thread, and a backend may change them for a call.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	runtime.LockOSThread() // for good: the thread ends with this
 	// Guest memory can go at any time; see sys.Guard.
 	debug.SetPanicOnFault(true)
 
+	spinners.measure()
 	t := w.device.pool.get()
 	var events [16]unix.EpollEvent
-	for !w.ending.Load() {
-		busy := false
+	w.served = nil
+	for !w.leaves() {
+		rest := true
 		for _, q := range w.queues {
-			served := false
-			t, served = q.serve(t)
-			busy = busy || served
+			var what outcome
+			t, what = q.serve(t)
+			if what == relieved {
+				w.device.pool.put(t)
+				w.device.strays.leave()
+				return
+			}
+			rest = rest && what == idle
 		}
-		if busy {
+		if !rest || w.poll() {
 			continue
 		}
 		for _, q := range w.queues {
-			busy = q.arm() || busy
+			rest = !q.arm() && rest
 		}
-		if !busy {
+		if rest {
 			w.sleep(events[:])
 		}
 	}
 }
 
+// handle begins t's request and answers it, if that does not sleep for all that is known.
+func (w *worker) handle(q *queue, t *task) (written uint32, done bool) {
+	d := w.device
+	d.pool.watch.rouse()
+	t.req.Counters, t.req.Fetched = w.counters, w.now
+	t.server.Begin(t.req, t.chain.Readable, t.chain.Writable, t.chain.ReadableLen, t.chain.WritableLen)
+	op := uint32(t.req.Opcode())
+	if w.opcode.Load() != op {
+		w.opcode.Store(op)
+	}
+	if q.index != 0 && d.slow.avoids(op) {
+		return 0, false
+	}
+	return t.server.Handle(t.req)
+}
+
+// look says whether the worker has made calls since the last look. If it has been in one of them since then, another thread
+// takes its queues over, unless late says that it may just have had to wait for a CPU.
+func (w *worker) look(late bool) (called bool) {
+	for _, q := range w.queues {
+		c, stuck := q.look()
+		called = called || c
+		if !stuck || late || !w.device.strays.enter() {
+			continue
+		}
+		op := w.opcode.Load()
+		if !q.relieve() {
+			w.device.strays.leave()
+			continue
+		}
+		w.device.stats.relieved.Add(1)
+		w.device.slow.add(op)
+		go w.run()
+	}
+	return called
+}
+
+// calling says whether look would find something.
+func (w *worker) calling() bool {
+	for _, q := range w.queues {
+		q.mu.Lock()
+		called := q.inCall || q.calls != q.seen
+		q.mu.Unlock()
+		if called {
+			return true
+		}
+	}
+	return false
+}
+
+// looks is how many times the rings are looked at for one look at the clock.
+const looks = 8
+
+// poll looks at the rings for a while and says whether there is something to do. Kicks stay disarmed meanwhile.
+func (w *worker) poll() (found bool) {
+	if w.served == nil || w.polled {
+		return false
+	}
+	window := w.poller.window(w.now)
+	if w.window.Load() != int64(window) {
+		w.window.Store(int64(window))
+	}
+	if window == 0 || !spinners.enter() {
+		return false
+	}
+	defer spinners.leave()
+	begin, last := w.now, time.Duration(0)
+	for {
+		for range looks {
+			if found = w.pending(); found {
+				break
+			}
+		}
+		w.now = fuseserver.Clock()
+		robbed := last != 0 && w.now-last > theft
+		last = w.now
+		over := w.now-begin >= window
+		switch {
+		case robbed:
+			w.poller.robbed(w.now)
+		case found:
+			w.poller.found()
+		case over:
+			w.poller.vain(w.now)
+		default:
+			continue
+		}
+		w.polled = !found
+		w.served.polled(found, w.now-begin)
+		return found
+	}
+}
+
+// pending says whether a ring has requests, or whether the thread is wanted elsewhere.
+func (w *worker) pending() bool {
+	for _, q := range w.queues {
+		if q.pending() {
+			return true
+		}
+	}
+	return w.ending.Load()
+}
+
 // sleep waits for a kick.
 func (w *worker) sleep(events []unix.EpollEvent) {
 	timeout := -1
-	w.mu.Lock()
-	if w.polling > 0 {
+	if w.kickless.Load() > 0 {
 		timeout = pollInterval
 	}
-	w.mu.Unlock()
+	began := w.now
 	n, err := unix.EpollWait(w.epoll.Int(), events, timeout)
+	w.now = fuseserver.Clock()
+	if w.served != nil && !w.polled {
+		w.poller.slept(w.now - began)
+	}
+	w.served, w.polled = nil, false
 	if err != nil {
 		return // EINTR
 	}

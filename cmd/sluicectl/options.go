@@ -38,6 +38,7 @@ var shareOptions = []option[api.ShareSpec]{
 	{name: "num-request-queues", usage: "offer `N` request queues", field: func(s *api.ShareSpec) any { return &s.RequestQueues }},
 	{name: "max-fds", usage: "keep at most `N` descriptors for inodes, in each graft", field: func(s *api.ShareSpec) any { return &s.MaxFDs }},
 	{name: "max-inodes", usage: "let the guest know at most `N` inodes, in each graft", field: func(s *api.ShareSpec) any { return &s.MaxInodes }},
+	{name: "poll-us", usage: "look for requests for `TIME` before sleeping: 0 (never) to 1000 microseconds, or auto, which polls where it pays", field: func(s *api.ShareSpec) any { return &s.PollUS }},
 }
 
 // graftOption is an option of a graft: of graft add, in the text of share add --graft, and if change is set of graft set.

@@ -33,6 +33,8 @@ type ShareSpec struct {
 	// MaxFDs and MaxInodes bound the descriptors and inodes of each graft; see sluiced(1).
 	MaxFDs    int `json:"max_fds,omitempty" toml:"max-fds"`
 	MaxInodes int `json:"max_inodes,omitempty" toml:"max-inodes"`
+	// PollUS is for how many microseconds requests are looked for before a thread sleeps, 0 to MaxPollUS, or "auto"; "" is that.
+	PollUS string `json:"poll_us,omitempty" toml:"poll-us"`
 }
 
 // GraftSpec says what is to be at one place of a share.

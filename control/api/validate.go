@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -13,6 +14,8 @@ const (
 	MaxRequestQueues = 255
 	// MaxIDRanges bounds a map of ids, as the kernel does (UID_GID_MAP_MAX_EXTENTS): it is gone through for each id.
 	MaxIDRanges = 340
+	// MaxPollUS bounds ShareSpec.PollUS.
+	MaxPollUS = 1000
 )
 
 // Backends that every daemon has.
@@ -83,6 +86,9 @@ func (s *ShareSpec) Problems() []*FieldError {
 	}
 	if s.MaxInodes < 0 {
 		all.add("max_inodes", "%d is out of range: expected a number of inodes, or 0 for the default", s.MaxInodes)
+	}
+	if n, err := strconv.ParseUint(s.PollUS, 10, 32); s.PollUS != "" && s.PollUS != "auto" && (err != nil || n > MaxPollUS) {
+		all.add("poll_us", "%s is no time to poll for: expected auto, or 0 to %d microseconds", quote(s.PollUS), MaxPollUS)
 	}
 	at := make(map[string]int, len(s.Grafts))
 	for i := range s.Grafts {

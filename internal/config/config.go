@@ -116,6 +116,9 @@ type Share struct {
 	// NoOpen has the guest read files and directories without opening them (FUSE_NO_OPEN_SUPPORT).
 	NoOpen bool
 
+	// PollWindow is how long the share's workers look at their rings before they sleep.
+	PollWindow PollWindow
+
 	// MaxFDs bounds the descriptors kept for inodes the guest knows, beside those of the files it has open; 0 derives it
 	// from the limit on open files.
 	MaxFDs int
