@@ -282,6 +282,24 @@ func TestWrongAnswers(t *testing.T) {
 	}
 }
 
+// TestWrittenElsewhere has a server write what it says, but not where the host looks.
+func TestWrittenElsewhere(t *testing.T) {
+	elsewhere := t.TempDir()
+	f, err := os.Create(filepath.Join(elsewhere, "written"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Truncate(64<<20), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	fe := connect(t, frontend.Config{Dir: elsewhere}, honest)
+	defer fe.Close()
+	w, _ := frontend.Find("write128k")
+	if _, err := fe.Run(t.Context(), w, frontend.Limit{Ops: 2}); err == nil || !strings.Contains(err.Error(), "is 0x0000000000000000") {
+		t.Errorf("%v, expected zeros to be found", err)
+	}
+}
+
 func TestStall(t *testing.T) {
 	for _, wait := range []frontend.Wait{frontend.Sleep, frontend.Poll} {
 		l := &liar{hold: make(chan struct{})}
