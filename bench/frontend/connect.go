@@ -38,6 +38,7 @@ type FrontEnd struct {
 	hiprio   *hiprio
 	queues   []*queue
 	uid, gid uint32
+	protocol uint64 // vhost-user's features, as negotiated
 	init     fuseproto.InitOut
 	flags    uint64 // of FUSE_INIT, as negotiated
 	seed     uint64 // of what was written last
@@ -125,11 +126,12 @@ func (f *FrontEnd) negotiate() (uint64, error) {
 	if len(protocol) != 8 {
 		return 0, fmt.Errorf("reply to GET_PROTOCOL_FEATURES has %d bytes, expected 8", len(protocol))
 	}
-	taken := vhostuser.Decode[uint64](protocol) & (vhostuser.VHOST_USER_PROTOCOL_F_MQ | vhostuser.VHOST_USER_PROTOCOL_F_REPLY_ACK)
-	if err := f.conn.SetProtocolFeatures(taken); err != nil {
+	f.protocol = vhostuser.Decode[uint64](protocol) &
+		(vhostuser.VHOST_USER_PROTOCOL_F_MQ | vhostuser.VHOST_USER_PROTOCOL_F_REPLY_ACK | vhostuser.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
+	if err := f.conn.SetProtocolFeatures(f.protocol); err != nil {
 		return 0, err
 	}
-	if taken&vhostuser.VHOST_USER_PROTOCOL_F_MQ != 0 {
+	if f.protocol&vhostuser.VHOST_USER_PROTOCOL_F_MQ != 0 {
 		queues, err := f.conn.GetQueueNum()
 		if err != nil {
 			return 0, err
@@ -147,11 +149,18 @@ func (f *FrontEnd) negotiate() (uint64, error) {
 
 // start sends memory and rings.
 func (f *FrontEnd) start(region guestmem.RegionConfig) error {
-	f.conn.NeedReply = true // as QEMU for this one message
-	err := f.conn.SetMemTable(vhosttest.Region{
+	memory := vhosttest.Region{
 		MemRegion: vhostuser.MemRegion{GuestPhysAddr: region.GuestPhysAddr, Size: region.Size, UserAddr: region.UserAddr, MmapOffset: region.MmapOffset},
 		FD:        f.mem.FD(),
-	})
+	}
+	f.conn.NeedReply = true // as QEMU for this one message
+	var err error
+	// go-fuse has only the one, C virtiofsd before QEMU 5.1 only the other.
+	if f.protocol&vhostuser.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS != 0 {
+		err = f.conn.AddMemReg(memory)
+	} else {
+		err = f.conn.SetMemTable(memory)
+	}
 	f.conn.NeedReply = false
 	if err != nil {
 		return err
