@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"sync"
 	"time"
@@ -34,6 +35,7 @@ const initFlags = fuseproto.FUSE_ASYNC_READ | fuseproto.FUSE_POSIX_LOCKS | fusep
 type FrontEnd struct {
 	config   Config
 	conn     *vhosttest.FrontEnd
+	gone     chan struct{} // closed when the connection is
 	mem      *vqtest.Memory
 	hiprio   *hiprio
 	queues   []*queue
@@ -54,17 +56,25 @@ func Connect(ctx context.Context, c Config) (*FrontEnd, error) {
 	if c.Depth > c.RingSize {
 		return nil, fmt.Errorf("drive a server: depth %d with a ring of %d descriptors, each request takes one", c.Depth, c.RingSize)
 	}
-	conn, err := vhosttest.Dial(c.Socket)
+	socket, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: c.Socket, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("drive the server at %s: %w", c.Socket, err)
 	}
-	f := &FrontEnd{config: c, conn: conn, uid: uint32(os.Getuid()), gid: uint32(os.Getgid())}
+	conn := vhosttest.New(socket)
+	f := &FrontEnd{config: c, conn: conn, gone: make(chan struct{}), uid: uint32(os.Getuid()), gid: uint32(os.Getgid())}
 	stop := context.AfterFunc(ctx, func() { _ = conn.CloseWrite() })
 	defer stop()
 	if err := f.connect(); err != nil {
+		close(f.gone)
 		f.release()
 		return nil, fmt.Errorf("drive the server at %s: %w", c.Socket, errors.Join(err, context.Cause(ctx)))
 	}
+	go func() {
+		// The server has nothing more to say: when this ends it has gone, or Close was called.
+		_ = socket.SetReadDeadline(time.Time{})
+		conn.Discard()
+		close(f.gone)
+	}()
 	return f, nil
 }
 
@@ -241,6 +251,7 @@ func (f *FrontEnd) Close() error {
 
 func (f *FrontEnd) release() {
 	_ = f.conn.Close()
+	<-f.gone
 	if f.hiprio != nil {
 		f.hiprio.ring.close()
 	}
@@ -339,8 +350,8 @@ func (h *hiprio) wait(n int) error {
 		if len(h.free) >= n {
 			return nil
 		}
-		if w.over(h.f.config.Stall) {
-			return stallError(h.f.config.Stall, []string{h.ring.state(len(h.messages) - len(h.free))})
+		if err := w.over(h.f, h.ring, len(h.messages)-len(h.free)); err != nil {
+			return err
 		}
 	}
 }

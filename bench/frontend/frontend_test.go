@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -68,6 +69,7 @@ func serve(t *testing.T, dir string, queues int, wrap func(*passthrough.FS) fsba
 			return // the test has ended without a connection
 		}
 		defer conn.Close()
+		hangUp.Store(func() { _ = conn.CloseWrite() })
 		_ = device.Serve(context.Background(), conn)
 	}()
 	t.Cleanup(func() {
@@ -79,6 +81,9 @@ func serve(t *testing.T, dir string, queues int, wrap func(*passthrough.FS) fsba
 	})
 	return socket
 }
+
+// hangUp is a func() that makes the server that was connected to last hang up.
+var hangUp atomic.Value
 
 func honest(fs *passthrough.FS) fsbackend.Backend { return fs }
 
@@ -313,6 +318,26 @@ func TestStall(t *testing.T) {
 			t.Errorf("%v, expected ErrStall with 2 requests under way", err)
 		}
 		t.Log(err)
+		close(l.hold)
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestServerGoes has the server hang up in the middle of a Run.
+func TestServerGoes(t *testing.T) {
+	for _, wait := range []frontend.Wait{frontend.Sleep, frontend.Poll} {
+		l := &liar{hold: make(chan struct{})}
+		f := connect(t, frontend.Config{Wait: wait, Stall: time.Hour}, func(fs *passthrough.FS) fsbackend.Backend {
+			l.FS = fs
+			return l
+		})
+		w, _ := frontend.Find("getattr")
+		_, err := f.Run(t.Context(), w, frontend.Limit{Ops: 10, Begin: hangUp.Load().(func())})
+		if err == nil || !strings.Contains(err.Error(), "closed the connection") {
+			t.Errorf("%v, expected that the server has gone", err)
+		}
 		close(l.hold)
 		if err := f.Close(); err != nil {
 			t.Error(err)
