@@ -228,8 +228,11 @@ func measureAll(ctx context.Context, p *plan) (r *report.Report, err error) {
 	if err := frontend.MakeTree(p.dir); err != nil {
 		return r, err
 	}
-	// Where MakeTree has the files that lookup-cold looks up.
-	if p.files, err = floor.Open(p.dir, filepath.Join(p.dir, "cold")); err != nil {
+	// MakeTree's names for what the workloads work on.
+	if p.files, err = floor.Open(floor.Config{
+		Read: filepath.Join(p.dir, "data"), Written: filepath.Join(p.dir, "written"), Dir: filepath.Join(p.dir, "thousand"),
+		Cold: filepath.Join(p.dir, "cold"), Scratch: filepath.Join(p.dir, "scratch"),
+	}); err != nil {
 		return r, err
 	}
 	defer func() { err = errors.Join(err, p.files.Close()) }()

@@ -6,8 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The calls of the floor are raw: a server in any language pays at least this much. None of them sleeps for long, as raw calls
-// must not.
+// The calls of the floor are raw: a server in any language pays at least this much. None of them waits for another thread of
+// ours, as a raw call must not.
 
 func fstat(fd int, st *unix.Stat_t) unix.Errno {
 	_, _, errno := unix.RawSyscall(unix.SYS_FSTAT, uintptr(fd), uintptr(unsafe.Pointer(st)), 0)
@@ -70,9 +70,16 @@ func getdents(fd int, buf []byte) (int, unix.Errno) {
 	return int(n), errno
 }
 
-// exchange reads or writes, by trap, the eight bytes of an eventfd.
-func exchange(trap uintptr, fd int, count *uint64) unix.Errno {
-	_, _, errno := unix.RawSyscall(trap, uintptr(fd), uintptr(unsafe.Pointer(count)), 8)
+// send writes the eight bytes of an eventfd.
+func send(fd int, count *uint64) unix.Errno {
+	_, _, errno := unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(count)), 8)
+	return errno
+}
+
+// receive reads them. It sleeps until another thread sends, which the runtime must know: were it a raw call, who stops the world
+// would stop the other thread first, and wait for this one for ever.
+func receive(fd int, count *uint64) unix.Errno {
+	_, _, errno := unix.Syscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(count)), 8)
 	return errno
 }
 

@@ -18,10 +18,8 @@ import (
 
 // Sizes of what the loops work on, as the front-end's workloads have them: cache misses are part of a cost.
 const (
-	entries   = 1000     // of the directory that is listed
-	known     = 64       // files that are looked up, opened and asked for attributes
-	dataSize  = 64 << 20 // of the file that is read and written
-	inFlight  = 16       // buffers that take turns, as those of 16 requests do
+	known     = 64 // files that are looked up, opened and asked for attributes
+	inFlight  = 16 // buffers that take turns, as those of 16 requests do
 	pageSize  = 4096
 	batch     = 16 // operations between two looks at the clock
 	largest   = 1 << 20
@@ -85,30 +83,30 @@ var loops = []struct {
 	{"seqwrite-4k", "pwritev, in order", transfer(unix.SYS_PWRITEV, 4<<10, true)},
 	{"seqwrite-128k", "pwritev of 32 pages, in order", transfer(unix.SYS_PWRITEV, 128<<10, true)},
 	{"seqwrite-1m", "pwritev of 256 pages, in order", transfer(unix.SYS_PWRITEV, 1<<20, true)},
-	{"readdirplus", "getdents64 of 1,000 entries, fstatat of each", func(f *Files) func() error { return f.list }},
+	{"readdirplus", "getdents64 of all entries, fstatat of each", func(f *Files) func() error { return f.list }},
 	{"create-unlink", "openat(O_CREAT), fstat, close, unlinkat", func(f *Files) func() error {
 		return func() error {
-			fd, errno := openat(f.dir, &created[0], unix.O_CREAT|unix.O_EXCL|unix.O_RDWR, 0o644)
+			fd, errno := openat(f.scratch, &created[0], unix.O_CREAT|unix.O_EXCL|unix.O_RDWR, 0o644)
 			if errno == 0 {
-				errno = join(fstat(fd, &f.st), closeFD(fd), unlinkat(f.dir, &created[0]))
+				errno = join(fstat(fd, &f.st), closeFD(fd), unlinkat(f.scratch, &created[0]))
 			}
 			return failed("create, fstat, close, unlinkat", errno)
 		}
 	}},
 	{"rename", "renameat2", func(f *Files) func() error {
-		from, to := f.names[0], append([]byte("renamed"), 0)
+		from, to := []byte("own\x00"), []byte("renamed\x00")
 		return func() error {
 			// There and back, so that the names are as they were; that is two operations of the workload.
 			f.ops++
-			return failed("renameat2", join(renameat(f.dir, &from[0], &to[0]), renameat(f.dir, &to[0], &from[0])))
+			return failed("renameat2", join(renameat(f.scratch, &from[0], &to[0]), renameat(f.scratch, &to[0], &from[0])))
 		}
 	}},
 	{"setattr", "utimensat, fstat", func(f *Files) func() error {
 		times := [2]unix.Timespec{{Sec: 1}, {Sec: 2}}
-		return func() error { return failed("utimensat, fstat", join(utimensat(f.file, &times), fstat(f.file, &f.st))) }
+		return func() error { return failed("utimensat, fstat", join(utimensat(f.own, &times), fstat(f.own, &f.st))) }
 	}},
 	{"statfs", "fstatfs", func(f *Files) func() error {
-		return func() error { return failed("fstatfs", fstatfs(f.file, &f.statfs)) }
+		return func() error { return failed("fstatfs", fstatfs(f.own, &f.statfs)) }
 	}},
 	{"memcpy-128k", "copy from the page cache, no system call", duplicate(128 << 10)},
 	{"memcpy-1m", "copy from the page cache, no system call", duplicate(1 << 20)},
@@ -162,12 +160,16 @@ func transfer(trap uintptr, size int, sequential bool) func(f *Files) func() err
 		for i := range buffers {
 			buffers[i] = iovecs(f.memory[i*size:(i+1)*size], pageSize)
 		}
+		fd, blocks := f.read, uint64(len(f.data)/size)
+		if trap == unix.SYS_PWRITEV {
+			fd = f.written
+		}
 		return func() error {
 			block := f.step()
 			if !sequential {
 				block = f.random()
 			}
-			n, errno := vectored(trap, f.file, buffers[f.turn%inFlight], int64(block%(dataSize/uint64(size)))*int64(size))
+			n, errno := vectored(trap, fd, buffers[f.turn%inFlight], int64(block%blocks)*int64(size))
 			if errno == 0 && n != size {
 				return fmt.Errorf("%d of %d bytes were moved", n, size)
 			}
@@ -180,7 +182,7 @@ func transfer(trap uintptr, size int, sequential bool) func(f *Files) func() err
 func duplicate(size int) func(f *Files) func() error {
 	return func(f *Files) func() error {
 		return func() error {
-			from := int(f.random()%(dataSize/uint64(size))) * size
+			from := int(f.random()%uint64(len(f.data)/size)) * size
 			to := int(f.step()%inFlight) * size
 			copy(f.memory[to:to+size], f.data[from:from+size])
 			return nil
@@ -188,20 +190,30 @@ func duplicate(size int) func(f *Files) func() error {
 	}
 }
 
+// Config says what the loops work on. What is only read should be what the servers serve: how the page cache holds a file,
+// which depends on how it was written, can double what a READ costs.
+type Config struct {
+	Read    string // a file to read, of some MiB
+	Written string // a file to write to, of the same size
+	Dir     string // a directory of some hundred files to look up, open and list
+	Cold    string // a tree of files to look up for the first time
+	Scratch string // a directory for what is made and removed, on the same file system
+}
+
 // Files are what the loops work on.
 type Files struct {
-	root   string
-	file   int // of dataSize bytes
-	dir    int // with the files names
-	procfd int // /proc/self/fd
-	fds    []int
-	names  [][]byte // C strings
-	links  [][]byte // the fds, as names in procfd
-	cold   []entry
-	dirs   []int  // that the cold files are in
-	memory []byte // of a memfd, as a guest's
-	data   []byte // file's page cache
-	dents  []byte
+	root               string   // a directory in Scratch
+	read, written, dir int      // of Config
+	scratch, own       int      // root, and a file in it
+	procfd             int      // /proc/self/fd
+	fds                []int    // of known files
+	names              [][]byte // of them and all others in dir, C strings
+	links              [][]byte // the fds, as names in procfd
+	cold               []entry
+	dirs               []int  // that the cold files are in
+	memory             []byte // of a memfd, as a guest's
+	data               []byte // the page cache of the file that is read
+	dents              []byte
 
 	turn, ops uint64
 	state     uint64
@@ -216,70 +228,97 @@ type entry struct {
 	name []byte // a C string
 }
 
-// Open makes the files of the loops in a new directory below dir, which should be on the file system that is served. Files that
-// are looked up for the first time are those that are below cold already.
-func Open(dir, cold string) (f *Files, err error) {
-	f = &Files{file: -1, dir: -1, procfd: -1, state: 88172645463325252, dents: make([]byte, dentsSize)}
-	if f.root, err = os.MkdirTemp(dir, "floor-"); err != nil {
-		return nil, err
+// Open opens what the loops work on.
+func Open(cfg Config) (f *Files, err error) {
+	f = &Files{read: -1, written: -1, dir: -1, scratch: -1, own: -1, procfd: -1, state: 88172645463325252, dents: make([]byte, dentsSize)}
+	if err := f.open(cfg); err != nil {
+		return nil, fmt.Errorf("open the files of the floor: %w", errors.Join(err, f.Close()))
 	}
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("make the files of the floor: %w", errors.Join(err, f.Close()))
+	return f, nil
+}
+
+func (f *Files) open(cfg Config) (err error) {
+	if f.root, err = os.MkdirTemp(cfg.Scratch, "floor-"); err != nil {
+		return err
+	}
+	own := filepath.Join(f.root, "own")
+	if err := os.WriteFile(own, nil, 0o644); err != nil {
+		return err
+	}
+	for _, o := range []struct {
+		fd    *int
+		path  string
+		flags int
+	}{
+		{&f.read, cfg.Read, unix.O_RDONLY},
+		{&f.written, cfg.Written, unix.O_RDWR},
+		{&f.dir, cfg.Dir, unix.O_RDONLY | unix.O_DIRECTORY},
+		{&f.scratch, f.root, unix.O_RDONLY | unix.O_DIRECTORY},
+		{&f.own, own, unix.O_RDWR},
+		{&f.procfd, "/proc/self/fd", unix.O_PATH},
+	} {
+		if *o.fd, err = unix.Open(o.path, o.flags|unix.O_CLOEXEC, 0); err != nil {
+			return fmt.Errorf("open %s: %w", o.path, err)
 		}
-	}()
-	file := filepath.Join(f.root, "data")
-	random := make([]byte, dataSize)
-	for i := 0; i < len(random); i += 8 {
-		binary.LittleEndian.PutUint64(random[i:], f.random())
 	}
-	if err := os.WriteFile(file, random, 0o644); err != nil {
-		return f, err
+	if err := f.openKnown(cfg.Dir); err != nil {
+		return err
 	}
-	tree := filepath.Join(f.root, "tree")
-	if err := os.Mkdir(tree, 0o755); err != nil {
-		return f, err
+	if err := f.openCold(cfg.Cold); err != nil {
+		return err
 	}
-	for i := range entries {
-		name := fmt.Sprintf("file-%06d", i)
-		if err := os.WriteFile(filepath.Join(tree, name), nil, 0o644); err != nil {
-			return f, err
+	return f.mapMemory(cfg)
+}
+
+// mapMemory maps the file that is read and what it is read into.
+func (f *Files) mapMemory(cfg Config) error {
+	var sizes [2]int64
+	for i, fd := range []int{f.read, f.written} {
+		if err := unix.Fstat(fd, &f.st); err != nil {
+			return err
 		}
-		f.names = append(f.names, append([]byte(name), 0))
+		sizes[i] = f.st.Size
 	}
-	if f.file, err = unix.Open(file, unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
-		return f, err
+	if sizes[0] != sizes[1] || sizes[0] < largest {
+		return fmt.Errorf("%s and %s have %d and %d bytes, expected the same and at least %d", cfg.Read, cfg.Written, sizes[0], sizes[1], largest)
 	}
-	if f.dir, err = unix.Open(tree, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
-		return f, err
+	var err error
+	if f.data, err = unix.Mmap(f.read, 0, int(sizes[0]), unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE); err != nil {
+		return fmt.Errorf("map %s: %w", cfg.Read, err)
 	}
-	if f.procfd, err = unix.Open("/proc/self/fd", unix.O_PATH|unix.O_CLOEXEC, 0); err != nil {
-		return f, err
+	memfd, err := unix.MemfdCreate("floor", unix.MFD_CLOEXEC)
+	if err != nil {
+		return err
 	}
-	if err := f.openCold(cold); err != nil {
-		return f, err
+	defer unix.Close(memfd)
+	if err := unix.Ftruncate(memfd, inFlight*largest); err != nil {
+		return err
+	}
+	f.memory, err = unix.Mmap(memfd, 0, inFlight*largest, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
+	return err
+}
+
+// openKnown opens some of the files in the directory and notes the names of all.
+func (f *Files) openKnown(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	if len(entries) < known {
+		return fmt.Errorf("%s has %d entries, expected at least %d", dir, len(entries), known)
+	}
+	for _, e := range entries {
+		f.names = append(f.names, append([]byte(e.Name()), 0))
 	}
 	for i := range known {
 		fd, errno := openat(f.dir, &f.names[i][0], unix.O_PATH|unix.O_NOFOLLOW, 0)
 		if errno != 0 {
-			return f, errno
+			return failed("open "+entries[i].Name(), errno)
 		}
 		f.fds = append(f.fds, fd)
 		f.links = append(f.links, append(fmt.Append(nil, fd), 0))
 	}
-	if f.data, err = unix.Mmap(f.file, 0, dataSize, unix.PROT_READ, unix.MAP_SHARED|unix.MAP_POPULATE); err != nil {
-		return f, err
-	}
-	memfd, err := unix.MemfdCreate("floor", unix.MFD_CLOEXEC)
-	if err != nil {
-		return f, err
-	}
-	defer unix.Close(memfd)
-	if err := unix.Ftruncate(memfd, inFlight*largest); err != nil {
-		return f, err
-	}
-	f.memory, err = unix.Mmap(memfd, 0, inFlight*largest, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
-	return f, err
+	return nil
 }
 
 // openCold opens the directories below root and notes the files in them.
@@ -307,10 +346,10 @@ func (f *Files) openCold(root string) error {
 	return err
 }
 
-// Close removes the files.
+// Close closes what Open has opened and removes what it has made.
 func (f *Files) Close() error {
 	var errs []error
-	for _, fd := range slices.Concat(f.fds, f.dirs, []int{f.file, f.dir, f.procfd}) {
+	for _, fd := range slices.Concat(f.fds, f.dirs, []int{f.read, f.written, f.dir, f.scratch, f.own, f.procfd}) {
 		if fd >= 0 {
 			errs = append(errs, unix.Close(fd))
 		}
@@ -320,7 +359,10 @@ func (f *Files) Close() error {
 			errs = append(errs, unix.Munmap(m))
 		}
 	}
-	return errors.Join(append(errs, os.RemoveAll(f.root))...)
+	if f.root != "" {
+		errs = append(errs, os.RemoveAll(f.root))
+	}
+	return errors.Join(errs...)
 }
 
 // step counts operations.
@@ -366,8 +408,8 @@ func (f *Files) list() error {
 			found++
 		}
 	}
-	if found != entries+2 {
-		return fmt.Errorf("the directory has %d entries, expected %d", found, entries+2)
+	if found != len(f.names)+2 {
+		return fmt.Errorf("the directory has %d entries, expected %d", found, len(f.names)+2)
 	}
 	return nil
 }

@@ -1,9 +1,13 @@
 package floor
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -12,20 +16,38 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func open(t *testing.T) *Files {
+// files is how many there are to be listed.
+const files = 100
+
+// tree makes what the loops work on.
+func tree(t *testing.T) Config {
 	t.Helper()
-	cold := t.TempDir()
-	for _, sub := range []string{"a/b", "c"} {
-		if err := os.MkdirAll(filepath.Join(cold, sub), 0o755); err != nil {
+	root := t.TempDir()
+	cfg := Config{
+		Read: filepath.Join(root, "read"), Written: filepath.Join(root, "written"), Dir: filepath.Join(root, "dir"),
+		Cold: filepath.Join(root, "cold"), Scratch: filepath.Join(root, "scratch"),
+	}
+	paths := map[string]int{cfg.Read: 2 << 20, cfg.Written: 2 << 20}
+	for _, name := range []string{"a/b/x", "a/b/y", "c/x", "c/y"} {
+		paths[filepath.Join(cfg.Cold, name)] = 0
+	}
+	for i := range files {
+		paths[filepath.Join(cfg.Dir, fmt.Sprint("file-", i))] = 0
+	}
+	if err := os.Mkdir(cfg.Scratch, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for path, size := range paths {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, make([]byte, size), 0o644)); err != nil {
 			t.Fatal(err)
 		}
-		for _, name := range []string{"x", "y"} {
-			if err := os.WriteFile(filepath.Join(cold, sub, name), nil, 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
 	}
-	f, err := Open(t.TempDir(), cold)
+	return cfg
+}
+
+func open(t *testing.T, cfg Config) *Files {
+	t.Helper()
+	f, err := Open(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,15 +55,16 @@ func open(t *testing.T) *Files {
 		if err := f.Close(); err != nil {
 			t.Error(err)
 		}
-		if _, err := os.Stat(f.root); !os.IsNotExist(err) {
-			t.Errorf("the files are left: %v", err)
+		if left, err := os.ReadDir(cfg.Scratch); err != nil || len(left) > 0 {
+			t.Errorf("files are left: %v, %v", left, err)
 		}
 	})
 	return f
 }
 
 func TestRun(t *testing.T) {
-	f := open(t)
+	cfg := tree(t)
+	f := open(t, cfg)
 	if len(f.cold) != 4 {
 		t.Errorf("%d cold files, want 4", len(f.cold))
 	}
@@ -63,9 +86,10 @@ func TestRun(t *testing.T) {
 		}
 		t.Logf("%-14s %8.3f us", name, float64(r.CPU.Nanoseconds())/float64(r.Ops)/1e3)
 	}
-	left, err := os.ReadDir(filepath.Join(f.root, "tree"))
-	if err != nil || len(left) != entries {
-		t.Errorf("%d files are left, want %d: %v", len(left), entries, err)
+	for dir, want := range map[string]int{cfg.Dir: files, f.root: 1} {
+		if left, err := os.ReadDir(dir); err != nil || len(left) != want {
+			t.Errorf("%d files are left in %s, want %d: %v", len(left), dir, want, err)
+		}
 	}
 }
 
@@ -78,33 +102,47 @@ func descriptors(t *testing.T) int {
 	return len(fds)
 }
 
-func TestOpenWantsColdFiles(t *testing.T) {
+func TestOpenRefuses(t *testing.T) {
 	before := descriptors(t)
-	if _, err := Open(t.TempDir(), t.TempDir()); err == nil || !strings.Contains(err.Error(), "there are no files") {
-		t.Errorf("no cold files: %v", err)
-	}
-	if _, err := Open(filepath.Join(t.TempDir(), "missing"), ""); err == nil {
-		t.Error("a directory that does not exist passes")
+	good, empty := tree(t), t.TempDir()
+	for _, tt := range []struct {
+		change func(c *Config)
+		want   string
+	}{
+		{func(c *Config) { c.Cold = empty }, "there are no files"},
+		{func(c *Config) { c.Cold = "/nowhere" }, "no such file"},
+		{func(c *Config) { c.Dir = c.Cold }, "has 2 entries, expected at least 64"},
+		{func(c *Config) { c.Read = filepath.Join(c.Dir, "file-1") }, "expected the same"},
+		{func(c *Config) { c.Read, c.Written = c.Written+"x", c.Read }, "no such file"},
+		{func(c *Config) { c.Scratch = "/nowhere" }, "no such file"},
+	} {
+		cfg := good
+		tt.change(&cfg)
+		if _, err := Open(cfg); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%+v: %v, want %q", cfg, err, tt.want)
+		}
 	}
 	if after := descriptors(t); after != before {
 		t.Errorf("%d descriptors, before %d", after, before)
+	}
+	if left, err := os.ReadDir(good.Scratch); err != nil || len(left) > 0 {
+		t.Errorf("files are left: %v, %v", left, err)
 	}
 }
 
 // TestRunFailsWhereWorkIsNotDone takes what the loops work on away: a floor that does nothing would be a floor to be proud of.
 func TestRunFailsWhereWorkIsNotDone(t *testing.T) {
-	f := open(t)
-	if err := os.Remove(filepath.Join(f.root, "tree", "file-000007")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(filepath.Join(f.root, "data"), dataSize/2); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(f.root, "tree", "missing"), nil, 0o644); err != nil {
+	cfg := tree(t)
+	f := open(t, cfg)
+	if err := errors.Join(
+		os.Remove(filepath.Join(cfg.Dir, "file-1")), os.Remove(filepath.Join(cfg.Cold, "a/b/y")),
+		os.Truncate(cfg.Read, 1<<20), os.WriteFile(filepath.Join(cfg.Dir, "missing"), nil, 0o644),
+	); err != nil {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{
 		"lookup":      "no such file",
+		"lookup-cold": "no such file",
 		"lookup-miss": "fstatat of a missing file",
 		"read-4k":     "0 of 4096 bytes",
 		"nothing":     "expected one of",
@@ -113,11 +151,11 @@ func TestRunFailsWhereWorkIsNotDone(t *testing.T) {
 			t.Errorf("%s: %v, want %q", name, err, want)
 		}
 	}
-	if err := os.Remove(filepath.Join(f.root, "tree", "missing")); err != nil {
+	if err := os.Remove(filepath.Join(cfg.Dir, "missing")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Run("readdirplus", -1, time.Millisecond); err == nil || !strings.Contains(err.Error(), "1001 entries") {
-		t.Errorf("readdirplus of 999 files: %v", err)
+	if _, err := f.Run("readdirplus", -1, time.Millisecond); err == nil || !strings.Contains(err.Error(), "the directory has 101 entries, expected 102") {
+		t.Errorf("readdirplus of a file less: %v", err)
 	}
 	if _, err := f.Run("getattr", 1023, time.Millisecond); err == nil || !strings.Contains(err.Error(), "run on CPU 1023") {
 		t.Errorf("a CPU that does not exist: %v", err)
@@ -125,7 +163,22 @@ func TestRunFailsWhereWorkIsNotDone(t *testing.T) {
 }
 
 func TestMeasureWake(t *testing.T) {
+	// The world is stopped all the time meanwhile, which must not be for ever.
+	stop := make(chan struct{})
+	var stopping sync.WaitGroup
+	stopping.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				runtime.GC()
+			}
+		}
+	})
 	w, err := MeasureWake(0, 0, 20*time.Millisecond)
+	close(stop)
+	stopping.Wait()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,7 +2,6 @@ package floor
 
 import (
 	"fmt"
-	"runtime"
 	"slices"
 	"time"
 
@@ -32,9 +31,6 @@ func MeasureWake(pinger, ponger int, d time.Duration) (w Wake, err error) {
 		}
 		defer unix.Close(fds[i])
 	}
-	// Raw calls that sleep hold up the garbage collector until they return, here at once; each holds one of the runtime's
-	// processors, of which there must be some more.
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(4, runtime.NumCPU())))
 	const last = 1 << 32
 	ended := make(chan error, 1)
 	go func() {
@@ -42,7 +38,7 @@ func MeasureWake(pinger, ponger int, d time.Duration) (w Wake, err error) {
 			used, rounds := threadCPU(), 0
 			for {
 				var n uint64
-				if errno := exchange(unix.SYS_READ, fds[0], &n); errno != 0 {
+				if errno := receive(fds[0], &n); errno != 0 {
 					return failed("read an eventfd", errno)
 				}
 				if n >= last {
@@ -50,7 +46,7 @@ func MeasureWake(pinger, ponger int, d time.Duration) (w Wake, err error) {
 					return nil
 				}
 				rounds++
-				if errno := exchange(unix.SYS_WRITE, fds[1], &n); errno != 0 {
+				if errno := send(fds[1], &n); errno != 0 {
 					return failed("write an eventfd", errno)
 				}
 			}
@@ -59,13 +55,13 @@ func MeasureWake(pinger, ponger int, d time.Duration) (w Wake, err error) {
 	var taken []time.Duration
 	pinged := onThread(pinger, func() error {
 		var n, one, end uint64 = 0, 1, last
-		defer exchange(unix.SYS_WRITE, fds[0], &end)
+		defer send(fds[0], &end)
 		for begin := time.Now(); time.Since(begin) < d; {
 			sent := time.Now()
-			if errno := exchange(unix.SYS_WRITE, fds[0], &one); errno != 0 {
+			if errno := send(fds[0], &one); errno != 0 {
 				return failed("write an eventfd", errno)
 			}
-			if errno := exchange(unix.SYS_READ, fds[1], &n); errno != 0 {
+			if errno := receive(fds[1], &n); errno != 0 {
 				return failed("read an eventfd", errno)
 			}
 			taken = append(taken, time.Since(sent))

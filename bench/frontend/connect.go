@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"sync"
 	"time"
@@ -34,10 +35,12 @@ const initFlags = fuseproto.FUSE_ASYNC_READ | fuseproto.FUSE_POSIX_LOCKS | fusep
 type FrontEnd struct {
 	config   Config
 	conn     *vhosttest.FrontEnd
+	gone     chan struct{} // closed when the connection is
 	mem      *vqtest.Memory
 	hiprio   *hiprio
 	queues   []*queue
 	uid, gid uint32
+	protocol uint64 // vhost-user's features, as negotiated
 	init     fuseproto.InitOut
 	flags    uint64 // of FUSE_INIT, as negotiated
 	seed     uint64 // of what was written last
@@ -53,17 +56,25 @@ func Connect(ctx context.Context, c Config) (*FrontEnd, error) {
 	if c.Depth > c.RingSize {
 		return nil, fmt.Errorf("drive a server: depth %d with a ring of %d descriptors, each request takes one", c.Depth, c.RingSize)
 	}
-	conn, err := vhosttest.Dial(c.Socket)
+	socket, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: c.Socket, Net: "unix"})
 	if err != nil {
 		return nil, fmt.Errorf("drive the server at %s: %w", c.Socket, err)
 	}
-	f := &FrontEnd{config: c, conn: conn, uid: uint32(os.Getuid()), gid: uint32(os.Getgid())}
+	conn := vhosttest.New(socket)
+	f := &FrontEnd{config: c, conn: conn, gone: make(chan struct{}), uid: uint32(os.Getuid()), gid: uint32(os.Getgid())}
 	stop := context.AfterFunc(ctx, func() { _ = conn.CloseWrite() })
 	defer stop()
 	if err := f.connect(); err != nil {
+		close(f.gone)
 		f.release()
 		return nil, fmt.Errorf("drive the server at %s: %w", c.Socket, errors.Join(err, context.Cause(ctx)))
 	}
+	go func() {
+		// The server has nothing more to say: when this ends it has gone, or Close was called.
+		_ = socket.SetReadDeadline(time.Time{})
+		conn.Discard()
+		close(f.gone)
+	}()
 	return f, nil
 }
 
@@ -125,11 +136,12 @@ func (f *FrontEnd) negotiate() (uint64, error) {
 	if len(protocol) != 8 {
 		return 0, fmt.Errorf("reply to GET_PROTOCOL_FEATURES has %d bytes, expected 8", len(protocol))
 	}
-	taken := vhostuser.Decode[uint64](protocol) & (vhostuser.VHOST_USER_PROTOCOL_F_MQ | vhostuser.VHOST_USER_PROTOCOL_F_REPLY_ACK)
-	if err := f.conn.SetProtocolFeatures(taken); err != nil {
+	f.protocol = vhostuser.Decode[uint64](protocol) &
+		(vhostuser.VHOST_USER_PROTOCOL_F_MQ | vhostuser.VHOST_USER_PROTOCOL_F_REPLY_ACK | vhostuser.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
+	if err := f.conn.SetProtocolFeatures(f.protocol); err != nil {
 		return 0, err
 	}
-	if taken&vhostuser.VHOST_USER_PROTOCOL_F_MQ != 0 {
+	if f.protocol&vhostuser.VHOST_USER_PROTOCOL_F_MQ != 0 {
 		queues, err := f.conn.GetQueueNum()
 		if err != nil {
 			return 0, err
@@ -147,11 +159,18 @@ func (f *FrontEnd) negotiate() (uint64, error) {
 
 // start sends memory and rings.
 func (f *FrontEnd) start(region guestmem.RegionConfig) error {
-	f.conn.NeedReply = true // as QEMU for this one message
-	err := f.conn.SetMemTable(vhosttest.Region{
+	memory := vhosttest.Region{
 		MemRegion: vhostuser.MemRegion{GuestPhysAddr: region.GuestPhysAddr, Size: region.Size, UserAddr: region.UserAddr, MmapOffset: region.MmapOffset},
 		FD:        f.mem.FD(),
-	})
+	}
+	f.conn.NeedReply = true // as QEMU for this one message
+	var err error
+	// go-fuse has only the one, C virtiofsd before QEMU 5.1 only the other.
+	if f.protocol&vhostuser.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS != 0 {
+		err = f.conn.AddMemReg(memory)
+	} else {
+		err = f.conn.SetMemTable(memory)
+	}
 	f.conn.NeedReply = false
 	if err != nil {
 		return err
@@ -232,6 +251,7 @@ func (f *FrontEnd) Close() error {
 
 func (f *FrontEnd) release() {
 	_ = f.conn.Close()
+	<-f.gone
 	if f.hiprio != nil {
 		f.hiprio.ring.close()
 	}
@@ -330,8 +350,8 @@ func (h *hiprio) wait(n int) error {
 		if len(h.free) >= n {
 			return nil
 		}
-		if w.over(h.f.config.Stall) {
-			return stallError(h.f.config.Stall, []string{h.ring.state(len(h.messages) - len(h.free))})
+		if err := w.over(h.f, h.ring, len(h.messages)-len(h.free)); err != nil {
+			return err
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -68,6 +69,7 @@ func serve(t *testing.T, dir string, queues int, wrap func(*passthrough.FS) fsba
 			return // the test has ended without a connection
 		}
 		defer conn.Close()
+		hangUp.Store(func() { _ = conn.CloseWrite() })
 		_ = device.Serve(context.Background(), conn)
 	}()
 	t.Cleanup(func() {
@@ -79,6 +81,9 @@ func serve(t *testing.T, dir string, queues int, wrap func(*passthrough.FS) fsba
 	})
 	return socket
 }
+
+// hangUp is a func() that makes the server that was connected to last hang up.
+var hangUp atomic.Value
 
 func honest(fs *passthrough.FS) fsbackend.Backend { return fs }
 
@@ -282,6 +287,24 @@ func TestWrongAnswers(t *testing.T) {
 	}
 }
 
+// TestWrittenElsewhere has a server write what it says, but not where the host looks.
+func TestWrittenElsewhere(t *testing.T) {
+	elsewhere := t.TempDir()
+	f, err := os.Create(filepath.Join(elsewhere, "written"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Truncate(64<<20), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	fe := connect(t, frontend.Config{Dir: elsewhere}, honest)
+	defer fe.Close()
+	w, _ := frontend.Find("write128k")
+	if _, err := fe.Run(t.Context(), w, frontend.Limit{Ops: 2}); err == nil || !strings.Contains(err.Error(), "is 0x0000000000000000") {
+		t.Errorf("%v, expected zeros to be found", err)
+	}
+}
+
 func TestStall(t *testing.T) {
 	for _, wait := range []frontend.Wait{frontend.Sleep, frontend.Poll} {
 		l := &liar{hold: make(chan struct{})}
@@ -295,6 +318,26 @@ func TestStall(t *testing.T) {
 			t.Errorf("%v, expected ErrStall with 2 requests under way", err)
 		}
 		t.Log(err)
+		close(l.hold)
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestServerGoes has the server hang up in the middle of a Run.
+func TestServerGoes(t *testing.T) {
+	for _, wait := range []frontend.Wait{frontend.Sleep, frontend.Poll} {
+		l := &liar{hold: make(chan struct{})}
+		f := connect(t, frontend.Config{Wait: wait, Stall: time.Hour}, func(fs *passthrough.FS) fsbackend.Backend {
+			l.FS = fs
+			return l
+		})
+		w, _ := frontend.Find("getattr")
+		_, err := f.Run(t.Context(), w, frontend.Limit{Ops: 10, Begin: hangUp.Load().(func())})
+		if err == nil || !strings.Contains(err.Error(), "closed the connection") {
+			t.Errorf("%v, expected that the server has gone", err)
+		}
 		close(l.hold)
 		if err := f.Close(); err != nil {
 			t.Error(err)

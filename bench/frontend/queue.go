@@ -195,8 +195,8 @@ func (c *caller) wait() (written uint32, err error) {
 			_, written := q.ring.take()
 			return written, nil
 		}
-		if w.over(q.f.config.Stall) {
-			return 0, fmt.Errorf("%v: %w", c.m.op, stallError(q.f.config.Stall, []string{q.ring.state(1)}))
+		if err := w.over(q.f, q.ring, 1); err != nil {
+			return 0, fmt.Errorf("%v: %w", c.m.op, err)
 		}
 	}
 }
@@ -207,18 +207,29 @@ type spin struct {
 	until time.Duration
 }
 
-// over counts one look, and says whether they have gone on for longer than d.
-func (s *spin) over(d time.Duration) bool {
+// over counts one look at r, and is an error once they have gone on for longer than Config.Stall or the server has gone.
+func (s *spin) over(f *FrontEnd, r *ring, underWay int) error {
 	s.n++
 	if s.n%256 != 0 {
-		return false
+		return nil
 	}
 	_, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 	if s.until == 0 {
-		s.until = clock() + d
+		s.until = clock() + f.config.Stall
 	}
-	return clock() > s.until
+	select {
+	case <-f.gone:
+		return errGone
+	default:
+	}
+	if clock() > s.until {
+		return stallError(f.config.Stall, []string{r.state(underWay)})
+	}
+	return nil
 }
+
+// errGone is what a Run ends with whose server does.
+var errGone = errors.New("the server has closed the connection while requests are under way")
 
 // ErrStall is wrapped by the error of a Run in which no request has ended for Config.Stall.
 var ErrStall = errors.New("no request has ended")

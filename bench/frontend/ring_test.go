@@ -15,7 +15,7 @@ import (
 // newStubbed returns a front-end that is connected to nobody: the test is the device.
 func newStubbed(t testing.TB, c Config) *FrontEnd {
 	t.Helper()
-	f := &FrontEnd{config: c.withDefaults()}
+	f := &FrontEnd{config: c.withDefaults(), gone: make(chan struct{})}
 	var err error
 	if f.mem, err = vqtest.NewMemory([]guestmem.RegionConfig{{Size: 64 << 20}}); err != nil {
 		t.Fatal(err)

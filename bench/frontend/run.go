@@ -209,15 +209,14 @@ func (f *FrontEnd) watch(ctx context.Context, limit time.Duration, stop, halt *a
 		case <-done:
 			stop.Store(true)
 			done = nil
+		case <-f.gone:
+			f.halt(halt, over)
+			return errGone
 		case now := <-tick.C:
 			if !f.stalls(now, last, since) {
 				continue
 			}
-			halt.Store(true)
-			for _, q := range f.queues {
-				_ = signal(q.ring.call.Int()) // one may be asleep
-			}
-			<-over
+			f.halt(halt, over)
 			states := make([]string, 0, len(f.queues))
 			for _, q := range f.queues {
 				states = append(states, q.ring.state(q.underWay))
@@ -225,6 +224,15 @@ func (f *FrontEnd) watch(ctx context.Context, limit time.Duration, stop, halt *a
 			return stallError(f.config.Stall, states)
 		}
 	}
+}
+
+// halt makes the loops end, and waits until they have.
+func (f *FrontEnd) halt(halt *atomic.Bool, over <-chan struct{}) {
+	halt.Store(true)
+	for _, q := range f.queues {
+		_ = signal(q.ring.call.Int()) // one may be asleep
+	}
+	<-over
 }
 
 // stalls notes the queues' progress in last and since, and says whether one has made none for too long.

@@ -3,6 +3,9 @@
 // One User-Mode Linux boots with a device for each server and cache policy. In each round each workload runs with each of them, in
 // another order each time, with nothing in the guest's caches. Times are by the guest's clock; the CPU time that server and guest use
 // meanwhile is by the host's. A second boot counts FUSE requests, with servers that tell them or log them.
+//
+// On a machine that has other things to do, run it with real-time priority (chrt -r 1), which guest and servers inherit: one request at
+// a time, which is what most programs have under way, is waiting for who is woken to get a CPU.
 package main
 
 import (
