@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -72,6 +73,40 @@ func TestBatchNotifiesOnce(t *testing.T) {
 		}
 		if got := r.device.Stats().Queues[request].Notifications - before; got != 1 {
 			t.Errorf("a batch of %d requests made %d notifications, expected 1", want, got)
+		}
+	}
+}
+
+// watched is the in-memory backend that tells of each GETATTR before it answers.
+type watched struct {
+	*mem.FS
+	getattr func()
+}
+
+func (w *watched) Getattr(c *fsbackend.Context, in *fuseproto.GetattrIn, out *fuseproto.AttrOut) fsbackend.Errno {
+	w.getattr()
+	return w.FS.Getattr(c, in, out)
+}
+
+// A driver that looks sees what is done of a batch while the rest is served, and offers more.
+func TestBatchIsSeenGrowing(t *testing.T) {
+	var driver atomic.Pointer[rigQueue]
+	seen := make(chan uint16, 3*shown)
+	r := newRig(t, &watched{FS: newMem(t), getattr: func() { seen <- driver.Load().UsedIdx() }}, Config{})
+	node, _ := r.mount()
+	q := r.queues[request]
+	before := q.UsedIdx()
+	driver.Store(q)
+	for range 3 * shown {
+		r.offer(request, getattr(node))
+	}
+	r.kick(request)
+	for range 3 * shown {
+		r.next(request)
+	}
+	for i := range 3 * shown {
+		if n, want := <-seen-before, uint16(i/shown*shown); n != want {
+			t.Errorf("when request %d of a batch is served, %d can be seen done, expected %d", i, n, want)
 		}
 	}
 }

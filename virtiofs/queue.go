@@ -18,6 +18,9 @@ import (
 const (
 	// batch is the most requests of one queue served before its worker looks at its other queues and publishes.
 	batch = 64
+	// shown is after how many of them a driver that looks can see what is done. It then offers more while the rest is served, and the
+	// worker finds them without having slept; a driver that waits is notified at the batch's end all the same.
+	shown = 4
 	// batchBytes ends a batch early: small replies should not wait long behind large ones.
 	batchBytes = 256 << 10
 	// cancelGrace is how long a cancelled request gets to notice.
@@ -442,6 +445,13 @@ func (q *queue) completeLocked(head uint16, written uint32) {
 	}
 }
 
+// showLocked has a driver that polls see what has been completed.
+func (q *queue) showLocked() {
+	if err := q.vq.Show(); err != nil {
+		q.failLocked(err)
+	}
+}
+
 // publishLocked shows the guest what has been completed, with one notification if it wants one.
 func (q *queue) publishLocked() {
 	if q.vq == nil {
@@ -517,6 +527,9 @@ func (q *queue) serve(t *task) (next *task, what outcome) {
 			// Given up while it was handled.
 		case done:
 			q.completeLocked(t.chain.Head, written)
+			if n%shown == 0 {
+				q.showLocked()
+			}
 		default:
 			t = q.parkLocked(t, m)
 		}

@@ -122,6 +122,18 @@ func (q *Queue) Push(head uint16, written uint32) (err error) {
 	return nil
 }
 
+// Show lets a driver that polls see the completions staged so far, while others of the same batch are still under way. Publish
+// says of them, too, whether a notification is wanted.
+func (q *Queue) Show() (err error) {
+	defer q.settle(&err)
+	defer sys.Guard(&q.faulted)
+	if !q.bound() {
+		return &q.ringErr
+	}
+	q.ring.show()
+	return nil
+}
+
 // Publish shows all staged completions to the driver with one store of the used index, and says whether the driver wants a
 // notification for them. The first Publish after New always wants one; without anything staged there is none.
 func (q *Queue) Publish() (notify bool, err error) {

@@ -339,6 +339,29 @@ func TestPublish(t *testing.T) {
 				if !serve(3) {
 					t.Error("does not notify when a batch passes used_event")
 				}
+				reap()
+			}
+			// What is shown in the middle of a batch is notified of at its end, whatever the driver has done meanwhile.
+			for _, reaped := range []bool{false, true} {
+				for range 3 {
+					p.Offer(chain)
+				}
+				p.Kick()
+				before := p.UsedIdx()
+				p.push(t, p.pop(t), 0)
+				p.push(t, p.pop(t), 0)
+				if err := p.q.Show(); err != nil || p.UsedIdx() != before+2 {
+					t.Errorf("shows %d elements, expected 2 (%v)", p.UsedIdx()-before, err)
+				}
+				if reaped {
+					reap()
+					p.EnableInterrupt()
+				}
+				p.push(t, p.pop(t), 0)
+				if !p.publish(t) {
+					t.Errorf("does not notify for a batch of which some was shown (reaped: %v)", reaped)
+				}
+				reap()
 			}
 		})
 	}

@@ -25,6 +25,7 @@ type split struct {
 	seen      uint16 // avail.idx when last loaded
 	published uint16 // used.idx as the driver sees it
 	staged    uint16 // used elements written after that
+	told      uint16 // published when the driver was last notified, or found not to want that
 	flags     uint16 // used.flags
 	started   bool   // published has been taken from the ring
 	signalled bool   // a Publish has been, so that the driver's used_event means something
@@ -48,6 +49,7 @@ func (s *split) bind(c Config, m *guestmem.Map) error {
 	s.desc, s.avail, s.used = mem[0], mem[1], mem[2]
 	if !s.started {
 		s.published = load16(s.used, idxOff)
+		s.told = s.published
 		s.started = true
 	}
 	s.seen = s.next
@@ -87,15 +89,23 @@ func (s *split) push(head uint16, written uint32) {
 	s.staged++
 }
 
-// publish shows the staged elements to the driver and says whether it wants to be notified.
+// show lets the driver see the staged elements, if it looks.
+func (s *split) show() {
+	if s.staged > 0 {
+		s.published += s.staged
+		s.staged = 0
+		s.storeUsed()
+	}
+}
+
+// publish shows the staged elements to the driver and says whether it wants to be notified of all since the last time.
 func (s *split) publish() bool {
-	if s.staged == 0 {
+	s.show()
+	old := s.told
+	if old == s.published {
 		return false
 	}
-	old := s.published
-	s.published += s.staged
-	s.staged = 0
-	s.storeUsed()
+	s.told = s.published
 	if !s.signalled {
 		// What the driver last heard of is not known.
 		s.signalled = true
