@@ -131,8 +131,9 @@ func baseSignals(pid int) Rules {
 var baseDescriptors = Rules{
 	"close":    MatchAll{}, // everyone
 	"fstat":    MatchAll{}, // virtiofs: kick and call fds; guestmem: a region's file; passthrough: GETATTR
-	"pread64":  MatchAll{}, // Go: the cgroup's CPU limit, for GOMAXPROCS
+	"pread64":  MatchAll{}, // Go: the cgroup's CPU limit, for GOMAXPROCS; as preadv2
 	"preadv2":  MatchAll{}, // fsbackend.Sink: files to guest memory
+	"pwrite64": MatchAll{}, // as pwritev2, from one piece of memory
 	"pwritev2": MatchAll{}, // fsbackend.Source: guest memory to files
 	"read":     MatchAll{}, // Go: net, os; virtiofs: kick pipes
 	"write":    MatchAll{}, // Go: net, os, the log, tracebacks; virtiofs: call fds
