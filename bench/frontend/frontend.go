@@ -33,16 +33,19 @@ const (
 
 // Config says how a server is driven.
 type Config struct {
-	Socket   string // path of the server's vhost-user socket
-	Queues   int    // request queues that are driven; 0 means 1
-	Depth    int    // requests under way on each queue; 0 means 1
-	RingSize int    // descriptors of each ring, a power of 2; 0 means 256
+	Socket string // path of the server's vhost-user socket
+	Queues int    // request queues that are driven; 0 means 1
+	Depth  int    // requests under way on each queue; 0 means 1
+	// RingSize is how many descriptors each ring has, a power of 2; 0 means 512, as a request of 1 MiB takes 260 of Pages.
+	RingSize int
 	Layout   Layout
 	Wait     Wait
 	// CPUs are what the driver's threads may run on; empty means any.
 	CPUs []int
 	// Stall is how long no request may end before Run gives up with an error that says what state the rings are in; 0 means 10 s.
 	Stall time.Duration
+	// Dir is the directory that the server shares, in which what was written is verified; empty means by READ.
+	Dir string
 }
 
 // Validate says what is wrong with c.
