@@ -119,6 +119,7 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 		}
 		return p.dumpFilter(cfg, what)
 	}
+	limitMemory(p.getenv)
 	box, handed, err := enterBox(cfg)
 	if err != nil {
 		return err
