@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -115,13 +116,35 @@ func TestSystemCalls(t *testing.T) {
 	}
 }
 
-// build builds sluiced as it is, without the profile, by which all of it would be compiled anew.
-func build(t testing.TB) string {
-	t.Helper()
-	program := filepath.Join(t.TempDir(), "sluiced")
+// scratch is a directory for all tests.
+var scratch string
+
+func TestMain(m *testing.M) {
+	var err error
+	if scratch, err = os.MkdirTemp("", "sluice"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	status := m.Run()
+	_ = os.RemoveAll(scratch)
+	os.Exit(status)
+}
+
+// built is sluiced as it is, without the profile, by which all of it would be compiled anew.
+var built = sync.OnceValues(func() (string, error) {
+	program := filepath.Join(scratch, "sluiced")
 	cmd := exec.Command("go", "build", "-pgo=off", "-o", program, "github.com/sluicefs/sluice/cmd/sluiced")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v: %v\n%s", cmd, err, out)
+		return "", fmt.Errorf("%v: %w\n%s", cmd, err, out)
+	}
+	return program, nil
+})
+
+func build(t testing.TB) string {
+	t.Helper()
+	program, err := built()
+	if err != nil {
+		t.Fatal(err)
 	}
 	return program
 }
