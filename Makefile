@@ -1,10 +1,11 @@
 # make            build bin/sluiced, bin/sluicectl and bin/sluice-agent
 # make test       install what is missing, then all checks and tests, those in real guests too
-# make bench-guest    the same in a guest, with fio, git, tar and others; build/bench-guest/report.md says what came of it
 # make demo       pass files to and from a real guest and compare them
+# make pgo        record anew what the compiler optimises sluiced by, cmd/sluiced/default.pgo, which is committed
 # make guest SHARE=DIR [GUEST=uml]    a shell in a guest with DIR at /mnt
 # make guest SLUICED=PROGRAM [SHARE=DIR] [ARGS="OPTION..."]    the same with a server of your own, and with options for it
 # make bench      compare sluiced with other servers, ten minutes; build/bench/report.md says what came of it (bench/README.md)
+# make bench-guest    the same in a guest, with fio, git, tar and others; build/bench-guest/report.md says what came of it
 SHELL := /bin/bash
 # Where scripts/go.sh puts Go on a machine without one.
 export PATH := $(PATH):$(CURDIR)/build/go/bin
@@ -25,6 +26,7 @@ GUEST_TESTS := ./test/...
 all: build
 
 # One static file. libseccomp is a C library, so this takes a C compiler; `make build-nocgo` does without both, and without seccomp.
+# The compiler reads cmd/sluiced/default.pgo by itself (-pgo=auto), and compiles all that sluiced is made of anew when that changes.
 build: bin/sluiced bin/sluicectl bin/sluice-agent
 bin/sluiced: FORCE
 	@pkg-config --exists libseccomp || { echo "libseccomp is missing: run 'make setup', or 'make build-nocgo' for a sluiced without seccomp" >&2; exit 1; }
@@ -44,6 +46,11 @@ build-arm64:
 	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) build -trimpath -o bin/arm64/ ./cmd/...
 	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) vet ./...
 	CGO_ENABLED=0 $(GO) vet ./...
+
+# After a change of the hot path, on a machine that does nothing else; [PGO_SECONDS=4] for each workload.
+PGO_SECONDS ?= 4
+pgo:
+	@scripts/pgo.sh $(PGO_SECONDS)
 
 setup:
 	@scripts/setup.sh
@@ -108,7 +115,6 @@ fuzz:
 clean:
 	rm -rf bin build
 
-FORCE:
 # The benchmark's second level, in a guest; build/bench-guest/report.md says what came of it.
 setup-bench:
 	@scripts/setup.sh --bench
@@ -116,4 +122,5 @@ setup-bench:
 bench-guest: setup-bench build
 	$(GO) run -exec '$(SUDO)' ./bench/guest $(BENCH)
 
-.PHONY: all bench bench-guest bench-quick setup-bench build build-nocgo build-arm64 setup peers demo guest test check lint unit test-guest test-guest-sandboxes test-guest-full seccomp-seen fuzz clean FORCE
+FORCE:
+.PHONY: all bench bench-guest bench-quick setup-bench build pgo build-nocgo build-arm64 setup peers demo guest test check lint unit test-guest test-guest-sandboxes test-guest-full seccomp-seen fuzz clean FORCE

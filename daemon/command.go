@@ -32,24 +32,34 @@ func newCommand(cfg *config.Config, groups []extensions.FlagGroup, serve func(*p
 			"with the options of virtiofsd.\n\n" +
 			"With --config, --share or --control-socket it serves any number of shares, which can be added, changed\n" +
 			"and removed while it runs: see sluicectl --help.",
-		Version: buildVersion(),
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) > 0 {
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 && !wantsVersion(cmd) {
 				return usageError{fmt.Errorf("unexpected argument %q; expected options only", args[0])}
 			}
 			return nil
 		},
-		RunE:                  func(cmd *cobra.Command, _ []string) error { return serve(cmd.Flags()) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if wantsVersion(cmd) {
+				_, err := fmt.Fprintln(cmd.OutOrStdout(), cmd.Name(), buildVersion())
+				return err
+			}
+			return serve(cmd.Flags())
+		},
 		SilenceErrors:         true,
 		SilenceUsage:          true,
 		DisableFlagsInUseLine: true,
 	}
-	cmd.SetVersionTemplate("{{.Name}} {{.Version}}\n")
 	cmd.SetFlagErrorFunc(explainFlagError)
 	cmd.CompletionOptions.DisableDefaultCmd = true
 	cmd.SetHelpCommand(&cobra.Command{Hidden: true}) // --help is the one way
 	addFlags(cmd, cfg)
-	cmd.SetUsageTemplate(usageTemplate(cmd.Flags(), groups))
+	own := pflag.NewFlagSet("", pflag.ContinueOnError)
+	own.SortFlags = false
+	own.AddFlagSet(cmd.Flags())
+	cmd.SetUsageFunc(func(asked *cobra.Command) error {
+		_, err := io.WriteString(asked.OutOrStderr(), usage(asked, own, groups))
+		return err
+	})
 	for _, g := range groups {
 		cmd.Flags().AddFlagSet(g.Flags) // which passes over those that there are already: see checkNames
 	}
@@ -105,16 +115,30 @@ func checkNames(groups []extensions.FlagGroup) (err error) {
 	return err
 }
 
-// usageTemplate is what --help shows below the description: the options, those of each extension by themselves.
-func usageTemplate(own *pflag.FlagSet, groups []extensions.FlagGroup) string {
+// usage is what --help shows below the description: the options, those of each extension by themselves. It is a function and not
+// one of cobra's templates, for with text/template the linker keeps every exported method of every type: half the program again.
+func usage(asked *cobra.Command, own *pflag.FlagSet, groups []extensions.FlagGroup) string {
 	var b strings.Builder
-	b.WriteString("Usage:\n  {{.UseLine}}\n{{if not .HasParent}}{{range .Commands}}{{if not .Hidden}}  {{.CommandPath}}\n{{end}}{{end}}")
+	b.WriteString("Usage:\n  " + asked.UseLine() + "\n")
+	if asked.HasParent() {
+		return b.String()
+	}
+	for _, sub := range asked.Commands() {
+		if !sub.Hidden {
+			b.WriteString("  " + sub.CommandPath() + "\n")
+		}
+	}
 	b.WriteString("\nOptions:\n" + own.FlagUsages())
 	for _, g := range groups {
 		b.WriteString("\nOptions of the extension " + g.Extension + ":\n" + g.Flags.FlagUsages())
 	}
-	b.WriteString("{{end}}")
 	return b.String()
+}
+
+// wantsVersion says whether cmd, which has been parsed, is to print the version and nothing else.
+func wantsVersion(cmd *cobra.Command) bool {
+	wants, err := cmd.Flags().GetBool("version")
+	return err == nil && wants
 }
 
 // wantsCapabilities says whether args hold --print-capabilities, which overrides everything else, even what is wrong

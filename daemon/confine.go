@@ -135,20 +135,12 @@ func (w *worker) listener(cfg config.Config) (*listen.Listener, error) {
 	return listen.FD(fd)
 }
 
-// report is the file for what --seccomp log and trace see.
-func (w *worker) report() (*os.File, error) {
+// outputs are the files to be written at the end.
+func (w *worker) outputs() (outputs, error) {
 	if w.handed == nil {
-		return createReport(w.cfg)
+		return createOutputs(w.cfg)
 	}
-	return w.handed[handedReport], nil
-}
-
-func createReport(cfg config.Config) (*os.File, error) {
-	f, err := os.Create(cfg.SeccompReport)
-	if err != nil {
-		return nil, fmt.Errorf("--seccomp-report: %w", err)
-	}
-	return f, nil
+	return handedOutputs(w.cfg, w.handed[handedOutput:]), nil
 }
 
 // tellReady tells the service manager, or the launching process, which does.
@@ -224,6 +216,7 @@ func (w *worker) confine(registry extensions.Registry, caps sandbox.CapSet, t *t
 	}
 	base := seccomp.BaseOptions{
 		PID: os.Getpid(), Syslog: w.cfg.Syslog, OwnSocket: w.handed == nil && w.cfg.SocketPath != "", Link: w.cfg.Managed(),
+		Profile: w.cfg.CPUProfile != "",
 	}
 	rules, err := t.rules(registry, base, w.cfg, caps)
 	if err != nil {
@@ -267,7 +260,7 @@ func (p *program) dumpFilter(cfg config.Config, what *source) error {
 	if err != nil {
 		return err
 	}
-	base := seccomp.BaseOptions{Syslog: cfg.Syslog, Link: cfg.Managed(), OwnSocket: !cfg.Managed() && cfg.SocketPath != "" && cfg.Sandbox != config.SandboxNamespace}
+	base := seccomp.BaseOptions{Syslog: cfg.Syslog, Link: cfg.Managed(), Profile: cfg.CPUProfile != "", OwnSocket: !cfg.Managed() && cfg.SocketPath != "" && cfg.Sandbox != config.SandboxNamespace}
 	t := anything(registry)
 	if !cfg.Managed() {
 		if t, err = p.openAny(cfg, what, log); err != nil {

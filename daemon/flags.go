@@ -70,6 +70,7 @@ var options = []option{
 	{name: "max-inodes", usage: "let the guest know at most `N` inodes at a time; by default 16777216", field: func(c *config.Config) any { return &c.Share.MaxInodes }},
 
 	{name: "log-level", usage: "log `LEVEL`: error, warn, info, debug, trace or off", field: func(c *config.Config) any { return &c.LogLevel }},
+	{name: "cpu-profile", usage: "write what the serving process spends CPU time on to `FILE` at the end, for go tool pprof", files: true, field: func(c *config.Config) any { return &c.CPUProfile }},
 	{name: "syslog", usage: "log to syslog (facility user) instead of standard error", field: func(c *config.Config) any { return &c.Syslog }},
 }
 

@@ -29,7 +29,7 @@ var virtiofsdOptions = []string{
 var ourOptions = []string{
 	"bundle", "spec", "backend", "list-extensions", "persist", "num-request-queues", "max-fds", "max-inodes", "posix-lock", "flock",
 	"no-open", "poll-us",
-	"seccomp-report", "config", "check-config", "share", "control-socket", "control-group", "allow-extension",
+	"seccomp-report", "cpu-profile", "config", "check-config", "share", "control-socket", "control-group", "allow-extension",
 }
 
 func TestVirtiofsdOptions(t *testing.T) {

@@ -67,9 +67,10 @@ const maxThreads = 1 << 17
 // serve, then serve what the keeper asks for.
 func (p *program) workManaged(ctx context.Context, w *worker, m *managed) (err error) {
 	cfg, log := w.cfg, w.log
-	if cfg.SeccompReport != "" {
-		report := w.handed[handedLinkReport]
-		defer func() { err = errors.Join(err, seccomp.WriteReport(report), report.Close()) }()
+	out := handedOutputs(cfg, w.handed[handedLinkOutput:])
+	defer func() { err = errors.Join(err, out.end()) }()
+	if err := out.begin(); err != nil {
+		return err
 	}
 	if err := setLimits(&cfg, log); err != nil {
 		return err

@@ -27,7 +27,7 @@ import (
 // Descriptors handed to a server by its keeper, in this order.
 const (
 	handedLink       = iota
-	handedLinkReport // the file of --seccomp-report, if there is one
+	handedLinkOutput // the first of the outputs that there are
 )
 
 // keepCaps are what the keeper does with privileges, if it has them: it opens directories, copies what is mounted there, creates
@@ -183,19 +183,15 @@ func (p *program) startServer(cfg config.Config, m *managed, k *keeper) (*server
 	if err != nil {
 		return nil, usageError{err}
 	}
-	files := []*os.File{handedLink: nil}
-	if cfg.SeccompReport != "" {
-		report, err := createReport(cfg)
-		if err != nil {
-			return nil, err
-		}
-		files = append(files, report)
-	}
 	mine, theirs, err := link.Pair()
 	if err != nil {
 		return nil, err
 	}
-	files[handedLink] = theirs
+	out, err := createOutputs(cfg)
+	if err != nil {
+		return nil, errors.Join(err, mine.Close(), theirs.Close())
+	}
+	files := append([]*os.File{handedLink: theirs}, out.files()...)
 	if k.line, err = link.NewKeeper(mine); err != nil {
 		return nil, errors.Join(err, theirs.Close())
 	}

@@ -29,7 +29,7 @@ func (e statusError) Error() string {
 const (
 	handedSocket = iota
 	handedReady  // the write end of a pipe: a byte once it serves
-	handedReport // the file of --seccomp-report, if there is one
+	handedOutput // the first of the outputs that there are
 )
 
 // launch starts the serving process, tells the service manager when that is ready, passes signals on, and returns when it
@@ -58,13 +58,11 @@ func (p *program) launch(cfg config.Config, what *source, log *slog.Logger, sign
 	}
 	defer ready.Close()
 	files := []*os.File{handedSocket: socket, handedReady: toldReady}
-	if cfg.SeccompReport != "" {
-		report, err := createReport(cfg)
-		if err != nil {
-			return errors.Join(err, socket.Close(), toldReady.Close())
-		}
-		files = append(files, report)
+	out, err := createOutputs(cfg)
+	if err != nil {
+		return errors.Join(err, socket.Close(), toldReady.Close())
 	}
+	files = append(files, out.files()...)
 
 	child, err := sandbox.Start(sandbox.Launch{
 		Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args, Keep: toRemoveSocket(cfg),

@@ -119,6 +119,7 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 		}
 		return p.dumpFilter(cfg, what)
 	}
+	limitMemory(p.getenv)
 	box, handed, err := enterBox(cfg)
 	if err != nil {
 		return err
@@ -203,12 +204,13 @@ type worker struct {
 // work is what the serving process does: prepare, enter the sandbox, open the tree, give up what is not needed, serve.
 func (p *program) work(ctx context.Context, w *worker) (err error) {
 	cfg, log := w.cfg, w.log
-	if cfg.SeccompReport != "" {
-		report, err := w.report()
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, seccomp.WriteReport(report), report.Close()) }()
+	out, err := w.outputs()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, out.end()) }()
+	if err := out.begin(); err != nil {
+		return err
 	}
 	if err := setLimits(&cfg, log); err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/pflag"
@@ -22,8 +23,8 @@ const (
 )
 
 var (
-	nameShape       = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
-	capabilityShape = regexp.MustCompile(`^CAP_[A-Z][A-Z0-9_]*$`)
+	nameShape       = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`) })
+	capabilityShape = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^CAP_[A-Z][A-Z0-9_]*$`) })
 )
 
 // Registry is a set of extensions, in the order they are asked in. It is a value that cannot change; the zero value has
@@ -76,7 +77,7 @@ func NewRegistry(exts ...Extension) (Registry, error) {
 			return Registry{}, err
 		}
 		switch earlier := slices.Index(r.Names(), name); {
-		case !nameShape.MatchString(name):
+		case !nameShape().MatchString(name):
 			return Registry{}, fmt.Errorf("extension %s: bad name %q: expected 1 to 32 of a-z, 0-9 and '-', and a letter first", e.name, name)
 		case reserved(name):
 			return Registry{}, fmt.Errorf("extension %s: the name %q is that of a backend of the daemon's own: choose another", e.name, name)
@@ -198,7 +199,7 @@ func (r Registry) Needs(spec *specs.Spec) (Needs, error) {
 			all.Files = appendNew(all.Files, file)
 		}
 		for _, name := range needs.Capabilities {
-			if !capabilityShape.MatchString(name) {
+			if !capabilityShape().MatchString(name) {
 				return Needs{}, fmt.Errorf("extension %s: SandboxNeeds: capability %q: expected a name of capabilities(7), such as CAP_SYS_ADMIN", e.name, name)
 			}
 			all.Capabilities = appendNew(all.Capabilities, name)

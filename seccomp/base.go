@@ -21,6 +21,8 @@ type BaseOptions struct {
 	Link bool
 	// Syslog is for a log that goes to syslog(3): after an error of its socket it connects anew.
 	Syslog bool
+	// Profile is for a daemon that has Go's profiler measure what CPU time goes to.
+	Profile bool
 }
 
 // Base returns the rules for what the daemon itself calls once it is set up, whatever backends it has: Go's runtime, the C
@@ -40,6 +42,9 @@ func Base(o BaseOptions) Source {
 	}
 	if o.Syslog {
 		s.addRules(baseSyslog)
+	}
+	if o.Profile {
+		s.addRules(baseProfile)
 	}
 	return s
 }
@@ -174,4 +179,12 @@ var baseSyslog = Rules{
 	"connect":     MatchAll{},
 	"getpeername": MatchAll{},
 	"socket":      PerArg{0: Int32(unix.AF_UNIX), 2: Int32(0)},
+}
+
+// baseProfile is the clocks of Go's CPU profiler: one of the process, and one of each thread.
+var baseProfile = Rules{
+	"setitimer":     MatchAll{},
+	"timer_create":  MatchAll{},
+	"timer_delete":  MatchAll{},
+	"timer_settime": MatchAll{},
 }

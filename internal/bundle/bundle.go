@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"sync"
 	"unicode/utf8"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -29,7 +30,7 @@ const (
 )
 
 // versionShape is semantic versioning's, of the major version that this package knows.
-var versionShape = regexp.MustCompile(`^1\.[0-9]+\.[0-9]+([-+][0-9A-Za-z.+-]+)?$`)
+var versionShape = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^1\.[0-9]+\.[0-9]+([-+][0-9A-Za-z.+-]+)?$`) })
 
 // Bundle is a configuration and the directory that its relative paths start from.
 type Bundle struct {
@@ -117,7 +118,7 @@ func parse(data []byte) (*specs.Spec, error) {
 		return nil, fmt.Errorf("1:1: %w", err)
 	case spec.Version == "":
 		return nil, errors.New("1:1: ociVersion is missing: expected the JSON of an OCI runtime configuration, with a version of 1.0.0 or later")
-	case !versionShape.MatchString(spec.Version):
+	case !versionShape().MatchString(spec.Version):
 		return nil, fmt.Errorf("1:1: ociVersion %q: expected 1.0.0 or later, below 2", spec.Version)
 	}
 	return &spec, nil

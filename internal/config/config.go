@@ -78,6 +78,8 @@ type Config struct {
 	Seccomp Seccomp
 	// SeccompReport is a file for what log and trace have seen; "" writes none.
 	SeccompReport string
+	// CPUProfile is a file for a profile of what the serving process's CPU time goes to, as pprof has it; "" writes none.
+	CPUProfile string
 
 	// RlimitNofile is the limit on open files to set, soft and hard; 0 leaves it as it is, DefaultNofile is the default.
 	RlimitNofile int64

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 
 	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/internal/config"
@@ -146,7 +147,7 @@ func (r *report) checkPort(at string, port uint32) {
 }
 
 // operationName is how the OpenAPI document names operations.
-var operationName = regexp.MustCompile(`^[a-z][A-Za-z0-9]{0,63}$`)
+var operationName = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[a-z][A-Za-z0-9]{0,63}$`) })
 
 // checkAllow is about what guests may do. Shares that do not exist are no mistake: they may be added later.
 func (r *report) checkAllow(at string, allow, shares []string) {
@@ -154,7 +155,7 @@ func (r *report) checkAllow(at string, allow, shares []string) {
 		r.add(at+".allow", "nothing is allowed: expected names of operations, such as getHealth")
 	}
 	for i, name := range allow {
-		if !operationName.MatchString(name) {
+		if !operationName().MatchString(name) {
 			r.add(fmt.Sprintf("%s.allow[%d]", at, i), "%s is no operation: expected a name such as getHealth", quote(name))
 		}
 	}

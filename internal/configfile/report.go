@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -89,7 +90,7 @@ func (r *report) err() error {
 }
 
 // keyAtStart finds the key of a line.
-var keyAtStart = regexp.MustCompile(`^\s*([A-Za-z0-9_.-]{1,200})\s*=`)
+var keyAtStart = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^\s*([A-Za-z0-9_.-]{1,200})\s*=`) })
 
 // syntax adds what go-toml cannot read. That seldom knows the key, and never the table.
 func (r *report) syntax(data []byte, err error) {
@@ -98,7 +99,7 @@ func (r *report) syntax(data []byte, err error) {
 		line, _ = e.Position()
 	}
 	key, heads := r.tree.tableAt(line)
-	if m := keyAtStart.FindSubmatch(r.tree.text(data, line)); m != nil && !heads {
+	if m := keyAtStart().FindSubmatch(r.tree.text(data, line)); m != nil && !heads {
 		if key != "" {
 			key += "."
 		}

@@ -13,6 +13,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/sys"
 )
 
 // Launch is how the program is started again in namespaces of its own. The zero value is the same command line, and for an
@@ -99,7 +101,7 @@ func Start(l Launch) (*Child, error) {
 	}
 	defer ready.Close()
 	c := &Child{cmd: l.command(life, answer), lifeline: lifeline}
-	err = c.cmd.Start()
+	err = l.start(c.cmd)
 	// The child has them now, and its end must be seen.
 	_, _ = life.Close(), answer.Close()
 	if err != nil {
@@ -146,6 +148,32 @@ func (l Launch) command(life, answer *os.File) *exec.Cmd {
 		Stdout: os.Stdout, Stderr: os.Stderr,
 		ExtraFiles: append([]*os.File{life, answer}, l.Files...), SysProcAttr: attr,
 	}
+}
+
+// start starts the child with an empty bounding set, if it can: the child then has not to empty it on each of its threads, 41
+// times, which is a third of the time that it takes to serve. What the child has meanwhile it has by its inheritable set.
+func (l Launch) start(cmd *exec.Cmd) error {
+	has, errno := sys.ThreadCaps()
+	if errno != 0 {
+		return fmt.Errorf("read the capabilities: %w", errno)
+	}
+	if l.unshareUser() || !CapSet(has.Effective).Has(capOf(unix.CAP_SETPCAP)) {
+		return cmd.Start() // a new user namespace begins with all of them
+	}
+	p := newPorter()
+	err := p.do(func() error {
+		has.Inheritable = has.Permitted
+		if errno := sys.SetThreadCaps(has); errno != 0 {
+			return fmt.Errorf("have the child inherit the capabilities: %w", errno)
+		}
+		for number := range lastCap() + 1 {
+			if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(number), 0, 0, 0); err != nil {
+				return fmt.Errorf("drop %s from the bounding set of the child: %w", capOf(number), err)
+			}
+		}
+		return cmd.Start()
+	})
+	return errors.Join(err, p.end())
 }
 
 // unshareUser says whether the child gets a user namespace.

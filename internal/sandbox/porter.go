@@ -21,10 +21,16 @@ type porter struct {
 	tasks *os.File // /proc/self/task
 }
 
-// startPorter starts a thread that unshares flags, runs setup and then what do is given.
-func startPorter(flags int, setup func() error) (*porter, error) {
+// newPorter starts a thread that nothing else runs on.
+func newPorter() *porter {
 	p := &porter{work: make(chan func() error), tried: make(chan error)}
 	go p.run()
+	return p
+}
+
+// startPorter starts a thread that unshares flags, runs setup and then what do is given.
+func startPorter(flags int, setup func() error) (*porter, error) {
+	p := newPorter()
 	err := p.do(func() error {
 		if err := unix.Unshare(flags); err != nil {
 			return fmt.Errorf("give a thread a root directory of its own: %w", err)

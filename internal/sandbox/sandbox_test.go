@@ -336,6 +336,18 @@ func TestNotConfined(t *testing.T) {
 	}
 }
 
+// TestEmptyFromTheStart sees that the process in the sandbox, where its launcher can see to that, has all privileges that it begins
+// with and cannot come by others.
+func TestEmptyFromTheStart(t *testing.T) {
+	needRoot(t)
+	found, _ := enter[map[string]thread](t, root, scenario{View: View{Sources: []Source{{Path: tree(t, root)}}}, Unconfined: true, Threads: 3, Probe: "threads"})
+	for tid, state := range found {
+		if !state.Effective.Has(capOf(unix.CAP_SYS_ADMIN)|capOf(unix.CAP_SETFCAP)) || state.Bounding != 0 {
+			t.Errorf("thread %s: %+v", tid, state)
+		}
+	}
+}
+
 // TestAttempts tries to get out.
 func TestAttempts(t *testing.T) {
 	eachKind(t, func(t *testing.T, w who, mode Mode) {
