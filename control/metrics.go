@@ -31,6 +31,14 @@ var (
 	descKicks         = desc("queue_kicks_total", "Kicks by the guest.", "share", "queue")
 	descNotifications = desc("queue_notifications_total", "Notifications of the guest.", "share", "queue")
 	descPolls         = desc("queue_polls_total", "Looks at a virtqueue without a kick.", "share", "queue")
+	descPollWindow    = desc("queue_poll_window_seconds", "How long a virtqueue's worker polls before it sleeps.", "share", "queue")
+	descPollHits      = desc("queue_poll_hits_total", "Polls of a virtqueue that ended with a request.", "share", "queue")
+	descPollMisses    = desc("queue_poll_misses_total", "Polls of a virtqueue in vain.", "share", "queue")
+	descPollSeconds   = desc("queue_poll_seconds_total", "Time spent polling a virtqueue.", "share", "queue")
+
+	descRelieved = desc("calls_relieved_total", "Calls that took so long that another thread has gone on with their queues.", "share")
+	descSlowOps  = desc("slow_opcodes", "Opcodes whose calls have slept lately.", "share")
+	descAvoided  = desc("slow_requests_total", "Requests of slow opcodes that went to other threads at once.", "share")
 
 	descInodes     = desc("inodes", "Inodes that the guest knows.", "share")
 	descInodeTiers = desc("inodes_by_tier", "Inodes by how they are found again.", "share", "tier")
@@ -169,7 +177,14 @@ func collectShare(ch chan<- prometheus.Metric, s *api.ShareStats) {
 		counter(ch, descKicks, q.Kicks, s.Tag, queue)
 		counter(ch, descNotifications, q.Notifications, s.Tag, queue)
 		counter(ch, descPolls, q.Polls, s.Tag, queue)
+		gauge(ch, descPollWindow, float64(q.PollWindow)/1e9, s.Tag, queue)
+		counter(ch, descPollHits, q.PollHits, s.Tag, queue)
+		counter(ch, descPollMisses, q.PollMisses, s.Tag, queue)
+		seconds(ch, descPollSeconds, q.PollNanoseconds, s.Tag, queue)
 	}
+	counter(ch, descRelieved, s.Relieved, s.Tag)
+	gauge(ch, descSlowOps, float64(s.SlowOps), s.Tag)
+	counter(ch, descAvoided, s.Avoided, s.Tag)
 	gauge(ch, descInodes, float64(s.Inodes), s.Tag)
 	for tier, n := range s.InodeTiers {
 		gauge(ch, descInodeTiers, float64(n), s.Tag, tier)
@@ -195,6 +210,12 @@ func histogram(ch chan<- prometheus.Metric, op api.OpStats, tag string) {
 
 func gauge(ch chan<- prometheus.Metric, d *prometheus.Desc, value float64, labels ...string) {
 	m, err := prometheus.NewConstMetric(d, prometheus.GaugeValue, value, labels...)
+	send(ch, d, m, err)
+}
+
+// seconds is counter for a sum of nanoseconds.
+func seconds(ch chan<- prometheus.Metric, d *prometheus.Desc, nanoseconds uint64, labels ...string) {
+	m, err := prometheus.NewConstMetric(d, prometheus.CounterValue, float64(nanoseconds)/1e9, labels...)
 	send(ch, d, m, err)
 }
 

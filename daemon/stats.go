@@ -36,6 +36,9 @@ func shareStats(tag string, d virtiofs.Stats) api.ShareStats {
 		Tag:          tag,
 		BytesRead:    d.Requests.BytesRead,
 		BytesWritten: d.Requests.BytesWritten,
+		Relieved:     d.Relieved,
+		SlowOps:      d.SlowOpcodes,
+		Avoided:      d.Avoided,
 		Inodes:       backend.Inodes,
 		FDs: map[string]uint64{
 			"opath": backend.FDs.OPath, "open": backend.FDs.Open, "mount": backend.FDs.Mount, "lock": backend.FDs.Lock,
@@ -56,6 +59,7 @@ func shareStats(tag string, d virtiofs.Stats) api.ShareStats {
 	for i, q := range d.Queues {
 		s.Queues = append(s.Queues, api.QueueStats{
 			Index: i, Size: q.Size, Depth: uint64(max(q.Depth, 0)), Kicks: q.Kicks, Notifications: q.Notifications, Polls: q.Polls,
+			PollWindow: uint64(q.PollWindow), PollHits: q.PollHits, PollMisses: q.PollMisses, PollNanoseconds: uint64(q.PollTime),
 		})
 	}
 	return s

@@ -91,7 +91,8 @@ func TestShareStatsLeaveNothingOut(t *testing.T) {
 
 func TestShareStats(t *testing.T) {
 	d := virtiofs.Stats{
-		Queues:    []virtiofs.QueueStats{{Size: 128}, {Size: 256, Depth: 3, Kicks: 4, Polls: 5, Notifications: 6}},
+		Queues:   []virtiofs.QueueStats{{Size: 128}, {Size: 256, Depth: 3, Kicks: 4, Polls: 5, Notifications: 6, PollWindow: 7, PollHits: 8, PollMisses: 9, PollTime: 10}},
+		Relieved: 12, SlowOpcodes: 13, Avoided: 14,
 		Abandoned: 2,
 		Requests: fuseserver.Snapshot{
 			Ops: []fuseserver.OpStats{
@@ -113,7 +114,8 @@ func TestShareStats(t *testing.T) {
 		name      string
 		got, want any
 	}{
-		{"queues", s.Queues, []api.QueueStats{{Index: 0, Size: 128}, {Index: 1, Size: 256, Depth: 3, Kicks: 4, Notifications: 6, Polls: 5}}},
+		{"queues", s.Queues, []api.QueueStats{{Index: 0, Size: 128}, {Index: 1, Size: 256, Depth: 3, Kicks: 4, Notifications: 6, Polls: 5, PollWindow: 7, PollHits: 8, PollMisses: 9, PollNanoseconds: 10}}},
+		{"calls", []uint64{s.Relieved, uint64(s.SlowOps), s.Avoided}, []uint64{12, 13, 14}},
 		{"descriptors", s.FDs, map[string]uint64{"opath": 4, "open": 5, "mount": 6, "lock": 7}},
 		{"tiers", s.InodeTiers, map[string]uint64{"opath": 1, "handle": 2, "name": 3}},
 		{"errors of what is unknown", s.Ops[0].Errors, map[string]uint64{"ENOSYS": 1}},

@@ -34,11 +34,12 @@ type worker struct {
 	window atomic.Int64  // nanoseconds that it polls for at present; 0: not at all
 
 	// The thread's alone.
-	now    time.Duration // fuseserver.Clock when last looked at
-	served *queue        // the last one with requests since the thread slept; nil: none
-	polled bool          // in vain, since then
-	poller poller
-	scores scores
+	now     time.Duration // fuseserver.Clock when last looked at
+	yielded time.Duration // when it last let the scheduler have the thread
+	served  *queue        // the last one with requests since the thread slept; nil: none
+	polled  bool          // in vain, since then
+	poller  poller
+	scores  scores
 }
 
 // kick is a kick fd under watch: an eventfd or a pipe, or none at all (VHOST_USER_VRING_NOFD_MASK).
@@ -50,6 +51,11 @@ type kick struct {
 }
 
 const wakeSlot = -1
+
+// yieldInterval is how often a busy thread passes through Go's scheduler. One that does not for 10 ms is taken for stuck by the
+// runtime's sysmon, which then looks every 20 µs, and takes the P away, whenever it meets the thread in a system call
+// (runtime/proc.go, retake): with everything on one CPU that was 5 % of it.
+const yieldInterval = 7 * time.Millisecond
 
 // pollInterval is how often rings without a kick fd are looked at, in milliseconds.
 const pollInterval = 1
@@ -239,6 +245,10 @@ func (w *worker) run() {
 				return
 			}
 			rest = rest && what == idle
+		}
+		if w.now-w.yielded > yieldInterval {
+			w.yielded = w.now
+			runtime.Gosched()
 		}
 		if !rest || w.poll() {
 			continue

@@ -10,6 +10,11 @@ type ShareStats struct {
 	BytesWritten uint64 `json:"bytes_written"`
 	// Queues are hiprio and the request queues.
 	Queues []QueueStats `json:"queues,omitempty"`
+	// Relieved counts calls that took so long that another thread has gone on with their queues. SlowOps (gauge) are opcodes
+	// whose calls have slept lately, Avoided the requests of theirs that went to other threads at once.
+	Relieved uint64 `json:"relieved"`
+	SlowOps  int    `json:"slow_ops"`
+	Avoided  uint64 `json:"avoided"`
 
 	// Inodes (gauge) the guest knows. FDs (gauges) are descriptors by tier: "opath" for inodes, "open" for files the guest has
 	// open, "mount" for mounts, "lock" for locks.
@@ -52,6 +57,12 @@ type QueueStats struct {
 	Kicks         uint64 `json:"kicks"`
 	Notifications uint64 `json:"notifications"`
 	Polls         uint64 `json:"polls"`
+	// PollWindow is for how many nanoseconds its worker polls at present before it sleeps (gauge), 0 when it does not. PollHits
+	// are polls that have ended with a request, PollMisses those in vain, PollNanoseconds how long all took.
+	PollWindow      uint64 `json:"poll_window"`
+	PollHits        uint64 `json:"poll_hits"`
+	PollMisses      uint64 `json:"poll_misses"`
+	PollNanoseconds uint64 `json:"poll_nanoseconds"`
 }
 
 // Stats are everything.
