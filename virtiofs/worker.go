@@ -57,6 +57,10 @@ const wakeSlot = -1
 // (runtime/proc.go, retake): with everything on one CPU that was 5 % of it.
 const yieldInterval = 7 * time.Millisecond
 
+// longSleep is how long a sleep is after which the thread need not pass through the scheduler: with requests that far apart
+// the runtime takes the P away sooner for not knowing better, and then leaves everybody alone.
+const longSleep = 500 * time.Microsecond
+
 // pollInterval is how often rings without a kick fd are looked at, in milliseconds.
 const pollInterval = 1
 
@@ -374,6 +378,9 @@ func (w *worker) sleep(events []unix.EpollEvent) {
 	began := w.now
 	n, err := unix.EpollWait(w.epoll.Int(), events, timeout)
 	w.now = fuseserver.Clock()
+	if w.now-began > longSleep {
+		w.yielded = w.now
+	}
 	if w.served != nil && !w.polled {
 		w.poller.slept(w.now - began)
 	}
