@@ -12,7 +12,7 @@ import (
 
 const (
 	// callTick is how often the watch looks at the workers' calls: one that it meets twice is stuck.
-	callTick = 10 * time.Millisecond
+	callTick = 20 * time.Millisecond
 	// lateness is how late the watch may come and still believe that a call has had its CPU.
 	lateness = callTick / 2
 	// slowCall is how long a call takes that has slept, or has lost its CPU.

@@ -55,7 +55,11 @@ const wakeSlot = -1
 // yieldInterval is how often a busy thread passes through Go's scheduler. One that does not for 10 ms is taken for stuck by the
 // runtime's sysmon, which then looks every 20 µs, and takes the P away, whenever it meets the thread in a system call
 // (runtime/proc.go, retake): with everything on one CPU that was 5 % of it.
-const yieldInterval = 7 * time.Millisecond
+const yieldInterval = 4 * time.Millisecond
+
+// longSleep is how long a sleep is after which the thread need not pass through the scheduler: with requests that far apart
+// the runtime takes the P away sooner for not knowing better, and then leaves everybody alone.
+const longSleep = 500 * time.Microsecond
 
 // pollInterval is how often rings without a kick fd are looked at, in milliseconds.
 const pollInterval = 1
@@ -374,6 +378,9 @@ func (w *worker) sleep(events []unix.EpollEvent) {
 	began := w.now
 	n, err := unix.EpollWait(w.epoll.Int(), events, timeout)
 	w.now = fuseserver.Clock()
+	if w.now-began > longSleep {
+		w.yielded = w.now
+	}
 	if w.served != nil && !w.polled {
 		w.poller.slept(w.now - began)
 	}
