@@ -3,6 +3,7 @@ package virtiofs
 import (
 	"bytes"
 	"encoding/binary"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -75,6 +76,37 @@ func TestBatchNotifiesOnce(t *testing.T) {
 			t.Errorf("a batch of %d requests made %d notifications, expected 1", want, got)
 		}
 	}
+}
+
+// However many FORGETs come one by one, the guest is not interrupted for each: but it is, in the end.
+func TestForgetsNotifyTogether(t *testing.T) {
+	const n = 30 // fewer than hold back too much of the ring
+	r := newRig(t, newMem(t), Config{})
+	r.mount()
+	q := r.queues[hiprio]
+	forget := call{op: fuseproto.FUSE_FORGET, node: 2, args: body(uint64(0)), noReply: true}
+	r.offer(hiprio, forget)
+	r.kick(hiprio)
+	r.next(hiprio) // the first of all is notified of whatever it is
+	before, began := r.device.Stats().Queues[hiprio].Notifications, time.Now()
+	for i := range n {
+		at := q.UsedIdx()
+		r.offer(hiprio, forget)
+		r.kick(hiprio)
+		for q.UsedIdx() == at {
+			if time.Since(began) > patience {
+				t.Fatalf("FORGET %d is not done", i)
+			}
+			runtime.Gosched()
+		}
+		q.Used()
+		q.EnableInterrupt()
+	}
+	got, most := r.device.Stats().Queues[hiprio].Notifications-before, uint64(time.Since(began)/hold)+1
+	if got > most {
+		t.Errorf("%d notifications of %d FORGETs, expected at most %d", got, n, most)
+	}
+	awaitFD(t, q.call.Int())
 }
 
 // watched is the in-memory backend that tells of each GETATTR before it answers.

@@ -23,6 +23,11 @@ const (
 	shown = 4
 	// batchBytes ends a batch early: small replies should not wait long behind large ones.
 	batchBytes = 256 << 10
+	// hold is how long a notification of hiprio's may be kept back, for others to go with it: nobody waits for a FORGET's end, and
+	// each notification interrupts the guest in what it does next.
+	hold = 2 * time.Millisecond
+	// holdShare is the part of hiprio's ring that may wait for that.
+	holdShare = 4
 	// cancelGrace is how long a cancelled request gets to notice.
 	cancelGrace = 500 * time.Millisecond
 )
@@ -56,6 +61,10 @@ type queue struct {
 	seen   uint64 // calls when the watch last looked
 
 	due due
+
+	// Of hiprio.
+	held    bool // a notification is: see hold
+	holding int  // requests done meanwhile
 
 	// Counters; see QueueStats.
 	polls, notifications uint64
@@ -201,6 +210,7 @@ func (q *queue) stop(timeout time.Duration) (base uint32, err error) {
 		}
 	}
 	q.publishLocked()
+	q.releaseLocked()
 	base = uint32(q.vq.Base())
 	q.worker.unwatch(q.kick)
 	q.bound.Release()
@@ -498,6 +508,7 @@ func (q *queue) serve(t *task) (next *task, what outcome) {
 	}
 	w.served, w.polled = q, false
 	m, run := q.bound.Retain(), q.run
+	served := 0
 	for n, bytes := 1, uint64(0); ; n++ {
 		if q.bound != m { // rebound since
 			m.Release()
@@ -533,14 +544,44 @@ func (q *queue) serve(t *task) (next *task, what outcome) {
 		default:
 			t = q.parkLocked(t, m)
 		}
+		served = n
 		if what == relieved || n == batch || bytes >= batchBytes || q.run != run || !q.runningLocked() || !q.popLocked(t) {
 			break
 		}
 	}
 	q.publishLocked()
+	if q.index == 0 && what != relieved {
+		q.holdLocked(served)
+	}
 	q.unlock()
 	m.Release()
 	return t, what
+}
+
+// holdLocked keeps the notification of so many of hiprio's requests back, unless that would keep much of its ring.
+func (q *queue) holdLocked(served int) {
+	if q.due.call && !q.held {
+		q.due.call, q.held = false, true
+		q.worker.held = q.worker.now
+	}
+	if q.held {
+		if q.holding += served; q.holding >= q.num/holdShare {
+			q.releaseLocked()
+		}
+	}
+}
+
+// releaseLocked gives the notification that has been kept back.
+func (q *queue) releaseLocked() {
+	if q.held {
+		q.held, q.holding, q.due.call = false, 0, true
+	}
+}
+
+func (q *queue) release() {
+	q.mu.Lock()
+	defer q.unlock()
+	q.releaseLocked()
 }
 
 // look says whether its worker has made calls since the last look, or is in one: stuck, if it is still the same.

@@ -73,12 +73,12 @@ func TestStuckCallIsRelieved(t *testing.T) {
 	for range 100 {
 		r.must(request, getattr(node))
 		r.must(request, read(node, fh, 0, 4096))
-		r.do(hiprio, call{op: fuseproto.FUSE_FORGET, node: node, args: body(uint64(0)), noReply: true})
 	}
+	r.do(hiprio, call{op: fuseproto.FUSE_FORGET, node: node, args: body(uint64(0)), noReply: true})
 	if s := r.device.Stats(); s.Relieved == 0 || s.SlowOpcodes == 0 || s.Queues[request].Depth != 1 {
 		t.Errorf("with a WRITE that hangs: %+v", s)
 	}
-	// The next ones do not even get to the worker.
+	// The next ones do not even get to the worker, but for one if it has taken so long until they come.
 	heads := []uint16{first}
 	for range 10 {
 		heads = append(heads, r.offer(request, write(node, fh, []byte("def"))))
@@ -88,8 +88,8 @@ func TestStuckCallIsRelieved(t *testing.T) {
 	d.await(t, 11)
 	r.must(request, getattr(node))
 	s := r.device.Stats()
-	if s.Avoided < 10 || d.onPool.Load() < 10 {
-		t.Errorf("%d WRITEs went to the pool at once, %d were made there, expected 10: %+v", s.Avoided, d.onPool.Load(), s)
+	if s.Avoided < 9 || d.onPool.Load() < 9 {
+		t.Errorf("%d WRITEs went to the pool at once, %d were made there, expected 9 or 10: %+v", s.Avoided, d.onPool.Load(), s)
 	}
 	d.release()
 	for range heads {

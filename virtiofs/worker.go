@@ -38,6 +38,7 @@ type worker struct {
 	yielded time.Duration // when it last let the scheduler have the thread
 	served  *queue        // the last one with requests since the thread slept; nil: none
 	polled  bool          // in vain, since then
+	held    time.Duration // since when a notification of hiprio's is held back; 0: none is
 	poller  poller
 	scores  scores
 }
@@ -250,6 +251,7 @@ func (w *worker) run() {
 			}
 			rest = rest && what == idle
 		}
+		w.release()
 		if w.now-w.yielded > yieldInterval {
 			w.yielded = w.now
 			runtime.Gosched()
@@ -369,11 +371,21 @@ func (w *worker) pending() bool {
 	return w.ending.Load()
 }
 
+// release gives a notification that was held back for long enough.
+func (w *worker) release() {
+	if w.held != 0 && w.now-w.held >= hold {
+		w.held = 0
+		w.queues[0].release()
+	}
+}
+
 // sleep waits for a kick.
 func (w *worker) sleep(events []unix.EpollEvent) {
 	timeout := -1
 	if w.kickless.Load() > 0 {
 		timeout = pollInterval
+	} else if w.held != 0 {
+		timeout = int(hold / time.Millisecond)
 	}
 	began := w.now
 	n, err := unix.EpollWait(w.epoll.Int(), events, timeout)
