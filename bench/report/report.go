@@ -220,6 +220,8 @@ type verdict struct {
 	Limit
 	Value    Summary
 	Measured bool
+	// Alone is the floor's CPU time ÷ Than's, 0 where that is not known: below it no server can come.
+	Alone float64
 }
 
 func (r *Report) verdict(l Limit) verdict {
@@ -227,7 +229,11 @@ func (r *Report) verdict(l Limit) verdict {
 		l.Server = r.subject()
 	}
 	v, ok := r.ratio(key{l.Workload, l.Condition, l.Server, l.Metric}, l.Than)
-	return verdict{l, v, ok}
+	var alone Summary
+	if l.Metric == CPU && l.Than != Floor {
+		alone, _ = r.ratio(key{l.Workload, l.Condition, Floor, CPU}, l.Than)
+	}
+	return verdict{l, v, ok, alone.Median}
 }
 
 // met says that the median is within the limit.
@@ -246,6 +252,8 @@ func (v verdict) String() string {
 		return "met"
 	case v.met():
 		return "met, within noise"
+	case v.Alone > v.Max:
+		return "**not met**, nor by the floor, " + number(v.Alone)
 	case v.sure():
 		return "**not met**"
 	}

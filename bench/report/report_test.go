@@ -192,11 +192,14 @@ func TestVerdict(t *testing.T) {
 		{Summary{0.6, 0.5, 0.7, 9}, "**not met**, within noise"},
 		{Summary{0.6, 0.51, 0.7, 9}, "**not met**"},
 	} {
-		if got := (verdict{Limit{Max: 0.5}, tt.value, true}).String(); got != tt.want {
+		if got := (verdict{Limit{Max: 0.5}, tt.value, true, 0.5}).String(); got != tt.want {
 			t.Errorf("%+v: %q, want %q", tt.value, got, tt.want)
 		}
 	}
-	if got := (verdict{Limit{Max: 0.5}, Summary{}, false}).String(); got != "not measured" {
+	if got := (verdict{Limit{Max: 0.5}, Summary{0.7, 0.6, 0.8, 9}, true, 0.6}).String(); got != "**not met**, nor by the floor, 0.600" {
+		t.Errorf("below the floor is %q", got)
+	}
+	if got := (verdict{Limit{Max: 0.5}, Summary{}, false, 0}).String(); got != "not measured" {
 		t.Errorf("not measured is %q", got)
 	}
 }

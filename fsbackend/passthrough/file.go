@@ -32,6 +32,10 @@ func (fs *FS) Open(_ *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.Op
 	}
 	fh, errno := fs.openNode(in.NodeId, in.Flags, in.Mode)
 	out.Fh = fh
+	if in.Flags&unix.O_ACCMODE == unix.O_RDONLY && !fs.has(fuseproto.FUSE_POSIX_LOCKS) {
+		// There is nothing of its own to flush, not even by way of a mapping.
+		out.OpenFlags |= fuseproto.FOPEN_NOFLUSH
+	}
 	return errno
 }
 
