@@ -9,38 +9,22 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sluicefs/sluice/bench/command"
 	"github.com/sluicefs/sluice/bench/floor"
 	"github.com/sluicefs/sluice/bench/frontend"
 	"github.com/sluicefs/sluice/bench/report"
 	"github.com/sluicefs/sluice/bench/server"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-	case errors.Is(err, errUsage):
-		os.Exit(2)
-	case err != nil:
-		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
-		os.Exit(1)
-	}
-}
-
-// errUsage is an error that was said already, with what is right.
-var errUsage = errors.New("usage")
+func main() { os.Exit(command.Run("bench", run)) }
 
 // options is the command line.
 type options struct {
@@ -66,11 +50,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	flags.StringVar(&o.out, "out", filepath.Join("build", "bench"), "the directory for results")
 	flags.StringVar(&o.dir, "dir", "", "the directory to serve, 150 MiB (default a temporary one); its file system is part of what is measured")
 	flags.BoolVar(&o.syscalls, "syscalls", os.Geteuid() == 0, "count system calls too; takes root and tracefs")
-	if err := flags.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return err
-		}
-		return errUsage
+	if err := command.Parse(flags, args); err != nil {
+		return err
 	}
 	if flags.NArg() > 0 {
 		return fmt.Errorf("unexpected argument %q, all are options: see -help", flags.Arg(0))

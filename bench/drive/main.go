@@ -9,32 +9,16 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
+	"github.com/sluicefs/sluice/bench/command"
 	"github.com/sluicefs/sluice/bench/frontend"
 	"github.com/sluicefs/sluice/bench/meter"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-	case errors.Is(err, errUsage):
-		os.Exit(2)
-	case err != nil:
-		fmt.Fprintln(os.Stderr, "drive:", err)
-		os.Exit(1)
-	}
-}
-
-// errUsage is an error that was said already, with what is right.
-var errUsage = errors.New("usage")
+func main() { os.Exit(command.Run("drive", run)) }
 
 // report is what is printed; per operation unless the name says otherwise.
 type report struct {
@@ -88,11 +72,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	pid := flags.Int("pid", 0, "process `id` of the server, to say what it and its children use")
 	syscalls := flags.Bool("syscalls", false, "count the system calls of -pid too, in a second run; takes root")
 	asJSON := flags.Bool("json", false, "print JSON")
-	if err := flags.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return err
-		}
-		return errUsage
+	if err := command.Parse(flags, args); err != nil {
+		return err
 	}
 	if err := choose(&c, *layout, *wait, *cpus); err != nil {
 		return err

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/sluicefs/sluice/bench/command"
 	"github.com/sluicefs/sluice/fsbackend/passthrough"
 	"github.com/sluicefs/sluice/fuseserver"
 	"github.com/sluicefs/sluice/virtiofs"
@@ -138,7 +139,7 @@ func TestErrors(t *testing.T) {
 		}
 	}
 	var stderr bytes.Buffer
-	if err := run(t.Context(), []string{"-dephth"}, nil, &stderr); !errors.Is(err, errUsage) || !strings.Contains(stderr.String(), "-depth") {
+	if err := run(t.Context(), []string{"-dephth"}, nil, &stderr); !errors.Is(err, command.ErrUsage) || !strings.Contains(stderr.String(), "-depth") {
 		t.Errorf("%v, and printed %q", err, stderr.String())
 	}
 }

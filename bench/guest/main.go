@@ -15,33 +15,17 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
+	"github.com/sluicefs/sluice/bench/command"
 	"github.com/sluicefs/sluice/bench/report"
 	"github.com/sluicefs/sluice/bench/server"
 	"github.com/sluicefs/sluice/internal/testguest"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-	case errors.Is(err, errUsage):
-		os.Exit(2)
-	case err != nil:
-		fmt.Fprintf(os.Stderr, "bench/guest: %v\n", err)
-		os.Exit(1)
-	}
-}
-
-// errUsage is an error that was said already, with what is right.
-var errUsage = errors.New("usage")
+func main() { os.Exit(command.Run("bench/guest", run)) }
 
 // plan is what to run.
 type plan struct {
@@ -116,11 +100,8 @@ func parse(args []string, stderr io.Writer) (*plan, error) {
 	flags.BoolVar(&p.count, "count", true, "count FUSE requests too, in a round of its own")
 	flags.StringVar(&p.dir, "dir", "", "where to make the share (default where temporary files are); its file system is part of what is measured")
 	flags.StringVar(&p.out, "out", filepath.Join("build", "bench-guest"), "the directory for results")
-	if err := flags.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return nil, err
-		}
-		return nil, errUsage
+	if err := command.Parse(flags, args); err != nil {
+		return nil, err
 	}
 	if flags.NArg() > 0 {
 		return nil, fmt.Errorf("unexpected argument %q, all are options: see -help", flags.Arg(0))

@@ -11,23 +11,14 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"runtime"
-	"syscall"
 	"time"
 
+	"github.com/sluicefs/sluice/bench/command"
 	"github.com/sluicefs/sluice/bench/frontend"
 )
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	if err != nil && !errors.Is(err, flag.ErrHelp) {
-		fmt.Fprintln(os.Stderr, "stress:", err)
-		os.Exit(1)
-	}
-}
+func main() { os.Exit(command.Run("stress", run)) }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("stress", flag.ContinueOnError)
@@ -44,7 +35,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	flags.DurationVar(&s.Patience, "patience", 5*time.Millisecond, "`duration` of a wait that is looked into")
 	flags.DurationVar(&c.Stall, "stall", 10*time.Second, "`duration` without an answer after which to give up")
 	flags.Uint64Var(&s.Seed, "seed", uint64(time.Now().UnixNano()), "`number` that chance begins with")
-	if err := flags.Parse(args); err != nil {
+	if err := command.Parse(flags, args); err != nil {
 		return err
 	}
 	if flags.NArg() > 0 || *requests < 1 {
