@@ -561,10 +561,11 @@ func (q *queue) serve(t *task) (next *task, what outcome) {
 // holdLocked keeps the notification of so many of hiprio's requests back, unless that would keep much of its ring.
 func (q *queue) holdLocked(served int) {
 	if q.due.call && !q.held {
-		q.due.call, q.held = false, true
+		q.held = true
 		q.worker.held = q.worker.now
 	}
 	if q.held {
+		q.due.call = false
 		if q.holding += served; q.holding >= q.num/holdShare {
 			q.releaseLocked()
 		}
