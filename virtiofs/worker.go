@@ -340,6 +340,7 @@ func (w *worker) poll() (found bool) {
 			if found = w.pending(); found {
 				break
 			}
+			pause()
 		}
 		w.now = fuseserver.Clock()
 		robbed := last != 0 && w.now-last > theft
