@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -145,10 +144,10 @@ func workloadNames() []string {
 
 // place fills in the CPUs.
 func (o options) place(p *plan) (err error) {
-	if p.drivers, err = parseCPUs(o.drivers); err != nil {
+	if p.drivers, err = command.CPUs(o.drivers); err != nil {
 		return err
 	}
-	if p.serving, err = parseCPUs(o.serving); err != nil {
+	if p.serving, err = command.CPUs(o.serving); err != nil {
 		return err
 	}
 	if len(p.drivers) == 0 || len(p.serving) == 0 {
@@ -170,21 +169,6 @@ func (o options) place(p *plan) (err error) {
 		}
 	}
 	return nil
-}
-
-func parseCPUs(list string) ([]int, error) {
-	if list == "" {
-		return nil, nil
-	}
-	var cpus []int
-	for field := range strings.SplitSeq(list, ",") {
-		n, err := strconv.Atoi(field)
-		if err != nil || n < 0 {
-			return nil, fmt.Errorf("CPUs %q, expected numbers as in 0,2", list)
-		}
-		cpus = append(cpus, n)
-	}
-	return cpus, nil
 }
 
 // ownCPUs are the CPUs that this process may run on.

@@ -9,6 +9,8 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strconv"
+	"strings"
 	"syscall"
 )
 
@@ -22,6 +24,22 @@ func Parse(flags *flag.FlagSet, args []string) error {
 		return ErrUsage
 	}
 	return err
+}
+
+// CPUs takes a list of CPUs apart, as in 0,2; an empty one is none.
+func CPUs(list string) ([]int, error) {
+	if list == "" {
+		return nil, nil
+	}
+	var cpus []int
+	for field := range strings.SplitSeq(list, ",") {
+		n, err := strconv.Atoi(field)
+		if err != nil || n < 0 {
+			return nil, fmt.Errorf("CPUs %q, expected numbers as in 0,2", list)
+		}
+		cpus = append(cpus, n)
+	}
+	return cpus, nil
 }
 
 // Run runs a program until it ends or is told to by a signal, says what went wrong, and returns its exit status: 2 for a

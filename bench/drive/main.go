@@ -9,8 +9,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/sluicefs/sluice/bench/command"
@@ -130,15 +128,9 @@ func choose(c *frontend.Config, layout, wait, cpus string) error {
 	default:
 		return fmt.Errorf("-wait %q, expected poll or sleep", wait)
 	}
-	if cpus == "" {
-		return nil
-	}
-	for field := range strings.SplitSeq(cpus, ",") {
-		n, err := strconv.Atoi(field)
-		if err != nil || n < 0 {
-			return fmt.Errorf("-cpus %q, expected numbers as in 0,2", cpus)
-		}
-		c.CPUs = append(c.CPUs, n)
+	var err error
+	if c.CPUs, err = command.CPUs(cpus); err != nil {
+		return fmt.Errorf("-cpus: %w", err)
 	}
 	return nil
 }
