@@ -8,21 +8,14 @@ package daemon
 import (
 	"context"
 	"os"
-	"runtime"
 
 	"github.com/sluicefs/sluice/extensions"
 )
-
-// minProcs is how many threads run Go code at a time at least: one that serves, and one for everything else.
-const minProcs = 2
 
 // Main runs sluiced with the arguments of the process and these extensions, which are asked in this order, and returns
 // the exit status. It is all that a program's main function does: with --sandbox namespace the program is started again
 // by itself.
 func Main(exts ...extensions.Extension) int {
-	// On one CPU Go would have one P: no worker could poll, and each of its system calls would have the P taken away.
-	if runtime.GOMAXPROCS(0) < minProcs {
-		runtime.GOMAXPROCS(minProcs)
-	}
+	raiseProcs()
 	return run(context.Background(), os.Args[1:], stdio{out: os.Stdout, err: os.Stderr}, exts)
 }

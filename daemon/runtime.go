@@ -5,13 +5,26 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
 )
 
-// What Go's runtime is told, in both processes. GOMAXPROCS is left to it: it follows the CPUs and the cgroup's quota. So is the GC's
-// percentage: what is hot allocates nothing, and garbage is made by what is new only. The user's GOMAXPROCS, GOGC and GOMEMLIMIT count.
+// What Go's runtime is told, in both processes. GOMAXPROCS is left to it, but for its least: it follows the CPUs and the cgroup's quota. So
+// is the GC's percentage: what is hot allocates nothing, and garbage is made by what is new only. The user's GOMAXPROCS above that least,
+// GOGC and GOMEMLIMIT count.
+
+// minProcs is how many threads run Go code at a time at least: one that serves, and one for everything else.
+const minProcs = 2
+
+// raiseProcs has Go run so many. On one CPU it would have one P: no worker could poll, and each of its system calls would have the
+// P taken away.
+func raiseProcs() {
+	if runtime.GOMAXPROCS(0) < minProcs {
+		runtime.GOMAXPROCS(minProcs)
+	}
+}
 
 // memoryShare is the part of the cgroup's memory, in percent, beyond which the garbage collector is to work harder. What is left is
 // for what is not Go's: threads' stacks, and pages of files, which count, too.
