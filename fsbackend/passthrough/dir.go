@@ -23,6 +23,27 @@ func (fs *FS) Opendir(_ *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto
 	return errno
 }
 
+// openDir opens a directory for the guest.
+func (fs *FS) openDir(node uint64, guestFlags uint32) (uint64, errno) {
+	var r ref
+	if errno := fs.resolve(node, &r); errno != 0 {
+		return 0, errno
+	}
+	defer fs.put(&r)
+	if r.typ != typeDir {
+		return 0, unix.ENOTDIR
+	}
+	flags := unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC
+	if fs.cfg.PreserveNoatime {
+		flags |= int(guestFlags) & unix.O_NOATIME
+	}
+	fd, errno := sys.OpenDot(r.fd, flags)
+	if errno != 0 {
+		return 0, limit(errno)
+	}
+	return fs.openHandle(node, fd, uint32(flags), true)
+}
+
 // Releasedir implements fsbackend.DirReader.
 func (fs *FS) Releasedir(_ *fsbackend.Context, in *fuseproto.ReleaseIn) {
 	fs.release(in)

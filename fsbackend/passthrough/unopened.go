@@ -6,7 +6,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fuseproto"
-	"github.com/sluicefs/sluice/internal/sys"
 )
 
 // noOpenFlags are about OPEN and OPENDIR answered ENOSYS, upon which Linux sends neither of them, nor a release, again: it reads with
@@ -109,25 +108,4 @@ func (fs *FS) forgetUnopened(node, count uint64) {
 		fs.closeHandle(h)
 		fs.handles.put(h)
 	}
-}
-
-// openDir opens a directory for the guest.
-func (fs *FS) openDir(node uint64, guestFlags uint32) (uint64, errno) {
-	var r ref
-	if errno := fs.resolve(node, &r); errno != 0 {
-		return 0, errno
-	}
-	defer fs.put(&r)
-	if r.typ != typeDir {
-		return 0, unix.ENOTDIR
-	}
-	flags := unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC
-	if fs.cfg.PreserveNoatime {
-		flags |= int(guestFlags) & unix.O_NOATIME
-	}
-	fd, errno := sys.OpenDot(r.fd, flags)
-	if errno != 0 {
-		return 0, limit(errno)
-	}
-	return fs.openHandle(node, fd, uint32(flags), true)
 }
