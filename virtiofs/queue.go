@@ -508,8 +508,8 @@ func (q *queue) serve(t *task) (next *task, what outcome) {
 	}
 	w.served, w.polled = q, false
 	m, run := q.bound.Retain(), q.run
-	served := 0
-	for n, bytes := 1, uint64(0); ; n++ {
+	n := 1
+	for bytes := uint64(0); ; n++ {
 		if q.bound != m { // rebound since
 			m.Release()
 			m = q.bound.Retain()
@@ -544,14 +544,13 @@ func (q *queue) serve(t *task) (next *task, what outcome) {
 		default:
 			t = q.parkLocked(t, m)
 		}
-		served = n
 		if what == relieved || n == batch || bytes >= batchBytes || q.run != run || !q.runningLocked() || !q.popLocked(t) {
 			break
 		}
 	}
 	q.publishLocked()
 	if q.index == 0 && what != relieved {
-		q.holdLocked(served)
+		q.holdLocked(n)
 	}
 	q.unlock()
 	m.Release()
@@ -585,11 +584,14 @@ func (q *queue) release() {
 	q.releaseLocked()
 }
 
+// calledLocked says whether its worker has made calls since the last look, or is in one.
+func (q *queue) calledLocked() bool { return q.inCall || q.calls != q.seen }
+
 // look says whether its worker has made calls since the last look, or is in one: stuck, if it is still the same.
 func (q *queue) look() (called, stuck bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	called, stuck = q.inCall || q.calls != q.seen, q.inCall && q.calls == q.seen
+	called, stuck = q.calledLocked(), q.inCall && q.calls == q.seen
 	q.seen = q.calls
 	return called, stuck
 }

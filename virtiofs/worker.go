@@ -309,7 +309,7 @@ func (w *worker) look(late bool) (called bool) {
 func (w *worker) calling() bool {
 	for _, q := range w.queues {
 		q.mu.Lock()
-		called := q.inCall || q.calls != q.seen
+		called := q.calledLocked()
 		q.mu.Unlock()
 		if called {
 			return true
