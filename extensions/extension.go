@@ -55,6 +55,9 @@ type Options struct {
 	// Timeout is how long a call may take until the guest gets EIO and the call is given up; 0 is DefaultTimeout, and
 	// NoTimeout waits for ever.
 	Timeout time.Duration
+	// Stock has calls made as those of the daemon's own backends: on the queue's thread, and, where ErrMayBlock asks for it, on threads shared
+	// with other grafts. Isolation and Timeout do not apply, so no call may wait for anything but a disk. Inline has no meaning with it.
+	Stock bool
 }
 
 const (

@@ -27,7 +27,14 @@ var house = Rules{
 		"control/controltest": {"control/api"},
 
 		"extensions":     {"fsbackend", "seccomp"},
-		"extensions/...": {"extensions", "fsbackend", "fsbackend/...", "fuseproto", "seccomp"},
+		"extensions/...": {"extensions", "extensions/...", "fsbackend", "fsbackend/...", "fuseproto", "seccomp", "internal/program", "internal/sys", "internal/upperdir", "plugin"},
+		// What a layer plug-in speaks is for those who write one, too.
+		"plugin":            {},
+		"internal/program":  {"internal/ratelog", "internal/sandbox", "internal/sys", "seccomp"},
+		"internal/upperdir": {"internal/sys"},
+		// The program with the network: the daemon imports nothing of it.
+		"imagefetch":     {"imagefetch/...", "fsbackend/lazyimage/...", "internal/ratelog", "internal/sys"},
+		"imagefetch/...": {"imagefetch/...", "fsbackend/lazyimage/...", "internal/ratelog", "internal/sys"},
 		"seccomp":        {},
 		"seccomp/...":    {},
 		"share":          {"fsbackend", "fuseproto", "internal/ratelog"},
@@ -41,11 +48,15 @@ var house = Rules{
 		"virtqueue/vqtest":    {"virtqueue", "guestmem", "internal/sys"},
 		"guestmem":            {"internal/sys"},
 
-		"fuseserver":    {"fuseproto", "fsbackend", "internal/sys", "internal/ratelog"},
-		"docs":          {},
-		"fuseproto":     {},
-		"fsbackend":     {"fuseproto", "internal/sys"},
-		"fsbackend/...": {"fsbackend", "fuseproto", "internal/sys"},
+		"fuseserver":              {"fuseproto", "fsbackend", "internal/sys", "internal/ratelog"},
+		"docs":                    {},
+		"fuseproto":               {},
+		"fsbackend":               {"fuseproto", "internal/sys"},
+		"fsbackend/...":           {"fsbackend", "fuseproto", "internal/sys"},
+		"fsbackend/fusebridge":    {"fsbackend", "fuseproto", "internal/ratelog", "internal/sys"},
+		"fsbackend/lazyimage":     {"fsbackend", "fsbackend/lazyimage/...", "fuseproto", "internal/ratelog", "internal/sys"},
+		"fsbackend/lazyimage/...": {"fsbackend/lazyimage/...", "internal/ratelog", "internal/sys"},
+		"fsbackend/pluginlayer":   {"fsbackend", "fuseproto", "internal/ratelog", "internal/sys", "plugin"},
 		// Side by side with others: nothing of the daemon's may import it.
 		"bench":     {"bench/...", "internal/testguest/..."},
 		"bench/...": {"bench/...", "fuseproto", "guestmem", "internal/sys", "internal/testguest/...", "vhostuser", "vhostuser/vhosttest", "virtqueue", "virtqueue/vqtest"},
@@ -64,6 +75,9 @@ var house = Rules{
 		"test/guest/extd":        {"daemon", "extensions", "fsbackend", "fsbackend/...", "seccomp"},
 	},
 	Libraries: map[string][]string{
+		"github.com/containerd/stargz-snapshotter":  {"imagefetch/..."},
+		"github.com/google/go-containerregistry":    {"imagefetch/..."},
+		"github.com/opencontainers/go-digest":       {"imagefetch/..."},
 		"github.com/fsnotify/fsnotify":              {"share/sharer"},
 		"github.com/hanwen/go-fuse":                 {"fuseproto", "fsbackend/gofuse", "fsbackend/fsbackendtest"},
 		"github.com/mdlayher/vsock":                 {"control", "cmd/sluice-agent"},

@@ -26,7 +26,7 @@ const (
 	// MaxFrame is the longest JSON that is sent or taken, in bytes.
 	MaxFrame = 64 << 20
 	// MaxFiles is the most descriptors that go with one question.
-	MaxFiles = 16
+	MaxFiles = 253 // SCM_MAX_FD
 
 	headerSize = 4
 )
