@@ -174,6 +174,7 @@ func (p *program) startServer(cfg config.Config, m *managed, k *keeper) (*server
 	if err != nil {
 		return nil, err
 	}
+	k.registry = registry
 	k.backends = append([]string{extensions.Passthrough, extensions.Mem}, registry.Names()...)
 	needs, err := registry.Needs(m.spec())
 	if err != nil {
@@ -248,7 +249,7 @@ func (k *keeper) addSingle(ctx context.Context, cfg config.Config, what *source)
 	if err := invalid(spec.Validate()); err != nil {
 		return err
 	}
-	grafts, err := openPlan(share.Tag, what)
+	grafts, err := k.openPlan(share.Tag, what)
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ package controltest
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"sync"
@@ -411,6 +412,21 @@ func (d *Daemon) RemoveGraft(ctx context.Context, tag, path string) error {
 	}
 	s.leave(g)
 	return nil
+}
+
+// ActGraft implements control.Daemon. The answer is what was asked; only graft "/" has an action, "echo".
+func (d *Daemon) ActGraft(ctx context.Context, tag, path, action string, arg json.RawMessage) (json.RawMessage, error) {
+	if err := d.enter(ctx, "ActGraft", tag+" "+path+" "+action+" "+string(arg)); err != nil {
+		return nil, err
+	}
+	defer d.mu.Unlock()
+	if _, _, err := d.graft(tag, path); err != nil {
+		return nil, err
+	}
+	if path != "/" || action != "echo" {
+		return nil, api.Errorf(api.CodeInvalid, "%q is nothing that the graft can do", action)
+	}
+	return arg, nil
 }
 
 // Events implements control.Daemon. It also ends when the share is removed.
