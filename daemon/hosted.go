@@ -81,7 +81,12 @@ func (in *inside) openHosted(o *opener, g *share.Graft, order *hostedOrder, file
 	in.mu.Lock()
 	in.hosted[order.ID] = h
 	in.mu.Unlock()
-	g.OnClose = func() { close(h.gone) }
+	g.OnClose = func() {
+		in.mu.Lock()
+		defer in.mu.Unlock()
+		delete(in.hosted, order.ID)
+		close(h.gone)
+	}
 	return nil
 }
 
@@ -135,15 +140,10 @@ func (in *inside) tell(o tellOrder, files []*os.File) (any, error) {
 	return h.tell(o.Method, o.Arg, files)
 }
 
-// awaitGone returns when a graft in two halves is gone for good.
+// awaitGone returns when a graft in two halves is gone for good, as one is that is not known.
 func (in *inside) awaitGone(id uint64) (any, error) {
-	h, err := in.findHosted(id)
-	if err != nil {
-		return nil, err
+	if h, err := in.findHosted(id); err == nil {
+		<-h.gone
 	}
-	<-h.gone
-	in.mu.Lock()
-	delete(in.hosted, id)
-	in.mu.Unlock()
 	return nil, nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -35,6 +36,13 @@ const (
 const keepCaps = sandbox.CapSet(1)<<unix.CAP_SYS_ADMIN | sandbox.CapSet(1)<<unix.CAP_DAC_READ_SEARCH |
 	sandbox.CapSet(1)<<unix.CAP_DAC_OVERRIDE | sandbox.CapSet(1)<<unix.CAP_CHOWN | sandbox.CapSet(1)<<unix.CAP_FOWNER |
 	sandbox.CapSet(1)<<unix.CAP_SYS_PTRACE
+
+// hostedCaps are what halves of extensions outside the sandbox need beyond: they copy files of any kind and owner, and start programs
+// as other users, in namespaces and with large socket buffers.
+const hostedCaps = sandbox.CapSet(1)<<unix.CAP_MKNOD | sandbox.CapSet(1)<<unix.CAP_FSETID | sandbox.CapSet(1)<<unix.CAP_SETFCAP |
+	sandbox.CapSet(1)<<unix.CAP_SETUID | sandbox.CapSet(1)<<unix.CAP_SETGID | sandbox.CapSet(1)<<unix.CAP_SETPCAP |
+	sandbox.CapSet(1)<<unix.CAP_KILL | sandbox.CapSet(1)<<unix.CAP_SYS_CHROOT | sandbox.CapSet(1)<<unix.CAP_SYS_RESOURCE |
+	sandbox.CapSet(1)<<unix.CAP_NET_ADMIN
 
 // modes are the options' words in sandbox's own.
 var modes = map[config.Sandbox]sandbox.Mode{
@@ -196,8 +204,12 @@ func (p *program) startServer(cfg config.Config, m *managed, k *keeper) (*server
 	if k.line, err = link.NewKeeper(mine); err != nil {
 		return nil, errors.Join(err, theirs.Close())
 	}
+	caps := keepCaps
+	if slices.ContainsFunc(registry.All(), func(e extensions.Extension) bool { _, ok := e.(extensions.Hosted); return ok }) {
+		caps |= hostedCaps
+	}
 	child, err := sandbox.Start(sandbox.Launch{
-		Mode: modes[cfg.Sandbox], Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args, Keep: keepCaps, Files: files,
+		Mode: modes[cfg.Sandbox], Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args, Keep: caps, Files: files,
 	})
 	if err != nil {
 		return nil, errors.Join(err, k.line.Close())
