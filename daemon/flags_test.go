@@ -28,7 +28,7 @@ var virtiofsdOptions = []string{
 // ourOptions are those that virtiofsd does not have.
 var ourOptions = []string{
 	"bundle", "spec", "backend", "list-extensions", "persist", "num-request-queues", "max-fds", "max-inodes", "posix-lock", "flock",
-	"no-open", "poll-us",
+	"no-open", "poll-us", "state-dir", "plugin",
 	"seccomp-report", "cpu-profile", "config", "check-config", "share", "control-socket", "control-group", "allow-extension",
 }
 

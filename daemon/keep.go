@@ -1,12 +1,14 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -66,6 +68,10 @@ func (p *program) keep(ctx context.Context, cfg config.Config, m *managed, log *
 	if k.control, err = absolute(cfg.ControlSocket); err != nil {
 		return err
 	}
+	if k.stateDir, err = absolute(stateDir(cfg.StateDir, p.getenv)); err != nil {
+		return err
+	}
+	k.plugins = cfg.Plugins
 	s, err := p.startServer(cfg, m, k)
 	if err != nil {
 		return err
@@ -239,6 +245,20 @@ func (k *keeper) serveAll(ctx context.Context, cfg config.Config, m *managed) er
 		return nil
 	}
 	return k.addSingle(ctx, cfg, m.single)
+}
+
+// stateDir is where the daemon keeps what outlives it; "" says that there is no place for that.
+func stateDir(given string, getenv func(string) string) string {
+	if given != "" || os.Geteuid() == 0 {
+		return cmp.Or(given, "/var/lib/sluice")
+	}
+	if dir := getenv("XDG_STATE_HOME"); filepath.IsAbs(dir) {
+		return filepath.Join(dir, "sluice")
+	}
+	if home := getenv("HOME"); filepath.IsAbs(home) {
+		return filepath.Join(home, ".local/state/sluice")
+	}
+	return ""
 }
 
 // addSingle adds the share of --shared-dir, --bundle or --spec.

@@ -39,7 +39,9 @@ type keeper struct {
 	server   int // its process id
 	started  time.Time
 	registry extensions.Registry // of those that may serve
-	hosted   sync.WaitGroup      // halves of grafts outside the sandbox that are not ended
+	stateDir string
+	plugins  []string
+	hosted   sync.WaitGroup // halves of grafts outside the sandbox that are not ended
 
 	mu     sync.Mutex // no call is made while it is held
 	shares map[string]*kept

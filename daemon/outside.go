@@ -135,7 +135,7 @@ func lowerMounts(tag, path string, lowers []api.LowerSpec) (mounts []extensions.
 
 // outside is what the extension has of the daemon for h.
 func (k *keeper) outside(h *hostedGraft) *extensions.Outside {
-	out := &extensions.Outside{Log: h.log, Tell: h.tell}
+	out := &extensions.Outside{Log: h.log, Tell: h.tell, StateDir: k.stateDir, Plugins: k.plugins}
 	out.OnClose = func(f func() error) {
 		h.mu.Lock()
 		defer h.mu.Unlock()

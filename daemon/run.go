@@ -96,7 +96,7 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	if cfg.ListExtensions {
 		return p.listExtensions()
 	}
-	file, err := loadFile(&cfg, flags)
+	file, err := p.loadFile(&cfg, flags)
 	if err != nil {
 		return err
 	}

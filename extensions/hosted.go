@@ -75,6 +75,11 @@ func (g *Given) Close() {
 type Outside struct {
 	// Log is the daemon's. What a guest or a program can cause is to be logged at a bounded rate.
 	Log *slog.Logger
+	// StateDir is a directory, which need not exist yet, for what outlives the daemon. Each extension has one of its own name in it.
+	// "" says that there is none: the option is --state-dir.
+	StateDir string
+	// Plugins are executables that serve layers; nil leaves it to the default directory.
+	Plugins []string
 	// Open opens m by its Backend: another hosted extension, "passthrough" with a directory as its Source (Given.Files[0] is it,
 	// O_PATH, a private copy of what is mounted there where privileges allow), or "mem".
 	Open func(ctx context.Context, m Mount) (Part, error)

@@ -169,12 +169,12 @@ func (r Registry) hosted(m Mount) (entry, Hosted, error) {
 			return e, h, nil
 		}
 	}
-	return entry{}, nil, fmt.Errorf("backend %q serves nothing that is named in this way: expected one of %s", m.Backend, strings.Join(r.hostedNames(), ", "))
+	known := append([]string{Passthrough, Mem}, r.HostedNames()...)
+	return entry{}, nil, fmt.Errorf("backend %q serves nothing that is named in this way: expected one of %s", m.Backend, strings.Join(known, ", "))
 }
 
-// hostedNames are what Mount.Backend can be.
-func (r Registry) hostedNames() []string {
-	names := []string{Passthrough, Mem}
+// HostedNames are the names of the Hosted extensions, in order.
+func (r Registry) HostedNames() (names []string) {
 	for _, e := range r.entries {
 		if _, ok := e.Extension.(Hosted); ok {
 			names = append(names, e.name)

@@ -56,6 +56,12 @@ type Config struct {
 	// AllowExtensions are the extensions that may serve where grafts can be added later; nil is all of them.
 	AllowExtensions []string
 
+	// StateDir is where the daemon keeps what outlives it: layers that a guest has written, checkpoints, chunks of images. "" is
+	// /var/lib/sluice for root, and sluice in the user's own state directory.
+	StateDir string
+	// Plugins are executables that serve layers; nil is those in the default directory.
+	Plugins []string
+
 	// Keeper is no option: the daemon sets it where the share needs a process outside the sandbox, as with Shares.
 	Keeper bool
 
