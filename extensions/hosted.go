@@ -80,6 +80,8 @@ type Outside struct {
 	StateDir string
 	// Plugins are executables that serve layers; nil leaves it to the default directory.
 	Plugins []string
+	// Has says whether m.Backend of Open may be name.
+	Has func(name string) bool
 	// Open opens m by its Backend: another hosted extension, "passthrough" with a directory as its Source (Given.Files[0] is it,
 	// O_PATH, a private copy of what is mounted there where privileges allow), or "mem".
 	Open func(ctx context.Context, m Mount) (Part, error)
@@ -107,6 +109,12 @@ type Inside struct {
 	NoFileHandles bool
 	// MaxFDs and MaxInodes are the graft's, as in passthrough.Config.
 	MaxFDs, MaxInodes int
+}
+
+// Layered is a backend that is several layers, for who merges them: one entry of lowerdir= may be many. Those it returns, the uppermost
+// first, are the caller's to close, and then it is not.
+type Layered interface {
+	Layers() []fsbackend.Backend
 }
 
 // ActionError is an error of an Action that the operator can do something about.
