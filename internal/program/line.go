@@ -113,8 +113,8 @@ func (l *Line) receive(poll bool) (kind byte, status string, socket *os.File, er
 		}
 		return poll || errno != unix.EAGAIN
 	})
-	if errors.Is(err, os.ErrClosed) {
-		return 0, "", nil, ErrLineClosed
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		return 0, "", nil, ErrLineClosed // by Close; package poll has an error of its own for it
 	}
 	if err == nil {
 		err = errno
