@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 	"time"
@@ -131,19 +130,9 @@ func writeInfo(d *node, info Checkpoint) error {
 	return errors.Join(err, f.Close())
 }
 
-// info reads the description of the checkpoint d.
-func (d *node) info() (Checkpoint, error) {
-	n, err := d.child(infoFile)
-	if err != nil {
-		return Checkpoint{}, err
-	}
-	defer n.close()
-	r, err := n.reader(context.Background())
-	if err != nil {
-		return Checkpoint{}, err
-	}
-	defer r.Close()
-	text, err := io.ReadAll(io.LimitReader(r, maxInfo))
+// readInfo reads the description of the checkpoint d.
+func readInfo(d *node) (Checkpoint, error) {
+	text, err := readSmall(context.Background(), d, infoFile, maxInfo)
 	if err != nil {
 		return Checkpoint{}, err
 	}
@@ -168,7 +157,7 @@ func (s *Store) Checkpoints(ctx context.Context) ([]Checkpoint, error) {
 		}
 		var c Checkpoint
 		if err == nil {
-			c, err = d.info()
+			c, err = readInfo(d)
 			d.close()
 		}
 		if err != nil {
