@@ -67,10 +67,7 @@ func (c *Conn) Send(b []byte, fd int) error {
 		errno = unix.Sendmsg(int(s), b, oob, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 		return errno != unix.EAGAIN
 	})
-	if err == nil {
-		err = errno
-	}
-	if err != nil {
+	if err = ended(err, errno); err != nil {
 		return fmt.Errorf("send %d bytes: %w", len(b), err)
 	}
 	return nil
@@ -91,10 +88,7 @@ func (c *Conn) Receive(b []byte) (n, fd int, err error) {
 			}
 		}
 	})
-	if err == nil {
-		err = errno
-	}
-	if err != nil {
+	if err = ended(err, errno); err != nil {
 		return 0, -1, err
 	}
 	fds := rights(oob[:oobn])
@@ -114,6 +108,17 @@ func (c *Conn) Receive(b []byte) (n, fd int, err error) {
 		_ = unix.Close(fd)
 	}
 	return 0, -1, err
+}
+
+// ended is how a call ended that may have waited for the socket, which package os says of in its own words.
+func ended(waiting, errno error) error {
+	switch {
+	case waiting == nil:
+		return errno
+	case errors.Is(waiting, os.ErrDeadlineExceeded):
+		return waiting
+	}
+	return os.ErrClosed
 }
 
 // rights returns the descriptors in control messages.
