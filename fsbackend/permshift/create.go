@@ -66,25 +66,27 @@ type caller struct {
 
 func (b caller) restore(c *fsbackend.Context) { c.Caller, c.SuppGroups = b.Caller, b.groups }
 
-// made gives the file that a call has just made its value. A file that cannot have it is removed again, by name.
+// made gives the file that a call has just made its value. A file that cannot have it is removed again, by name. Of a directory or
+// node a backend may know no more than what has its name afterwards: what has a value already, or is of another kind, is somebody
+// else's, who has been quicker.
 func (f *FS) made(c *fsbackend.Context, parent uint64, name fsbackend.Name, st Stat, out *fuseproto.EntryOut) fsbackend.Errno {
-	errno := insist(c, func() fsbackend.Errno { return f.store(c, out.NodeId, st, 0) })
-	if errno == fsbackend.OK {
+	isDir := st.Mode&unix.S_IFMT == unix.S_IFDIR
+	errno := unix.EEXIST
+	if host := out.Mode & unix.S_IFMT; isDir == (host == unix.S_IFDIR) && carries(host) {
+		errno = insist(c, func() fsbackend.Errno { return f.store(c, out.NodeId, st, unix.XATTR_CREATE) })
+	}
+	switch {
+	case errno == fsbackend.OK:
 		errno = f.apply(&out.Attr, st)
+	case errno == unix.EEXIST:
+		errno = unix.ESTALE // the guest looks again
+	case len(name) == 0:
+	case isDir:
+		_ = f.Forward.Rmdir(c, parent, name)
+	default:
+		_ = f.Forward.Unlink(c, parent, name)
 	}
-	if errno == fsbackend.OK {
-		return errno
-	}
-	if len(name) > 0 {
-		if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-			_ = f.Forward.Rmdir(c, parent, name)
-		} else {
-			_ = f.Forward.Unlink(c, parent, name)
-		}
-	}
-	f.Inner.Forget(out.NodeId, 1)
-	*out = fuseproto.EntryOut{}
-	return errno
+	return f.found(out, errno)
 }
 
 // insist makes a call that can be put off no more, because another one has had its effect. The first time that a backend wants to,
