@@ -230,6 +230,8 @@ type DirList struct {
 	// Translate, unless nil, changes each entry of READDIRPLUS before it is written: a share's nodeids and owners are not
 	// those of its parts.
 	Translate func(*fuseproto.EntryOut)
+	// Type, unless nil, changes the DT_* of each entry of READDIR. That of READDIRPLUS is its mode's, after Translate.
+	Type func(uint32) uint32
 
 	// Lookups are the nodeids that entries count a lookup of, kept only behind a Gate: the reply may never be seen.
 	Lookups []uint64
@@ -282,12 +284,17 @@ func (l *DirList) add(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, na
 		*e = *entry
 		if l.Translate != nil {
 			l.Translate(e)
+			if kind := e.Mode & unix.S_IFMT; kind != 0 {
+				typ = kind >> 12
+			}
 		}
 		if e.NodeId != 0 {
 			FillValid(&e.EntryValid, &e.EntryValidNsec, l.EntryValid)
 		}
 		FillValid(&e.AttrValid, &e.AttrValidNsec, l.AttrValid)
 		at, node = copy(b, entryBytes(e)), e.NodeId
+	} else if l.Type != nil {
+		typ = l.Type(typ)
 	}
 	at += copy(b[at:], direntBytes(&fuseproto.Dirent{Ino: ino, Off: off, Namelen: uint32(len(name)), Type: typ}))
 	copy(b[at:], name)
