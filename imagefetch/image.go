@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -24,11 +25,18 @@ type Fetcher struct {
 	flights flights
 
 	mu     sync.Mutex
-	caches map[CacheConfig]*sharedCache
+	caches map[cacheKey]*sharedCache
+}
+
+// cacheKey is a cache by what its directory is, whatever it is called: the name of a descriptor is soon another one's.
+type cacheKey struct {
+	dev, ino     uint64
+	budget, room int64
 }
 
 type sharedCache struct {
 	*cache.Cache
+	key   cacheKey
 	users int
 }
 
@@ -37,32 +45,40 @@ func NewFetcher(log *slog.Logger) *Fetcher {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Fetcher{log: log, flights: flights{by: map[flightKey]*flight{}}, caches: map[CacheConfig]*sharedCache{}}
+	return &Fetcher{log: log, flights: flights{by: map[flightKey]*flight{}}, caches: map[cacheKey]*sharedCache{}}
 }
 
 func (f *Fetcher) openCache(cfg CacheConfig) (*sharedCache, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	s := f.caches[cfg]
+	key := cacheKey{budget: cfg.Budget, room: cfg.MemoryBudget}
+	if cfg.Dir != "" {
+		_ = os.Mkdir(cfg.Dir, 0o700)
+		if fi, err := os.Stat(cfg.Dir); err == nil {
+			st := fi.Sys().(*syscall.Stat_t)
+			key.dev, key.ino = st.Dev, st.Ino
+		}
+	}
+	s := f.caches[key]
 	if s == nil {
 		c, err := cache.Open(cache.Config{Dir: cfg.Dir, Budget: cfg.Budget, MemoryBudget: cfg.MemoryBudget, Log: f.log})
 		if err != nil {
 			return nil, err
 		}
-		s = &sharedCache{Cache: c}
-		f.caches[cfg] = s
+		s = &sharedCache{Cache: c, key: key}
+		f.caches[key] = s
 	}
 	s.users++
 	return s, nil
 }
 
-func (f *Fetcher) closeCache(cfg CacheConfig, s *sharedCache) error {
+func (f *Fetcher) closeCache(s *sharedCache) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if s.users--; s.users > 0 {
 		return nil
 	}
-	delete(f.caches, cfg)
+	delete(f.caches, s.key)
 	return s.Close()
 }
 
@@ -154,7 +170,7 @@ func (m *Image) Close() (err error) {
 		if m.trace != nil {
 			err = errors.Join(err, m.trace.f.Close())
 		}
-		err = errors.Join(err, m.fetcher.closeCache(m.cfg.Cache, m.cache))
+		err = errors.Join(err, m.fetcher.closeCache(m.cache))
 	})
 	return err
 }

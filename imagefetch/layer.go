@@ -202,7 +202,9 @@ func (l *layer) use(at *tocAt, c *contents) {
 	l.setContents(c)
 }
 
-func (l *layer) metaName(what string) string { return what + "-" + strings.TrimPrefix(l.digest, "sha256:") }
+func (l *layer) metaName(what string) string {
+	return what + "-" + strings.TrimPrefix(l.digest, "sha256:")
+}
 
 func (l *layer) cachedFooter() []byte {
 	if b := l.img.cache.Meta(l.metaName("footer")); len(b) == footerSize {
@@ -327,7 +329,9 @@ func (l *layer) fetchRange(ctx context.Context, r registry.Range) ([]byte, error
 	return b, err
 }
 
-func (l *layer) key(s uint32) flightKey { return flightKey{l.img.cache.Cache, l.digest, l.streams[s].off} }
+func (l *layer) key(s uint32) flightKey {
+	return flightKey{l.img.cache.Cache, l.digest, l.streams[s].off}
+}
 
 // lockKey is what processes that share the cache lock while they fetch a stream.
 func (k flightKey) lockKey() cache.Key {
