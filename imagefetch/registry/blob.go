@@ -260,7 +260,8 @@ func (f *fetch) take(ctx context.Context, h *host, resp *http.Response, in *body
 			exact := &exactReader{r: r, left: want.Len}
 			if err := f.f(f.done, exact); err != nil {
 				if in.err != nil || exact.short {
-					return f.readFailure(ctx, h, in, err)
+					// What f says of it is of no use: it has not had all of it.
+					return f.readFailure(ctx, h, in, io.ErrUnexpectedEOF)
 				}
 				if errors.Is(err, ErrContent) {
 					return &failure{kind: elsewhere, err: err}
