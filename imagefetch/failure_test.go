@@ -96,7 +96,7 @@ func TestFailures(t *testing.T) {
 		{name: "stall always", fault: ofBlobs(-1, hang), want: store.ErrUnavailable, requests: 3, says: "nothing came for too long"},
 		{
 			name: "a byte at a time", want: store.ErrUnavailable, requests: 1, says: "gave up",
-			cfg: func(c *Config) { c.Registry.Timeout = registry.Duration(500 * time.Millisecond) },
+			cfg: func(c *Config) { c.Registry.Timeout, c.Registry.Stall = registry.Duration(500*time.Millisecond), registry.Duration(5*time.Second) },
 			fault: ofBlobs(-1, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 				rec := httptest.NewRecorder()
 				next.ServeHTTP(rec, r)
@@ -161,8 +161,7 @@ func TestFailures(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			img := imagetest.New(t, someFiles())
-			img.Server.Config.ErrorLog = nil
+			img := someImage(t)
 			cfg := quick(img)
 			cfg.Cache = cacheDir(t)
 			if tt.cfg != nil {
@@ -200,7 +199,7 @@ func TestFailures(t *testing.T) {
 
 // TestCorruptChunk is T-D3: one file cannot be read while its content is wrong, and the cache does not get it.
 func TestCorruptChunk(t *testing.T) {
-	img := imagetest.New(t, someFiles())
+	img := someImage(t)
 	cfg := quick(img)
 	cfg.Cache = cacheDir(t)
 	m := open(t, cfg)
@@ -240,7 +239,7 @@ func (m *Image) layers0(t *testing.T) *layer {
 func TestToken(t *testing.T) {
 	for _, kind := range []string{"Bearer", "Basic"} {
 		t.Run(kind, func(t *testing.T) {
-			img := imagetest.New(t, someFiles())
+			img := someImage(t)
 			var password atomic.Value
 			password.Store("first")
 			var tokens atomic.Int64
@@ -310,7 +309,7 @@ func TestToken(t *testing.T) {
 // TestRedirect is T-D7's 403: where the registry redirects to is remembered, asked for again when it has expired, and not told what is
 // for the registry.
 func TestRedirect(t *testing.T) {
-	img := imagetest.New(t, someFiles())
+	img := someImage(t)
 	var valid, resolved, leaked atomic.Int64
 	cdn := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Authorization") != "" || r.Header.Get("X-Secret") != "" {
@@ -368,7 +367,7 @@ func TestRedirect(t *testing.T) {
 
 // TestMirrors is T-D7's 404: mirrors come first, what they do not have or have wrong comes from the next.
 func TestMirrors(t *testing.T) {
-	img := imagetest.New(t, someFiles())
+	img := someImage(t)
 	build := func(f fault) *imagetest.Server {
 		s := imagetest.NewServer(t)
 		s.Push(t, "test/image", img.Layers...)

@@ -11,7 +11,7 @@ import (
 // TestMountRequests is T-D1: an image is mounted with two ranges of each layer, a small file is read with one more, and who comes
 // after needs none.
 func TestMountRequests(t *testing.T) {
-	img := imagetest.New(t, someFiles())
+	img := someImage(t)
 	cfg := quick(img)
 	cfg.Cache = cacheDir(t)
 	m := open(t, cfg)
@@ -86,7 +86,7 @@ func TestFormats(t *testing.T) {
 
 // TestRandomReads is T-D2: reading somewhere fetches the bytes of one chunk, exactly.
 func TestRandomReads(t *testing.T) {
-	img := imagetest.New(t, someFiles())
+	img := someImage(t)
 	m := open(t, quick(img))
 	e := entryOf(t, m, 0, "big")
 	img.Server.Reset()

@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -145,11 +146,29 @@ func someFiles() []imagetest.File {
 		{Name: "etc/hostname", Data: []byte("box\n")},
 		{Name: "big", Data: noise(1, 300<<10)},
 		{Name: "empty"},
+		{Name: "small/"},
 	}
 	for i := range 20 {
 		files = append(files, imagetest.File{Name: fmt.Sprintf("small/%02d", i), Data: noise(uint64(100+i), 500+i)})
 	}
 	return append(files, imagetest.File{Name: "last", Data: noise(2, 100<<10)})
+}
+
+// someLayer is of someFiles, built by the first test that wants it.
+var someLayer struct {
+	sync.Mutex
+	imagetest.Layer
+}
+
+// someImage is of that layer, in a registry of its own.
+func someImage(t *testing.T) *imagetest.Image {
+	t.Helper()
+	someLayer.Lock()
+	if someLayer.Blob == nil {
+		someLayer.Layer = imagetest.Build(t, someFiles(), imagetest.Options{})
+	}
+	someLayer.Unlock()
+	return imagetest.NewServer(t).Push(t, "test/image", someLayer.Layer)
 }
 
 func cacheDir(t *testing.T) CacheConfig {

@@ -49,7 +49,7 @@ type Server struct {
 
 	mu       sync.Mutex
 	blobs    map[string][]byte
-	requests []Request
+	requests []*Request
 	fault    func(w http.ResponseWriter, r *http.Request, next http.Handler)
 	registry http.Handler
 }
@@ -115,11 +115,16 @@ func (s *Server) SetFault(f func(w http.ResponseWriter, r *http.Request, next ht
 	s.fault = f
 }
 
-// Requests are those that have been answered.
+// Requests are those that have come, in this order. What an answer consists of is counted before it is sent, so that whoever has had
+// it sees it here.
 func (s *Server) Requests() []Request {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return append([]Request(nil), s.requests...)
+	list := make([]Request, len(s.requests))
+	for i, r := range s.requests {
+		list[i] = *r
+	}
+	return list
 }
 
 // Reset forgets what was counted.
@@ -147,16 +152,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	fault := s.fault
 	s.mu.Unlock()
-	c := &counter{ResponseWriter: w, status: http.StatusOK}
-	start := time.Now()
-	// Also where a fault ends the connection by a panic.
-	defer func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.requests = append(s.requests, Request{
-			Method: r.Method, Path: r.URL.Path, Range: r.Header.Get("Range"), Header: r.Header.Clone(), Status: c.status, Bytes: c.bytes, Start: start,
-		})
-	}()
+	c := &counter{ResponseWriter: w, s: s, r: &Request{
+		Method: r.Method, Path: r.URL.Path, Range: r.Header.Get("Range"), Header: r.Header.Clone(), Status: http.StatusOK, Start: time.Now(),
+	}}
+	s.mu.Lock()
+	s.requests = append(s.requests, c.r)
+	s.mu.Unlock()
 	if fault != nil {
 		fault(c, r, http.HandlerFunc(s.serve))
 		return
@@ -181,19 +182,22 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 // counter counts what is written.
 type counter struct {
 	http.ResponseWriter
-	status int
-	bytes  int64
+	s *Server
+	r *Request
 }
 
 func (c *counter) WriteHeader(status int) {
-	c.status = status
+	c.s.mu.Lock()
+	c.r.Status = status
+	c.s.mu.Unlock()
 	c.ResponseWriter.WriteHeader(status)
 }
 
 func (c *counter) Write(p []byte) (int, error) {
-	n, err := c.ResponseWriter.Write(p)
-	c.bytes += int64(n)
-	return n, err
+	c.s.mu.Lock()
+	c.r.Bytes += int64(len(p))
+	c.s.mu.Unlock()
+	return c.ResponseWriter.Write(p)
 }
 
 // Unwrap is for http.ResponseController.

@@ -137,8 +137,8 @@ func (c *Client) try(ctx context.Context, hosts []*host, f func(ctx context.Cont
 // once has f ask h, and again for as long as it finds out how to do it better.
 func (c *Client) once(ctx context.Context, h *host, f func(ctx context.Context, h *host, w *watchdog) error) error {
 	for {
-		w, ctx := newWatchdog(ctx, time.Duration(c.cfg.Stall))
-		err := f(ctx, h, w)
+		w, attempt := newWatchdog(ctx, time.Duration(c.cfg.Stall))
+		err := f(attempt, h, w)
 		w.stop()
 		var fail *failure
 		if errors.As(err, &fail) && fail.kind == instead && ctx.Err() == nil {
