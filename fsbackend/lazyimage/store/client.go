@@ -24,6 +24,7 @@ const (
 	maxNotes = 4096 // notes of a client that have not been sent
 	maxTries = 2    // how often a request is sent
 	minLife  = time.Second
+	minPause = minLife / 10
 	maxPause = 5 * time.Second
 )
 
@@ -76,7 +77,9 @@ type answer struct {
 }
 
 // NewClient makes a client of the fetcher at the other end of cfg.Line.
-func NewClient(cfg ClientConfig) *Client {
+func NewClient(cfg ClientConfig) *Client { return newClient(cfg, minPause) }
+
+func newClient(cfg ClientConfig, minPause time.Duration) *Client {
 	if cfg.Timeout == 0 {
 		cfg.Timeout = DefaultTimeout
 	}
@@ -87,7 +90,7 @@ func NewClient(cfg ClientConfig) *Client {
 	}
 	c.changed.L = &c.mu
 	c.ctx, c.end = context.WithCancel(context.Background())
-	c.tasks.Go(c.sessions)
+	c.tasks.Go(func() { c.sessions(minPause) })
 	c.tasks.Go(c.sendNotes)
 	return c
 }
@@ -106,7 +109,7 @@ func (c *Client) Close() error {
 }
 
 // sessions takes one session after the other.
-func (c *Client) sessions() {
+func (c *Client) sessions(minPause time.Duration) {
 	pause := time.Duration(0)
 	for {
 		f, err := c.cfg.Line.Next(c.ctx)
@@ -122,7 +125,7 @@ func (c *Client) sessions() {
 			c.log.Warn("session with the image's fetcher broken off", "error", err)
 		}
 		// One that ends as soon as it has begun must not keep us, and the one who starts it, busy.
-		if pause = min(2*pause+minLife/10, maxPause); time.Since(began) > minLife {
+		if pause = min(2*pause+minPause, maxPause); time.Since(began) > minLife {
 			pause = 0
 		}
 		select {

@@ -308,7 +308,7 @@ func checkPath(p string) error {
 		var name string
 		name, rest, more = strings.Cut(rest, "/")
 		if name == "" || name == "." || name == ".." || len(name) > maxName || strings.IndexByte(name, 0) >= 0 {
-			return fmt.Errorf("the path %.300q is not clean: expected names of 1 to %d bytes between its slashes, none of them . or ..", p, maxName)
+			return fmt.Errorf("the path %.300q is not clean: expected names of 1 to %d bytes between its slashes, none of them a dot or two", p, maxName)
 		}
 	}
 	return nil
@@ -321,7 +321,7 @@ func DecodeMeta(b []byte) ([]Layer, error) {
 		return nil, fmt.Errorf("decode an image's description of %d bytes: expected %d to %d", len(b), metaHeaderSize, MaxMeta)
 	}
 	if magic, version := le.Uint32(b), le.Uint32(b[4:]); magic != metaMagic || version != metaVersion {
-		return nil, fmt.Errorf("decode an image's description: it begins with %#x and version %d, expected %#x and %d: are both programs of one release?", magic, version, uint32(metaMagic), metaVersion)
+		return nil, fmt.Errorf("decode an image's description: it begins with %#x and version %d, expected %#x and %d (both programs must be of one release)", magic, version, uint32(metaMagic), metaVersion)
 	}
 	layers, strs, values := le.Uint32(b[8:]), le.Uint64(b[16:]), le.Uint64(b[24:])
 	rest := uint64(len(b) - metaHeaderSize)

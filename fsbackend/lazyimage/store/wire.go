@@ -70,7 +70,7 @@ func (h *header) parse(b []byte) ([]byte, error) {
 		return nil, fmt.Errorf("a message of %d bytes: expected at least %d", len(b), headerSize)
 	}
 	if b[0] != wireVersion {
-		return nil, fmt.Errorf("a message of version %d: expected %d: are both programs of one release?", b[0], wireVersion)
+		return nil, fmt.Errorf("a message of version %d: expected %d (both programs must be of one release)", b[0], wireVersion)
 	}
 	*h = header{op: b[1], status: le.Uint16(b[2:]), layer: le.Uint32(b[4:]), id: le.Uint64(b[8:]), index: le.Uint32(b[16:])}
 	if h.op == 0 || h.op >= opEnd || h.status >= statusEnd || le.Uint32(b[20:]) != 0 {
