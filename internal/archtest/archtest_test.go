@@ -27,7 +27,7 @@ var house = Rules{
 		"control/controltest": {"control/api"},
 
 		"extensions":     {"fsbackend", "seccomp"},
-		"extensions/...": {"extensions", "extensions/...", "fsbackend", "fsbackend/...", "fuseproto", "seccomp", "internal/program", "internal/sys", "internal/upperdir", "plugin"},
+		"extensions/...": {"extensions", "extensions/...", "fsbackend", "fsbackend/...", "fuseproto", "seccomp", "control/api", "internal/program", "internal/sys", "internal/upperdir", "plugin"},
 		// What a layer plug-in speaks is for those who write one, too.
 		"plugin":            {},
 		"internal/program":  {"internal/ratelog", "internal/sandbox", "internal/sys", "seccomp"},

@@ -17,6 +17,7 @@ import (
 )
 
 const randomUppers = 25
+
 var dbgDir string
 
 // TestKernelUppers has the kernel write uppers, and takes its word for what they mean.
