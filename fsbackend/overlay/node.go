@@ -36,6 +36,7 @@ type node struct {
 	name     string
 	redirect string // what the upper directory's mark says of where the lower ones are
 	dead     bool   // in no table any more, its files given back
+	anchor   *file  // keeps the upper file open that never had a name
 }
 
 // What node.below knows.
@@ -325,6 +326,7 @@ func (fs *FS) bury(dead []*node) {
 }
 
 func (fs *FS) forgetReals(n *node) {
+	n.anchor.close(&fsbackend.Context{MayBlock: true}, &handle{}, 0)
 	if up := n.upper.Load(); up != 0 {
 		fs.upper.r.Forget(up, 1)
 	}
