@@ -86,6 +86,9 @@ type treeFile struct {
 	info *upperdir.Info
 }
 
+// ID implements upperdir.File: it is asked of directories, which have one path.
+func (f *treeFile) ID() string { return f.path }
+
 func (f *treeFile) Info(context.Context) (*upperdir.Info, error) { return f.info, nil }
 
 func (f *treeFile) Lookup(ctx context.Context, name string) (upperdir.File, error) {
