@@ -180,8 +180,7 @@ func TestDirectoryRestart(t *testing.T) {
 	p.path = t.TempDir()
 	p.mu.Unlock()
 	end()
-	c.mu.Lock() // until the layer has been loaded, or not
-	c.mu.Unlock()
+	eventually(t, "its use", c.inUse)
 	if _, errno := client.Lookup(fsbackendtest.Root, "page"); errno != unix.EIO {
 		t.Errorf("LOOKUP in another directory: %v, expected EIO", errno)
 	}
