@@ -2,9 +2,12 @@ package casefold
 
 import (
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -362,6 +365,10 @@ func TestIndex(t *testing.T) {
 	k.advance(assumedFor / 2)
 	missed("NEW98", true)
 	lists("soon after", 0)
+	want(t, c.Rename(d.NodeId, "new97", d.NodeId, "Renamed", 0), "RENAME", fsbackend.OK)
+	missed("NEW97", false)
+	missed("RENAMED", true)
+	lists("a file renamed", 0)
 	k.advance(assumedFor)
 	missed("NEW98", true)
 	lists("later than changes of our own are trusted", 1)
@@ -400,6 +407,65 @@ func TestIndex(t *testing.T) {
 	k.advance(assumedFor)
 	missed("BETWEEN", true)
 	lists("a foreign file beside one of ours", 1)
+}
+
+// TestIndexModel holds an index to what a plain set of names says.
+func TestIndexModel(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	x := &index{first: make(map[string]string), more: make(map[string][]string)}
+	model := make(map[string]bool)
+	names := []string{"abc", "ABC", "Abc", "aBc", "x", "X", "1"}
+	for range 5000 {
+		name := names[rnd.IntN(len(names))]
+		key := strings.ToUpper(name)
+		if rnd.IntN(2) == 0 {
+			x.add(key, name)
+			model[name] = true
+		} else {
+			x.remove(key, name)
+			delete(model, name)
+		}
+		if x.size != len(model) {
+			t.Fatalf("%d names, expected %d", x.size, len(model))
+		}
+		for _, name := range append(names, "abC") {
+			want, expected := "", false
+			if model[name] {
+				want, expected = name, true
+			} else {
+				for _, other := range sorted(slices.Collect(maps.Keys(model))) {
+					if strings.EqualFold(other, name) {
+						want, expected = other, true
+						break
+					}
+				}
+			}
+			if got, found := x.find(strings.ToUpper(name), name); got != want || found != expected {
+				t.Fatalf("%q stands for %q, %v, expected %q, %v of %v", name, got, found, want, expected, model)
+			}
+		}
+	}
+}
+
+// TestApply: changes go only into an index that is of the directory as it was before them.
+func TestApply(t *testing.T) {
+	var k cache
+	k.init(10, time.Now)
+	fresh := func() {
+		k.put(&index{dir: 7, stamp: stamp{ctime: 1}, first: make(map[string]string), more: make(map[string][]string)})
+	}
+	fresh()
+	k.apply(7, stamp{ctime: 1}, stamp{ctime: 2}, []change{{key: "A", name: "a"}})
+	k.dirs[7].read = time.Now()
+	if host, found, known := k.find(7, stamp{ctime: 2}, "A", "A"); !known || !found || host != "a" {
+		t.Errorf("after a change: %q, %v, %v", host, found, known)
+	}
+	fresh()
+	k.apply(7, stamp{ctime: 2}, stamp{ctime: 3}, []change{{key: "A", name: "a"}})
+	if k.has(7) || k.names != 0 {
+		t.Errorf("an index was changed that was not of the directory before")
+	}
+	k.apply(8, stamp{}, stamp{}, nil)
 }
 
 // TestBound: no more names are kept than may be, and larger directories are searched all the same.
