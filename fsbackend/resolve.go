@@ -31,6 +31,7 @@ type Resolved struct {
 	Fallocater
 	Lseeker
 	CopyFileRanger
+	Filer
 	Statxer
 	Ioctler
 	Locker
@@ -66,6 +67,7 @@ func Resolve(b Backend) *Resolved {
 	r.Fallocater, _ = b.(Fallocater)
 	r.Lseeker, _ = b.(Lseeker)
 	r.CopyFileRanger, _ = b.(CopyFileRanger)
+	r.Filer, _ = b.(Filer)
 	r.Statxer, _ = b.(Statxer)
 	r.Ioctler, _ = b.(Ioctler)
 	r.Locker, _ = b.(Locker)

@@ -27,7 +27,9 @@ type Host struct {
 	Extensions []extensions.Hosted
 	// Log is given to both halves; nothing is logged if nil.
 	Log *slog.Logger
-	// MaxFDs and MaxInodes are what Inside says.
+	// StateDir and Plugins are what Outside says, MaxFDs and MaxInodes what Inside says.
+	StateDir          string
+	Plugins           []string
 	MaxFDs, MaxInodes int
 }
 
@@ -36,17 +38,16 @@ type Graft struct {
 	Backend fsbackend.Backend
 	Options extensions.Options
 
-	host    *Host
-	mount   extensions.Mount
-	now     *halves
-	reopens int
+	host  *Host
+	mount extensions.Mount
+	now   *halves
 }
 
 // halves are what one opening of a graft has made.
 type halves struct {
 	onClose []func() error
 	actions map[string]func(context.Context, json.RawMessage) (any, error)
-	onTell  func(string, json.RawMessage) (any, error)
+	onTell  func(string, json.RawMessage, []*os.File) (any, error)
 	procfd  *os.File
 }
 
@@ -104,9 +105,6 @@ func (g *Graft) Act(ctx context.Context, name string, arg any) (json.RawMessage,
 	return answer(arg, func(arg json.RawMessage) (any, error) { return f(ctx, arg) })
 }
 
-// Reopens is how often Outside.Reopen has had the graft exchanged. Backend and Options are the new one's.
-func (g *Graft) Reopens() int { return g.reopens }
-
 // Close ends the graft as the daemon does: first the half inside, then what OnClose was given, the last first.
 func (g *Graft) Close() error {
 	return errors.Join(g.Backend.Close(), g.now.close())
@@ -120,7 +118,7 @@ func (p *halves) close() error {
 	return errors.Join(append(errs, p.procfd.Close())...)
 }
 
-// open makes both halves of the graft anew; those that there were stay as they are.
+// open makes both halves of the graft.
 func (g *Graft) open(ctx context.Context) error {
 	proc, err := os.OpenFile("/proc/self/fd", unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -182,13 +180,22 @@ func (g *Graft) outside(ctx context.Context, p *halves, m extensions.Mount) (ext
 		Action: func(name string, f func(context.Context, json.RawMessage) (any, error)) {
 			p.actions[name] = f
 		},
-		Tell: func(_ context.Context, method string, arg any) (json.RawMessage, error) {
+		Tell: func(_ context.Context, method string, arg any, files ...*os.File) (json.RawMessage, error) {
 			if p.onTell == nil {
 				return nil, errors.New("nobody inside listens: Inside.OnTell was not called")
 			}
-			return answer(arg, func(arg json.RawMessage) (any, error) { return p.onTell(method, arg) })
+			copies := new(extensions.Given)
+			if err := copyFiles(copies, &extensions.Given{Files: files}); err != nil {
+				return nil, err
+			}
+			return answer(arg, func(arg json.RawMessage) (any, error) { return p.onTell(method, arg, copies.Files) })
 		},
-		Reopen: func(ctx context.Context) error { return g.reopen(ctx) },
+		StateDir: g.host.StateDir,
+		Plugins:  g.host.Plugins,
+		Has: func(name string) bool {
+			_, err := g.extension(name)
+			return err == nil || name == extensions.Mem || name == extensions.Passthrough
+		},
 	}
 	given, err := ext.OpenOutside(ctx, out, m)
 	if err != nil {
@@ -197,16 +204,6 @@ func (g *Graft) outside(ctx context.Context, p *halves, m extensions.Mount) (ext
 	}
 	part.Given = given
 	return part, nil
-}
-
-// reopen exchanges the graft's halves for new ones.
-func (g *Graft) reopen(ctx context.Context) error {
-	old, backend := g.now, g.Backend
-	if err := g.open(ctx); err != nil {
-		return err
-	}
-	g.reopens++
-	return errors.Join(backend.Close(), old.close())
 }
 
 // inside is Inside.Open.
@@ -230,7 +227,7 @@ func (g *Graft) inside(p *halves, part extensions.Part) (fsbackend.Backend, exte
 	in := &extensions.Inside{
 		Log:    g.log(),
 		Open:   func(part extensions.Part) (fsbackend.Backend, extensions.Options, error) { return g.inside(p, part) },
-		OnTell: func(f func(string, json.RawMessage) (any, error)) { p.onTell = f },
+		OnTell: func(f func(string, json.RawMessage, []*os.File) (any, error)) { p.onTell = f },
 		ProcFD: int(p.procfd.Fd()),
 		MaxFDs: g.host.MaxFDs, MaxInodes: g.host.MaxInodes,
 	}

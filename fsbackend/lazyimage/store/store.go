@@ -16,7 +16,8 @@ const DigestSize = 32
 type Store interface {
 	// Layers are the image's, the lowest first. It waits until all their tables of contents are there and verified.
 	Layers(ctx context.Context) ([]Layer, error)
-	// Chunk returns a descriptor of the content of chunk number index of a layer, which begins at offset 0 and has been verified.
+	// Chunk returns a descriptor, for reading only, of the content of chunk number index of a layer: a regular file of Chunk.Size bytes
+	// that has been verified, and never changes.
 	// It fetches what is not cached. The descriptor is the caller's to close. The only errors are ErrUnavailable and ErrCorrupt,
 	// both for EIO, and those of ctx: all else is between the fetcher and its log. It returns within the fetcher's time limits.
 	Chunk(ctx context.Context, layer int, index uint32) (*os.File, error)
@@ -44,7 +45,8 @@ type Layer struct {
 
 // Entry is one file of a layer.
 type Entry struct {
-	// Path is relative and clean, "" for the root; no component is "." or "..", or longer than 255 bytes.
+	// Path is relative and clean, "" for the root, which is a directory; no component is "." or "..", or longer than 255 bytes, and
+	// the whole not longer than MaxPath. Of several entries with one path the last counts.
 	Path string
 	// Mode has a file type (S_IFMT) and permission bits with set-id and sticky ones.
 	Mode     uint32
@@ -54,10 +56,10 @@ type Entry struct {
 	MtimeNsec uint32
 	// Size is that of a regular file, in bytes, at most 1<<62.
 	Size uint64
-	// RdevMajor and RdevMinor are those of a device.
+	// RdevMajor and RdevMinor are those of a device, of 12 and 20 bits.
 	RdevMajor, RdevMinor uint32
 	// Target is a symbolic link's, 1 to 4095 bytes without a NUL; or, where Hardlink is set, the Path of the entry that this one is
-	// another name of, which is no directory and no other's Hardlink.
+	// another name of, which is no directory and no other's Hardlink. Then nothing else is said but Path: the rest is that entry's.
 	Target   string
 	Hardlink bool
 	// Xattrs are in order of their names.
