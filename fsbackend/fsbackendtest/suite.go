@@ -275,6 +275,16 @@ func (s *suite) lookup(t testing.TB, parent uint64, name string) fuseproto.Entry
 	return out
 }
 
+// missing checks that a name is not there, which a backend may also say by an entry without a node.
+func (s *suite) missing(t testing.TB, parent uint64, name string) {
+	t.Helper()
+	out, errno := s.Lookup(parent, name)
+	want(t, errno, "LOOKUP of the missing name "+name, fsbackend.OK, unix.ENOENT)
+	if out.NodeId != 0 {
+		t.Errorf("LOOKUP of the missing name %s gave node %d", name, out.NodeId)
+	}
+}
+
 // checkEntry checks what the contract says of every entry.
 func checkEntry(t testing.TB, name string, e *fuseproto.EntryOut) {
 	t.Helper()
