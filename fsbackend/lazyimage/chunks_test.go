@@ -388,10 +388,8 @@ func TestSparse(t *testing.T) {
 	want := func(off, n uint64) []byte {
 		b := make([]byte, n)
 		for c, at := range offsets {
-			for j := range uint64(4096) {
-				if at+j >= off && at+j < off+n {
-					b[at+j-off] = counting(3 * 4096)[c*4096+int(j)]
-				}
+			if from, to := max(at, off), min(at+4096, off+n); from < to {
+				copy(b[from-off:to-off], counting(3 * 4096)[uint64(c)*4096+from-at:])
 			}
 		}
 		return b
