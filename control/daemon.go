@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"encoding/json"
 
 	"github.com/sluicefs/sluice/control/api"
 )
@@ -24,6 +25,8 @@ type Daemon interface {
 	ChangeGraft(ctx context.Context, tag, path string, change api.GraftChange) (api.Graft, error)
 	// RemoveGraft returns when the guest no longer finds it; files that are open go on.
 	RemoveGraft(ctx context.Context, tag, path string) error
+	// ActGraft has a graft's backend do something that is its own: an overlay's "checkpoint", say. arg and the answer are JSON.
+	ActGraft(ctx context.Context, tag, path, action string, arg json.RawMessage) (json.RawMessage, error)
 
 	// Events calls send with each event of a share after the one with ID since (0: from now on), EventHello first, until ctx ends
 	// or send fails, which it returns, or until the share is removed (nil). Events too long ago to be there are told as one

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"encoding/json"
 	"net/http"
 	"slices"
 
@@ -179,6 +180,34 @@ func removeGraft(c *call) error {
 		return err
 	}
 	return c.done()
+}
+
+func actGraft(c *call) error {
+	q, err := parseQuery(c.URL.RawQuery, "action", "path")
+	if err != nil {
+		return err
+	}
+	path, action := q["path"], q["action"]
+	if err := api.CheckPath(path); err != nil {
+		return err
+	}
+	if action == "" {
+		return api.Errorf(api.CodeInvalid, "parameter \"action\" is missing: expected what the graft is to do, as in ?path=/&action=checkpoint")
+	}
+	arg := json.RawMessage("{}")
+	if len(c.body) > 0 {
+		if err := c.decode(&arg); err != nil {
+			return err
+		}
+	}
+	if err := c.checkShare(); err != nil {
+		return err
+	}
+	answer, err := c.server.cfg.Daemon.ActGraft(c.Context(), c.tag, path, action, arg)
+	if err != nil {
+		return err
+	}
+	return c.reply(http.StatusOK, answer)
 }
 
 func getStats(c *call) error {

@@ -128,7 +128,7 @@ func TestOpenAPIHasTheOperations(t *testing.T) {
 
 // parameters are the query's by operation. TestParameters holds them against the handlers.
 var parameters = map[string][]string{
-	"removeShare": {"force"}, "changeGraft": {"path"}, "removeGraft": {"path"}, "getEvents": {"since"},
+	"removeShare": {"force"}, "changeGraft": {"path"}, "removeGraft": {"path"}, "actGraft": {"action", "path"}, "getEvents": {"since"},
 	"nydusMount": {"mountpoint", "tag"}, "nydusRemount": {"mountpoint", "tag"}, "nydusUmount": {"mountpoint", "tag"},
 }
 
@@ -153,7 +153,7 @@ func TestParameters(t *testing.T) {
 // schemaTypes are the Go types of the schemas.
 var schemaTypes = map[string]any{
 	"Error": api.Error{}, "ShareSpec": api.ShareSpec{}, "Share": api.Share{}, "GraftSpec": api.GraftSpec{}, "Graft": api.Graft{},
-	"GraftChange": api.GraftChange{}, "IDRange": api.IDRange{}, "Info": api.Info{}, "Event": api.Event{}, "Stats": api.Stats{},
+	"GraftChange": api.GraftChange{}, "IDRange": api.IDRange{}, "LowerSpec": api.LowerSpec{}, "Info": api.Info{}, "Event": api.Event{}, "Stats": api.Stats{},
 	"ShareStats": api.ShareStats{}, "OpStats": api.OpStats{}, "QueueStats": api.QueueStats{}, "EventStats": api.EventStats{},
 	"NydusDaemonInfo": nydusInfo{}, "NydusVersion": nydusVersion{}, "NydusMountCmd": mountCmd{},
 }

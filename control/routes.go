@@ -13,6 +13,7 @@ type kind int
 const (
 	look kind = iota
 	change
+	work   // copies files, say
 	stream // ends with the client
 )
 
@@ -41,6 +42,7 @@ var routes = []route{
 	{"putGraft", http.MethodPut, "/v1/shares/{tag}/grafts", change, takesHostPaths, putGraft},
 	{"changeGraft", http.MethodPatch, "/v1/shares/{tag}/grafts", change, "", changeGraft},
 	{"removeGraft", http.MethodDelete, "/v1/shares/{tag}/grafts", change, "", removeGraft},
+	{"actGraft", http.MethodPost, "/v1/shares/{tag}/grafts/act", work, takesHostPaths, actGraft},
 	{"getEvents", http.MethodGet, "/v1/shares/{tag}/events", stream, "", getEvents},
 	{"getStats", http.MethodGet, "/v1/stats", look, "", getStats},
 	{"getOpenAPI", http.MethodGet, "/v1/openapi.yaml", look, "", getOpenAPI},

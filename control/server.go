@@ -25,8 +25,8 @@ type limits struct {
 	end    time.Duration // for what was begun when the server ends
 	health time.Duration // for the daemon to say that it is well
 	event  time.Duration // for what a client of a stream is written at once
-	// look and change are for what an operation does in the daemon.
-	look, change time.Duration
+	// look, change and work are for what an operation does in the daemon.
+	look, change, work time.Duration
 
 	maxHeader int // bytes
 	host      int // connections of a listener for operators
@@ -44,6 +44,7 @@ var defaultLimits = limits{
 	event:  10 * time.Second,
 	look:   10 * time.Second,
 	change: 30 * time.Second, // after which Kata's client of nydusd gives up, too
+	work:   time.Hour,
 
 	maxHeader: 16 << 10,
 	host:      256,
@@ -234,6 +235,8 @@ func (l *limits) of(k kind) time.Duration {
 		return l.look
 	case change:
 		return l.change
+	case work:
+		return l.work
 	}
 	return 0
 }
@@ -278,6 +281,9 @@ func (s *Server) handle(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), limit)
 		defer cancel()
 		c.Request = r.WithContext(ctx)
+	}
+	if rt.kind == work {
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(s.limits.work + s.limits.write))
 	}
 	if err := rt.handle(c); err != nil {
 		c.replyError(err)

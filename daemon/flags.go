@@ -41,6 +41,9 @@ var options = []option{
 	{name: "control-group", usage: "`GROUP` that may connect to the control socket", field: func(c *config.Config) any { return &c.ControlGroup }},
 	{name: "allow-extension", usage: "let only the extension `NAME` serve what is added while the daemon runs; may be repeated; by default all may", computed: true, field: func(c *config.Config) any { return &c.AllowExtensions }},
 
+	{name: "state-dir", usage: "keep what outlives the daemon in `DIR`: layers that guests have written, checkpoints, chunks of images; by default /var/lib/sluice, or sluice in the user's state directory", computed: true, files: true, field: func(c *config.Config) any { return &c.StateDir }},
+	{name: "plugin", usage: "let the executable `FILE` serve layers; may be repeated; by default those in libexec/sluice/plugins beside the daemon's directory", computed: true, files: true, field: func(c *config.Config) any { return &c.Plugins }},
+
 	{name: "socket-path", usage: "`PATH` of the Unix socket to create and listen on; PATH.pid is its lock", files: true, field: func(c *config.Config) any { return &c.SocketPath }},
 	{name: "socket-group", usage: "`GROUP` that may connect to the socket", field: func(c *config.Config) any { return &c.SocketGroup }},
 	{name: "fd", usage: "`FD` of an inherited Unix socket, listening or connected", computed: true, field: func(c *config.Config) any { return &c.FD }},

@@ -18,11 +18,18 @@ import (
 type openGraft struct {
 	graftOrder
 	dir *os.File
+	// outer is the half outside of a graft in two halves, until it is adopted.
+	outer *hostedGraft
 }
 
 // files are what goes with the order; nil has none.
 func (g *openGraft) files() []*os.File {
-	if g == nil || g.dir == nil {
+	switch {
+	case g == nil:
+		return nil
+	case g.outer != nil:
+		return g.outer.files
+	case g.dir == nil:
 		return nil
 	}
 	return []*os.File{g.dir}
@@ -31,6 +38,11 @@ func (g *openGraft) files() []*os.File {
 func (g *openGraft) close() {
 	if g.dir != nil {
 		_ = g.dir.Close()
+	}
+	if g.outer != nil {
+		if err := g.outer.close(); err != nil {
+			g.outer.log.Warn("cannot end what a graft had outside the sandbox", "error", err)
+		}
 	}
 }
 
@@ -43,9 +55,9 @@ func (all grafts) close() {
 }
 
 // openGrafts makes orders of grafts that were asked for, and opens their directories.
-func openGrafts(tag string, specs []api.GraftSpec) (all grafts, err error) {
+func (k *keeper) openGrafts(tag string, specs []api.GraftSpec) (all grafts, err error) {
 	for _, spec := range specs {
-		g, err := openOne(tag, spec)
+		g, err := k.openOne(tag, spec)
 		if err != nil {
 			all.close()
 			return nil, fmt.Errorf("graft %s: %w", spec.Path, err)
@@ -56,7 +68,10 @@ func openGrafts(tag string, specs []api.GraftSpec) (all grafts, err error) {
 }
 
 // openOne is openGrafts for one.
-func openOne(tag string, spec api.GraftSpec) (*openGraft, error) {
+func (k *keeper) openOne(tag string, spec api.GraftSpec) (*openGraft, error) {
+	if _, ok := k.registry.Hosted(spec.Type); ok && spec.Backend == "" {
+		spec.Backend = spec.Type // a mount of type overlay, say
+	}
 	o := &openGraft{graftOrder: graftOrder{Tag: tag, Spec: spec}}
 	m := &o.Mount
 	m.Path, m.Source, m.ReadOnly, m.Backend = spec.Path, spec.Source, spec.ReadOnly, spec.Backend
@@ -67,6 +82,12 @@ func openOne(tag string, spec api.GraftSpec) (*openGraft, error) {
 	} else {
 		mount := mountOf(spec)
 		m.Spec, o.OCI.Mounts = &mount, []specs.Mount{mount}
+	}
+	if _, ok := k.registry.Hosted(spec.Backend); ok {
+		return o, k.openOuter(o)
+	}
+	if len(spec.Lowers) > 0 {
+		return nil, api.Errorf(api.CodeInvalid, "lowers: backend %q is not made of others: expected one that is, such as overlay", spec.Backend)
 	}
 	switch spec.Backend {
 	case extensions.Mem:
@@ -87,8 +108,18 @@ func openOne(tag string, spec api.GraftSpec) (*openGraft, error) {
 	return o, nil
 }
 
+// openOuter opens the half outside of a graft in two halves.
+func (k *keeper) openOuter(o *openGraft) (err error) {
+	o.Mount.Kind = bundle.Other
+	if o.outer, err = k.openHosted(o.Tag, o.Spec); err != nil {
+		return err
+	}
+	o.Hosted = &o.outer.order
+	return nil
+}
+
 // openPlan makes orders of what the options for one share describe, and opens the directories.
-func openPlan(tag string, what *source) (all grafts, err error) {
+func (k *keeper) openPlan(tag string, what *source) (all grafts, err error) {
 	for _, m := range what.mounts() {
 		g := &openGraft{graftOrder: graftOrder{Tag: tag, Mount: m, OCI: what.bundle.Spec}}
 		g.Spec = api.GraftSpec{Path: m.Path, Source: m.Source, Backend: m.Backend, ReadOnly: m.ReadOnly, FollowMounts: true}
@@ -98,7 +129,13 @@ func openPlan(tag string, what *source) (all grafts, err error) {
 		for _, r := range m.GIDMap {
 			g.Spec.GIDMap = append(g.Spec.GIDMap, api.IDRange(r))
 		}
-		if m.Kind == bundle.Dir || m.Kind == bundle.File {
+		if _, ok := k.registry.Hosted(m.Backend); ok {
+			g.Spec.Options = mountOptions(&m)
+			if err := k.openOuter(g); err != nil {
+				all.close()
+				return nil, fmt.Errorf("%s: %w", m.Path, err)
+			}
+		} else if m.Kind == bundle.Dir || m.Kind == bundle.File {
 			g.Mount.Source, err = filepath.EvalSymlinks(m.Source)
 			if err == nil {
 				err = g.open()
@@ -111,6 +148,14 @@ func openPlan(tag string, what *source) (all grafts, err error) {
 		all = append(all, g)
 	}
 	return all, nil
+}
+
+// mountOptions are a mount's as its file has them.
+func mountOptions(m *bundle.Mount) []string {
+	if m.Spec == nil {
+		return nil
+	}
+	return m.Spec.Options
 }
 
 func idRanges(ranges []api.IDRange) (m []bundle.IDRange) {

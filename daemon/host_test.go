@@ -42,7 +42,7 @@ func TestSources(t *testing.T) {
 		{"below a file", "/x", "d/f/g", 0, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			g, err := openOne("tag", api.GraftSpec{Path: tt.path, Source: at(tt.source)})
+			g, err := (&keeper{}).openOne("tag", api.GraftSpec{Path: tt.path, Source: at(tt.source)})
 			if tt.found == "" {
 				wantCode(t, err, api.CodeInvalid, "source")
 				return

@@ -41,6 +41,7 @@ type inside struct {
 
 	mu     sync.Mutex
 	shares map[string]*served
+	hosted map[uint64]*hostedInside
 }
 
 // served is one share.
@@ -99,7 +100,7 @@ func (p *program) workManaged(ctx context.Context, w *worker, m *managed) (err e
 	debug.SetMaxThreads(maxThreads)
 	in := &inside{
 		program: p, cfg: cfg, registry: registry, procFD: w.box.ProcSelfFD(), marks: &seccomp.Marks{}, log: log,
-		shares: make(map[string]*served),
+		shares: make(map[string]*served), hosted: make(map[uint64]*hostedInside),
 	}
 	line := w.handed[handedLink]
 	if caps, err = w.confine(registry, caps, anything(registry), in.marks); err != nil {
@@ -148,6 +149,8 @@ func (in *inside) handle(method string, body json.RawMessage, files []*os.File) 
 		return with(body, func(o shareOrder) (any, error) { return nil, in.addShare(o, files) })
 	case askAddGraft:
 		return with(body, func(o graftOrder) (any, error) { return nil, in.addGraft(o, files) })
+	case askTell:
+		return with(body, func(o tellOrder) (any, error) { return in.tell(o, files) })
 	}
 	defer closeFiles(files)
 	switch method {
@@ -171,6 +174,8 @@ func (in *inside) handle(method string, body json.RawMessage, files []*os.File) 
 		return with(body, func(a announcement) (any, error) { return nil, in.announce(a) })
 	case askStats:
 		return in.stats(), nil
+	case askGone:
+		return with(body, in.awaitGone)
 	}
 	return nil, fmt.Errorf("question %q is not known", method)
 }
@@ -253,7 +258,7 @@ func (in *inside) addShare(o shareOrder, files []*os.File) error {
 	}
 	if s.tree, err = share.New(c); err != nil {
 		for _, g := range c.Grafts {
-			err = errors.Join(err, g.Backend.Close())
+			err = errors.Join(err, g.Close())
 		}
 		return err
 	}
@@ -314,7 +319,6 @@ func (in *inside) graft(s *served, o graftOrder, files []*os.File) (share.Graft,
 	}
 	c := make(chan result, 1)
 	go func() {
-		defer closeFiles(files)
 		g, err := in.openGraft(s, &o, files)
 		c <- result{g, err}
 	}()
@@ -325,7 +329,7 @@ func (in *inside) graft(s *served, o graftOrder, files []*os.File) (share.Graft,
 	}
 	go func() {
 		if r := <-c; r.err == nil {
-			_ = r.g.Backend.Close()
+			_ = r.g.Close()
 		}
 	}()
 	return share.Graft{}, &api.Error{
@@ -336,6 +340,7 @@ func (in *inside) graft(s *served, o graftOrder, files []*os.File) (share.Graft,
 
 func (in *inside) openGraft(s *served, o *graftOrder, files []*os.File) (share.Graft, error) {
 	var at place
+	defer func() { closeFiles(files) }()
 	if o.Dir {
 		if len(files) != 1 {
 			return share.Graft{}, fmt.Errorf("%d descriptors for a graft: expected one", len(files))
@@ -357,7 +362,14 @@ func (in *inside) openGraft(s *served, o *graftOrder, files []*os.File) (share.G
 		registry: in.registry, what: &source{bundle: &bundle.Bundle{Spec: o.OCI}}, share: cfg.Share, procFD: in.procFD,
 		marks: in.marks, noFileHandles: in.noFileHandles, log: s.log,
 	}
-	g, err := opener.open(&o.Mount, at)
+	var g share.Graft
+	if o.Hosted != nil {
+		g = opener.graft(&o.Mount)
+		err = in.openHosted(&opener, &g, o.Hosted, files)
+		files = nil
+	} else {
+		g, err = opener.open(&o.Mount, at)
+	}
 	if err != nil {
 		return g, &api.Error{Code: api.CodeInvalid, Message: err.Error()}
 	}
@@ -402,7 +414,7 @@ func (in *inside) addGraft(o graftOrder, files []*os.File) error {
 		return graftError(err) // and it may not be closed
 	}
 	if err != nil {
-		return errors.Join(graftError(err), g.Backend.Close())
+		return errors.Join(graftError(err), g.Close())
 	}
 	return nil
 }

@@ -1,12 +1,15 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -36,6 +39,13 @@ const keepCaps = sandbox.CapSet(1)<<unix.CAP_SYS_ADMIN | sandbox.CapSet(1)<<unix
 	sandbox.CapSet(1)<<unix.CAP_DAC_OVERRIDE | sandbox.CapSet(1)<<unix.CAP_CHOWN | sandbox.CapSet(1)<<unix.CAP_FOWNER |
 	sandbox.CapSet(1)<<unix.CAP_SYS_PTRACE
 
+// hostedCaps are what halves of extensions outside the sandbox need beyond: they copy files of any kind and owner, and start programs
+// as other users, in namespaces and with large socket buffers.
+const hostedCaps = sandbox.CapSet(1)<<unix.CAP_MKNOD | sandbox.CapSet(1)<<unix.CAP_FSETID | sandbox.CapSet(1)<<unix.CAP_SETFCAP |
+	sandbox.CapSet(1)<<unix.CAP_SETUID | sandbox.CapSet(1)<<unix.CAP_SETGID | sandbox.CapSet(1)<<unix.CAP_SETPCAP |
+	sandbox.CapSet(1)<<unix.CAP_KILL | sandbox.CapSet(1)<<unix.CAP_SYS_CHROOT | sandbox.CapSet(1)<<unix.CAP_SYS_RESOURCE |
+	sandbox.CapSet(1)<<unix.CAP_NET_ADMIN
+
 // modes are the options' words in sandbox's own.
 var modes = map[config.Sandbox]sandbox.Mode{
 	config.SandboxNamespace: sandbox.Namespace,
@@ -58,6 +68,10 @@ func (p *program) keep(ctx context.Context, cfg config.Config, m *managed, log *
 	if k.control, err = absolute(cfg.ControlSocket); err != nil {
 		return err
 	}
+	if k.stateDir, err = absolute(stateDir(cfg.StateDir, p.getenv)); err != nil {
+		return err
+	}
+	k.plugins = cfg.Plugins
 	s, err := p.startServer(cfg, m, k)
 	if err != nil {
 		return err
@@ -174,6 +188,7 @@ func (p *program) startServer(cfg config.Config, m *managed, k *keeper) (*server
 	if err != nil {
 		return nil, err
 	}
+	k.registry = registry
 	k.backends = append([]string{extensions.Passthrough, extensions.Mem}, registry.Names()...)
 	needs, err := registry.Needs(m.spec())
 	if err != nil {
@@ -195,8 +210,12 @@ func (p *program) startServer(cfg config.Config, m *managed, k *keeper) (*server
 	if k.line, err = link.NewKeeper(mine); err != nil {
 		return nil, errors.Join(err, theirs.Close())
 	}
+	caps := keepCaps
+	if slices.ContainsFunc(registry.All(), func(e extensions.Extension) bool { _, ok := e.(extensions.Hosted); return ok }) {
+		caps |= hostedCaps
+	}
 	child, err := sandbox.Start(sandbox.Launch{
-		Mode: modes[cfg.Sandbox], Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args, Keep: keepCaps, Files: files,
+		Mode: modes[cfg.Sandbox], Network: needs.Network, UIDMap: uids, GIDMap: gids, Args: os.Args, Keep: caps, Files: files,
 	})
 	if err != nil {
 		return nil, errors.Join(err, k.line.Close())
@@ -228,6 +247,20 @@ func (k *keeper) serveAll(ctx context.Context, cfg config.Config, m *managed) er
 	return k.addSingle(ctx, cfg, m.single)
 }
 
+// stateDir is where the daemon keeps what outlives it; "" says that there is no place for that.
+func stateDir(given string, getenv func(string) string) string {
+	if given != "" || os.Geteuid() == 0 {
+		return cmp.Or(given, "/var/lib/sluice")
+	}
+	if dir := getenv("XDG_STATE_HOME"); filepath.IsAbs(dir) {
+		return filepath.Join(dir, "sluice")
+	}
+	if home := getenv("HOME"); filepath.IsAbs(home) {
+		return filepath.Join(home, ".local/state/sluice")
+	}
+	return ""
+}
+
 // addSingle adds the share of --shared-dir, --bundle or --spec.
 func (k *keeper) addSingle(ctx context.Context, cfg config.Config, what *source) error {
 	share := cfg.Share
@@ -248,7 +281,7 @@ func (k *keeper) addSingle(ctx context.Context, cfg config.Config, what *source)
 	if err := invalid(spec.Validate()); err != nil {
 		return err
 	}
-	grafts, err := openPlan(share.Tag, what)
+	grafts, err := k.openPlan(share.Tag, what)
 	if err != nil {
 		return err
 	}

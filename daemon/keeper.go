@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/sluicefs/sluice/control/api"
+	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/internal/bundle"
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/internal/configfile"
@@ -37,6 +38,10 @@ type keeper struct {
 	id       string
 	server   int // its process id
 	started  time.Time
+	registry extensions.Registry // of those that may serve
+	stateDir string
+	plugins  []string
+	hosted   sync.WaitGroup // halves of grafts outside the sandbox that are not ended
 
 	mu     sync.Mutex // no call is made while it is held
 	shares map[string]*kept
@@ -59,6 +64,7 @@ type kept struct {
 	spec    api.ShareSpec
 	grafts  map[string]api.GraftSpec // by path, as they are
 	watches map[string]*watching     // by graft, those of them that are watched
+	hosted  map[string]*hostedGraft  // by graft, those of them in two halves
 }
 
 // ask asks the server for what it has at hand. ErrClosed is also an *api.Error.
@@ -232,7 +238,7 @@ func (k *keeper) AddShare(ctx context.Context, spec api.ShareSpec) (api.Share, e
 		return api.Share{}, api.Errorf(api.CodeInvalid, "socket: it is missing: expected a path, for there is no control socket beside which one could be")
 	}
 	return await(ctx, func() (api.Share, error) {
-		grafts, err := openGrafts(spec.Tag, spec.Grafts)
+		grafts, err := k.openGrafts(spec.Tag, spec.Grafts)
 		if err != nil {
 			return api.Share{}, err
 		}
@@ -296,7 +302,7 @@ func socketError(err error) error {
 func (k *keeper) reserve(spec api.ShareSpec) (*kept, error) {
 	s := &kept{
 		tag: spec.Tag, socket: spec.Socket, turn: make(chan struct{}, 1),
-		spec: spec, grafts: make(map[string]api.GraftSpec), watches: make(map[string]*watching),
+		spec: spec, grafts: make(map[string]api.GraftSpec), watches: make(map[string]*watching), hosted: make(map[string]*hostedGraft),
 	}
 	s.turn <- struct{}{}
 	s.events = newEventLog(func(events []api.Event) error {
@@ -343,7 +349,7 @@ func (k *keeper) build(s *kept, grafts grafts) error {
 		if err != nil {
 			return fmt.Errorf("graft /: %w", err)
 		}
-		k.put(s, &root.graftOrder, w)
+		k.put(s, root, w)
 	}
 	for _, g := range grafts {
 		if err := k.addGraft(s, g); err != nil {
@@ -392,6 +398,7 @@ func (k *keeper) forget(s *kept) error {
 	s.ready = false
 	watches := slices.Collect(maps.Values(s.watches))
 	clear(s.watches)
+	clear(s.hosted)
 	s.mu.Unlock()
 	var failed []error
 	for _, w := range watches {
@@ -417,7 +424,7 @@ func (k *keeper) addGraft(s *kept, g *openGraft) error {
 	if err := k.order(askAddGraft, g.graftOrder, nil, g.files()...); err != nil {
 		return errors.Join(err, w.close())
 	}
-	k.put(s, &g.graftOrder, w)
+	k.put(s, g, w)
 	return nil
 }
 
@@ -443,14 +450,20 @@ func (k *keeper) watch(s *kept, o *graftOrder) (*watching, error) {
 }
 
 // put notes a graft that the server has now, in the place of the one that there may have been.
-func (k *keeper) put(s *kept, o *graftOrder, w *watching) {
-	path := o.Spec.Path
+func (k *keeper) put(s *kept, g *openGraft, w *watching) {
+	path := g.Spec.Path
 	s.mu.Lock()
-	s.grafts[path] = o.Spec
+	s.grafts[path] = g.Spec
 	old := s.watches[path]
 	delete(s.watches, path)
 	if w != nil {
 		s.watches[path] = w
+	}
+	delete(s.hosted, path)
+	if g.outer != nil {
+		g.outer.closeFiles()
+		k.adopt(g.outer)
+		s.hosted[path], g.outer = g.outer, nil
 	}
 	s.mu.Unlock()
 	k.endWatch(s, path, old)
@@ -505,7 +518,7 @@ func (k *keeper) AddGraft(ctx context.Context, tag string, spec api.GraftSpec, r
 		return api.Graft{}, err
 	}
 	return await(ctx, func() (api.Graft, error) {
-		g, err := openOne(tag, spec)
+		g, err := k.openOne(tag, spec)
 		if err != nil {
 			return api.Graft{}, err
 		}
@@ -588,6 +601,7 @@ func (k *keeper) RemoveGraft(ctx context.Context, tag, path string) error {
 			delete(s.grafts, path)
 			w := s.watches[path]
 			delete(s.watches, path)
+			delete(s.hosted, path)
 			s.mu.Unlock()
 			k.endWatch(s, path, w)
 			return nil
@@ -654,6 +668,7 @@ func (k *keeper) close(ctx context.Context) error {
 		})
 	}
 	all.Wait()
+	failed = append(failed, k.awaitHosted(ctx))
 	return errors.Join(errors.Join(failed...), k.journal.close())
 }
 

@@ -69,6 +69,7 @@ func newRig(t *testing.T, exts ...extensions.Extension) *rig {
 		in: &inside{
 			program: &program{newServer: newServer}, cfg: config.Default(), registry: registry, procFD: int(proc.Fd()),
 			marks: &seccomp.Marks{}, log: log, ctx: ctx, shares: make(map[string]*served),
+			hosted: make(map[uint64]*hostedInside),
 		},
 	}
 	for _, name := range []string{"a", "b"} {
@@ -79,7 +80,7 @@ func newRig(t *testing.T, exts ...extensions.Extension) *rig {
 	if err := os.WriteFile(filepath.Join(r.files, "f"), []byte("text"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	r.keeper = &keeper{log: log, shares: make(map[string]*kept), control: filepath.Join(r.dir, "control"), server: os.Getpid()}
+	r.keeper = &keeper{log: log, shares: make(map[string]*kept), control: filepath.Join(r.dir, "control"), server: os.Getpid(), registry: registry}
 	if r.line, err = link.NewKeeper(mine); err != nil {
 		t.Fatal(err)
 	}
@@ -91,7 +92,7 @@ func newRig(t *testing.T, exts ...extensions.Extension) *rig {
 	t.Cleanup(func() {
 		ctx, stop := context.WithTimeout(context.Background(), patience)
 		defer stop()
-		if err := errors.Join(r.close(ctx), ignoreClosed(r.line.Close()), <-served); err != nil {
+		if err := errors.Join(ignoreClosed(r.line.Close()), <-served, r.close(ctx)); err != nil {
 			t.Error(err)
 		}
 		cancel()

@@ -24,7 +24,7 @@ type managed struct {
 }
 
 // loadFile reads the file of --config, if there is one. Options in it are set in cfg, unless the command line has them.
-func loadFile(cfg *config.Config, flags *pflag.FlagSet) (*configfile.File, error) {
+func (p *program) loadFile(cfg *config.Config, flags *pflag.FlagSet) (*configfile.File, error) {
 	if cfg.File == "" {
 		return nil, nil
 	}
@@ -38,7 +38,9 @@ func loadFile(cfg *config.Config, flags *pflag.FlagSet) (*configfile.File, error
 	}{
 		{"control-socket", func() { cfg.ControlSocket = f.ControlSocket }},
 		{"control-group", func() { cfg.ControlGroup = f.ControlGroup }},
-		{"allow-extension", func() { cfg.AllowExtensions = allowedBy(f) }},
+		{"allow-extension", func() { cfg.AllowExtensions = p.allowedBy(f) }},
+		{"state-dir", func() { cfg.StateDir = f.StateDir }},
+		{"plugin", func() { cfg.Plugins = f.Plugins }},
 		{"sandbox", func() { cfg.Sandbox = f.Sandbox }},
 		{"uid-map", func() { cfg.UIDMap = f.UIDMap }},
 		{"gid-map", func() { cfg.GIDMap = f.GIDMap }},
@@ -96,15 +98,28 @@ func validListener(c control.Config) error {
 	return c.Validate()
 }
 
-// allowedBy are the extensions that may serve: those listed, and those that the shares name. It is not nil, which would be all.
-func allowedBy(f *configfile.File) []string {
+// allowedBy are the extensions that may serve: those listed, or those in two halves, and those that the shares name. It is not nil,
+// which would be all.
+func (p *program) allowedBy(f *configfile.File) []string {
 	names := append([]string{}, f.Extensions...)
+	if f.Extensions == nil {
+		names = append(names, p.registry.HostedNames()...)
+	}
 	for _, s := range f.Shares {
 		for _, g := range s.Grafts {
-			if !isStock(g.Backend) {
-				names = append(names, g.Backend)
-			}
+			names = append(names, backendsOf(api.LowerSpec{Backend: g.Backend, Lowers: g.Lowers})...)
 		}
+	}
+	return names
+}
+
+// backendsOf are the extensions that l and what it is made of name.
+func backendsOf(l api.LowerSpec) (names []string) {
+	if !isStock(l.Backend) {
+		names = append(names, l.Backend)
+	}
+	for _, lower := range l.Lowers {
+		names = append(names, backendsOf(lower)...)
 	}
 	return names
 }

@@ -21,6 +21,8 @@ const (
 	askReplay      = "replay"       // a tag: from now on sluice-agent may come → its token
 	askAnnounce    = "announce"     // announcement
 	askStats       = "stats"        // → api.Stats
+	askTell        = "tell"         // tellOrder, and files → what the half of a graft inside answers
+	askGone        = "gone"         // the ID of a graft in two halves; answered when it is gone for good
 )
 
 // shareOrder asks for a share. A graft at "/", if there is one, comes with it, and its directory.
@@ -39,6 +41,8 @@ type graftOrder struct {
 	OCI *specs.Spec
 	// Dir says that the directory, that of Mount or of its file, comes with the message.
 	Dir bool
+	// Hosted is of a graft in two halves, whose descriptors come with the message instead.
+	Hosted *hostedOrder
 }
 
 type graftName struct{ Tag, Path string }

@@ -96,7 +96,7 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	if cfg.ListExtensions {
 		return p.listExtensions()
 	}
-	file, err := loadFile(&cfg, flags)
+	file, err := p.loadFile(&cfg, flags)
 	if err != nil {
 		return err
 	}
@@ -120,11 +120,20 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 		return p.dumpFilter(cfg, what)
 	}
 	limitMemory(p.getenv)
+	what, err := loadSource(&cfg, flags)
+	if err != nil {
+		return err
+	}
+	if name := p.inHalves(what); name != "" && !cfg.Managed() {
+		if cfg.Keeper = true; cfg.Share.Tag == "" {
+			return usageError{fmt.Errorf("--tag is needed: with backend %s, shares are known by their tags", name)}
+		}
+	}
 	box, handed, err := enterBox(cfg)
 	if err != nil {
 		return err
 	}
-	if handed == nil && !cfg.Managed() && cfg.SocketPath == "" && cfg.FD == config.NoFD {
+	if handed == nil && (!cfg.Managed() || cfg.Keeper) && cfg.SocketPath == "" && cfg.FD == config.NoFD {
 		fd, ok, err := listen.FromSystemd(p.getenv)
 		if err != nil {
 			return err
@@ -133,10 +142,6 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 			return usageError{errors.New("--socket-path or --fd is needed: where the front-end connects to")}
 		}
 		cfg.FD = fd
-	}
-	what, err := loadSource(&cfg, flags)
-	if err != nil {
-		return err
 	}
 	if cfg.Seccomp != config.SeccompNone {
 		if err := seccomp.Supported(); err != nil {
@@ -179,6 +184,16 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	default:
 		return p.workManaged(ctx, w, m)
 	}
+}
+
+// inHalves names an extension in two halves that what is served needs, "" for none.
+func (p *program) inHalves(what *source) string {
+	for _, m := range what.mounts() {
+		if _, ok := p.registry.Hosted(m.Backend); ok {
+			return m.Backend
+		}
+	}
+	return ""
 }
 
 // listExtensions prints the extensions' names in the order they are asked in, those that come with the daemon last.

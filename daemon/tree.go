@@ -69,7 +69,7 @@ func (o *opener) openTree(places []place) (_ *tree, err error) {
 	defer func() {
 		if err != nil {
 			for i := range o.grafts {
-				err = errors.Join(err, o.grafts[i].Backend.Close())
+				err = errors.Join(err, o.grafts[i].Close())
 			}
 		}
 	}()
@@ -101,7 +101,7 @@ func (o *opener) openTree(places []place) (_ *tree, err error) {
 
 // open returns the graft for m, whose source is at p.
 func (o *opener) open(m *bundle.Mount, p place) (g share.Graft, err error) {
-	g = share.Graft{Path: m.Path, Policy: share.Policy{ReadOnly: m.ReadOnly}, UIDMap: idMap(m.UIDMap), GIDMap: idMap(m.GIDMap)}
+	g = o.graft(m)
 	choice, err := o.registry.Select(extensions.Request{
 		Spec: o.what.bundle.Spec, Mount: m.Spec, MountPath: p.path, ReadOnly: m.ReadOnly, Backend: m.Backend,
 	})
@@ -119,6 +119,11 @@ func (o *opener) open(m *bundle.Mount, p place) (g share.Graft, err error) {
 	return g, nil
 }
 
+// graft is what m says of its graft, which has no backend yet.
+func (o *opener) graft(m *bundle.Mount) share.Graft {
+	return share.Graft{Path: m.Path, Policy: share.Policy{ReadOnly: m.ReadOnly}, UIDMap: idMap(m.UIDMap), GIDMap: idMap(m.GIDMap)}
+}
+
 // isStock says whether name is of a backend that comes with the daemon, or of none.
 func isStock(name string) bool {
 	return name == "" || name == extensions.Mem || name == extensions.Passthrough
@@ -129,19 +134,24 @@ func (o *opener) claim(g *share.Graft, c extensions.Choice) error {
 	g.Backend = c.Backend
 	g.Extension = c.Extension.Name()
 	g.ReadOnly = c.Options.ReadOnly
-	g.Isolated, g.Slow = true, !c.Options.Inline
+	g.Isolated, g.Slow = !c.Options.Stock, !c.Options.Stock && !c.Options.Inline
 	switch c.Options.Timeout {
 	case 0:
+		if c.Options.Stock {
+			break
+		}
 		g.Timeout = extensions.DefaultTimeout
 	case extensions.NoTimeout:
 	default:
 		g.Timeout = c.Options.Timeout
 	}
-	owner, err := o.marks.Register(g.Extension)
-	if err != nil {
-		return errors.Join(err, g.Backend.Close())
+	if g.Isolated {
+		owner, err := o.marks.Register(g.Extension)
+		if err != nil {
+			return errors.Join(err, g.Backend.Close())
+		}
+		g.Enter, g.Leave = func() { o.marks.Enter(owner) }, o.marks.Leave
 	}
-	g.Enter, g.Leave = func() { o.marks.Enter(owner) }, o.marks.Leave
 	// By name: an extension may be of a type that cannot be compared.
 	if !slices.ContainsFunc(o.tree.claimed, func(e extensions.Extension) bool { return e.Name() == g.Extension }) {
 		o.tree.claimed = append(o.tree.claimed, c.Extension)

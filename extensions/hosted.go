@@ -75,6 +75,13 @@ func (g *Given) Close() {
 type Outside struct {
 	// Log is the daemon's. What a guest or a program can cause is to be logged at a bounded rate.
 	Log *slog.Logger
+	// StateDir is a directory, which need not exist yet, for what outlives the daemon. Each extension has one of its own name in it.
+	// "" says that there is none: the option is --state-dir.
+	StateDir string
+	// Plugins are executables that serve layers; nil leaves it to the default directory.
+	Plugins []string
+	// Has says whether m.Backend of Open may be name.
+	Has func(name string) bool
 	// Open opens m by its Backend: another hosted extension, "passthrough" with a directory as its Source (Given.Files[0] is it,
 	// O_PATH, a private copy of what is mounted there where privileges allow), or "mem".
 	Open func(ctx context.Context, m Mount) (Part, error)
@@ -83,11 +90,9 @@ type Outside struct {
 	// Action has f answer what operators ask of the graft by this name (POST …/grafts/PATH/NAME): arg is JSON, what f returns too.
 	// Errors should be of package extensions (ActionError) where the operator can do something about them. One action runs at a time.
 	Action func(name string, f func(ctx context.Context, arg json.RawMessage) (any, error))
-	// Tell has the half inside do what it has given to Inside.OnTell, and returns its answer. Not before OpenOutside has returned.
-	Tell func(ctx context.Context, method string, arg any) (json.RawMessage, error)
-	// Reopen has the graft opened anew, by OpenOutside and OpenInside, and exchanged for the one that there is, in one step for
-	// the guest; files that it has open go on with the old one, which is closed when they are. Only from an Action.
-	Reopen func(ctx context.Context) error
+	// Tell has the half inside do what it has given to Inside.OnTell, and returns its answer. Not before OpenOutside has returned. The files
+	// are copied.
+	Tell func(ctx context.Context, method string, arg any, files ...*os.File) (json.RawMessage, error)
 }
 
 // Inside is what OpenInside is given.
@@ -96,14 +101,20 @@ type Inside struct {
 	Log *slog.Logger
 	// Open makes the backend of a part, whose files it takes over. Closing it is up to who gets it.
 	Open func(p Part) (fsbackend.Backend, Options, error)
-	// OnTell has f answer Outside.Tell.
-	OnTell func(f func(method string, arg json.RawMessage) (any, error))
+	// OnTell has f answer Outside.Tell. It takes the files over.
+	OnTell func(f func(method string, arg json.RawMessage, files []*os.File) (any, error))
 	// ProcFD is a descriptor of /proc/self/fd, which stays the daemon's, for passthrough.Config.
 	ProcFD int
 	// NoFileHandles says that the filter, or the lack of a capability, keeps passthrough from file handles.
 	NoFileHandles bool
 	// MaxFDs and MaxInodes are the graft's, as in passthrough.Config.
 	MaxFDs, MaxInodes int
+}
+
+// Layered is a backend that is several layers, for who merges them: one entry of lowerdir= may be many. Those it returns, the uppermost
+// first, are the caller's to close, and then it is not.
+type Layered interface {
+	Layers() []fsbackend.Backend
 }
 
 // ActionError is an error of an Action that the operator can do something about.

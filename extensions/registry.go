@@ -1,6 +1,7 @@
 package extensions
 
 import (
+	"context"
 	"fmt"
 	"path/filepath"
 	"reflect"
@@ -13,6 +14,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/pflag"
 
+	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/seccomp"
 )
 
@@ -120,6 +122,65 @@ func (r Registry) lookup(name string) (entry, bool) {
 		return entry{}, false
 	}
 	return r.entries[i], true
+}
+
+// Hosted returns the extension of this name if it is one in two halves.
+func (r Registry) Hosted(name string) (Hosted, bool) {
+	e, ok := r.lookup(name)
+	if !ok {
+		return nil, false
+	}
+	h, ok := e.Extension.(Hosted)
+	return h, ok
+}
+
+// Outside is OpenOutside of the Hosted extension of this name, in which a panic is an error.
+func (r Registry) Outside(ctx context.Context, out *Outside, m Mount) (g *Given, err error) {
+	e, h, err := r.hosted(m)
+	if err != nil {
+		return nil, err
+	}
+	if panicked := e.call("OpenOutside", func() { g, err = h.OpenOutside(ctx, out, deepCopy(m)) }); panicked != nil {
+		err = panicked
+	}
+	if err == nil && g == nil {
+		g = &Given{}
+	}
+	if err != nil {
+		g.Close()
+		return nil, fmt.Errorf("%s: %w", e.name, err)
+	}
+	return g, nil
+}
+
+// Inside is OpenInside likewise, with what Select checks of a backend and its options. It takes g's files over.
+func (r Registry) Inside(in *Inside, m Mount, g *Given) (Choice, error) {
+	e, h, err := r.hosted(m)
+	if err != nil {
+		g.Close()
+		return Choice{}, err
+	}
+	return e.choose("OpenInside", m.Path, m.ReadOnly, func() (fsbackend.Backend, Options, error) { return h.OpenInside(in, deepCopy(m), g) })
+}
+
+func (r Registry) hosted(m Mount) (entry, Hosted, error) {
+	if e, ok := r.lookup(m.Backend); ok {
+		if h, ok := e.Extension.(Hosted); ok {
+			return e, h, nil
+		}
+	}
+	known := append([]string{Passthrough, Mem}, r.HostedNames()...)
+	return entry{}, nil, fmt.Errorf("backend %q serves nothing that is named in this way: expected one of %s", m.Backend, strings.Join(known, ", "))
+}
+
+// HostedNames are the names of the Hosted extensions, in order.
+func (r Registry) HostedNames() (names []string) {
+	for _, e := range r.entries {
+		if _, ok := e.Extension.(Hosted); ok {
+			names = append(names, e.name)
+		}
+	}
+	return names
 }
 
 // Only returns a registry of those named, in this one's order.

@@ -58,6 +58,9 @@ func (r Registry) Select(req Request) (Choice, error) {
 		asked = []entry{e}
 	}
 	for _, e := range asked {
+		if _, hosted := e.Extension.(Hosted); hosted {
+			continue // it is asked in another way, and only where it is named
+		}
 		choice, err := e.try(req)
 		if err != nil {
 			return Choice{}, err
@@ -74,13 +77,17 @@ func (r Registry) Select(req Request) (Choice, error) {
 
 // try asks one extension. The Choice is without a backend if it declines.
 func (e entry) try(req Request) (Choice, error) {
-	where := req.where()
 	spec, mount := req.copies()
+	return e.choose("TryHandleMount", req.where(), req.ReadOnly, func() (fsbackend.Backend, Options, error) {
+		return e.TryHandleMount(spec, mount, req.MountPath, req.ReadOnly)
+	})
+}
+
+// choose has open, a call of the extension's method, make a backend, and checks what comes of it.
+func (e entry) choose(method, where string, readOnly bool, open func() (fsbackend.Backend, Options, error)) (Choice, error) {
 	c := Choice{Extension: e.Extension}
 	var failed error
-	if err := e.call("TryHandleMount", func() {
-		c.Backend, c.Options, failed = e.TryHandleMount(spec, mount, req.MountPath, req.ReadOnly)
-	}); err != nil {
+	if err := e.call(method, func() { c.Backend, c.Options, failed = open() }); err != nil {
 		return Choice{}, fmt.Errorf("serve %s: %w", where, err)
 	}
 	typedNil := c.Backend != nil && isNil(c.Backend)
@@ -104,7 +111,7 @@ func (e entry) try(req Request) (Choice, error) {
 		}
 		return Choice{}, err
 	}
-	c.Options.ReadOnly = c.Options.ReadOnly || req.ReadOnly
+	c.Options.ReadOnly = c.Options.ReadOnly || readOnly
 	return c, nil
 }
 

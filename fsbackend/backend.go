@@ -253,6 +253,14 @@ type CopyFileRanger interface {
 	CopyFileRange(c *Context, in *fuseproto.CopyFileRangeIn) (uint64, Errno)
 }
 
+// Filer has other backends of this process use what files of the host lie behind its open ones: to copy from one to another
+// without reading it all. No guest asks for it.
+type Filer interface {
+	// FileOf calls use with a descriptor of node's open file fh, which is good until use returns, and returns what that does; EBADF
+	// if there is no such file, and EOPNOTSUPP if it is none of the host's.
+	FileOf(node, fh uint64, use func(fd int) Errno) Errno
+}
+
 // Statxer answers statx(2); without it the guest falls back to GETATTR and has no birth time.
 type Statxer interface {
 	Statx(c *Context, in *fuseproto.StatxIn, out *fuseproto.StatxOut) Errno

@@ -144,6 +144,23 @@ func (s *Sink) Write(p []byte) int {
 	return n
 }
 
+// ReceiveMsg receives one message of the socket fd with MSG_* flags: its first bytes to head, and up to n of what follows into the
+// Sink, as far as m has room for pieces. It returns the length of the message, as it was received, and the flags that it came with:
+// with MSG_TRUNC it was longer. Behind a closed gate it is EIO, and nothing is received.
+func (s *Sink) ReceiveMsg(m *sys.Message, fd int, head []byte, n, flags int) (got, received int, errno Errno) {
+	if !s.gate.enter() {
+		return 0, 0, unix.EIO
+	}
+	m.Reset(head)
+	m.Add(s.v.iov, n)
+	got, received, errno = m.Receive(fd, flags)
+	if got > len(head) {
+		s.v.advance(got - len(head))
+	}
+	s.gate.leave()
+	return got, received, errno
+}
+
 // Extent is a run of bytes in a file: where data of a backend lies that keeps it in other files.
 type Extent struct {
 	FD  int   // -1: zeros
@@ -211,6 +228,39 @@ func (s *Source) WriteTo(fd int, off int64, n, flags int) (int, Errno) {
 	return put, errno
 }
 
+// SendMsg sends one message over the socket fd with MSG_* flags: head and the next n bytes, which are taken if it could be sent.
+// Fewer than n, because m has no room for more pieces, are EMSGSIZE, and behind a closed gate it is EIO.
+func (s *Source) SendMsg(m *sys.Message, fd int, head []byte, n, flags int) Errno {
+	if !s.gate.enter() {
+		return unix.EIO
+	}
+	defer s.gate.leave()
+	m.Reset(head)
+	if m.Add(s.v.iov, n) < n {
+		return unix.EMSGSIZE
+	}
+	if _, errno := m.Send(fd, flags); errno != 0 {
+		return errno
+	}
+	s.v.advance(n)
+	return OK
+}
+
+// fits returns how many of the next n bytes are in at most pieces pieces of memory.
+func (v *vector) fits(n, pieces int) int {
+	total := 0
+	for i := 0; i < len(v.iov) && i < pieces && total < n; i++ {
+		total += int(v.iov[i].Len)
+	}
+	return min(total, n)
+}
+
+// Fits returns how many of n bytes of room go into one ReceiveMsg.
+func (s *Sink) Fits(n int) int { return s.v.fits(n, sys.IOVMax-1) }
+
+// Fits returns how many of the next n bytes go into one SendMsg.
+func (s *Source) Fits(n int) int { return s.v.fits(n, sys.IOVMax-1) }
+
 // Read copies the next bytes to p and returns how many there were.
 func (s *Source) Read(p []byte) int {
 	if !s.gate.enter() {
@@ -230,6 +280,8 @@ type DirList struct {
 	// Translate, unless nil, changes each entry of READDIRPLUS before it is written: a share's nodeids and owners are not
 	// those of its parts.
 	Translate func(*fuseproto.EntryOut)
+	// Type, unless nil, changes the DT_* of each entry of READDIR. That of READDIRPLUS is its mode's, after Translate.
+	Type func(uint32) uint32
 
 	// Lookups are the nodeids that entries count a lookup of, kept only behind a Gate: the reply may never be seen.
 	Lookups []uint64
@@ -282,12 +334,17 @@ func (l *DirList) add(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, na
 		*e = *entry
 		if l.Translate != nil {
 			l.Translate(e)
+			if kind := e.Mode & unix.S_IFMT; kind != 0 {
+				typ = kind >> 12
+			}
 		}
 		if e.NodeId != 0 {
 			FillValid(&e.EntryValid, &e.EntryValidNsec, l.EntryValid)
 		}
 		FillValid(&e.AttrValid, &e.AttrValidNsec, l.AttrValid)
 		at, node = copy(b, entryBytes(e)), e.NodeId
+	} else if l.Type != nil {
+		typ = l.Type(typ)
 	}
 	at += copy(b[at:], direntBytes(&fuseproto.Dirent{Ino: ino, Off: off, Namelen: uint32(len(name)), Type: typ}))
 	copy(b[at:], name)

@@ -1,5 +1,7 @@
 package fsbackend
 
+import "reflect"
+
 // Resolved is a backend with each of its optional interfaces, nil where it lacks it. It is made once, so that a request
 // costs no type assertion.
 type Resolved struct {
@@ -29,6 +31,7 @@ type Resolved struct {
 	Fallocater
 	Lseeker
 	CopyFileRanger
+	Filer
 	Statxer
 	Ioctler
 	Locker
@@ -64,6 +67,7 @@ func Resolve(b Backend) *Resolved {
 	r.Fallocater, _ = b.(Fallocater)
 	r.Lseeker, _ = b.(Lseeker)
 	r.CopyFileRanger, _ = b.(CopyFileRanger)
+	r.Filer, _ = b.(Filer)
 	r.Statxer, _ = b.(Statxer)
 	r.Ioctler, _ = b.(Ioctler)
 	r.Locker, _ = b.(Locker)
@@ -71,5 +75,20 @@ func Resolve(b Backend) *Resolved {
 	if s, ok := b.(Slow); ok {
 		r.Slow = s.Slow()
 	}
+	if w, ok := b.(Wrapper); ok {
+		r.narrow(w.Wraps())
+	}
 	return r
+}
+
+// narrow leaves out what inner lacks, of the interfaces that answer a guest: a wrapper may have an Init of its own.
+func (r *Resolved) narrow(inner *Resolved) {
+	own := *r
+	to, from := reflect.ValueOf(r).Elem(), reflect.ValueOf(inner).Elem()
+	for i := range to.NumField() {
+		if f := to.Field(i); f.Kind() == reflect.Interface && from.Field(i).IsNil() {
+			f.SetZero()
+		}
+	}
+	r.Initer, r.Wanter, r.Statser = own.Initer, own.Wanter, own.Statser
 }

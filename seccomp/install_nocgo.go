@@ -28,3 +28,6 @@ func Seen() []Violation { return nil }
 
 // Used is empty, too.
 func Used() []Use { return nil }
+
+// ConfineProgram fails.
+func ConfineProgram(bool) error { return programError(errNoCgo) }

@@ -33,6 +33,7 @@ type part struct {
 	file    fsbackend.Name // Graft.File, nil for a directory
 	madeUp  bool           // its backend is a madeUp
 	edit    func(*fuseproto.EntryOut)
+	onClose func()
 
 	// dirs are the positions in this part by the number of their directory; nil if there are none.
 	dirs atomic.Pointer[map[uint64]*position]
@@ -72,10 +73,14 @@ func (s *Share) newPart(g *Graft) *part {
 	p.info.Name, p.info.Path = g.Extension, g.Path
 	p.info.Isolated, p.info.Slow, p.info.Timeout = g.Isolated, g.Slow || p.Resolved.Slow, g.Timeout
 	p.info.Enter, p.info.Leave = g.Enter, g.Leave
+	p.onClose = g.OnClose
 	p.edit = p.listed
 	p.seen.Mode, p.seen.Nlink = unix.S_IFDIR|0o755, 2
 	return p
 }
+
+// Close closes the backend.
+func (p *part) Close() error { return closeBackend(p.Resolved, p.onClose) }
 
 func (p *part) setIndex(index uint16) {
 	p.base = uint64(index) << indexShift

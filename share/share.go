@@ -41,6 +41,18 @@ type Graft struct {
 	Isolated, Slow bool
 	Timeout        time.Duration
 	Enter, Leave   func()
+	// OnClose, unless nil, is called when the Share has closed the backend. It must not wait for the Share.
+	OnClose func()
+}
+
+// Close closes the backend of a graft that no Share has.
+func (g *Graft) Close() error { return closeBackend(g.Backend, g.OnClose) }
+
+func closeBackend(b fsbackend.Backend, closed func()) error {
+	if closed != nil {
+		defer closed()
+	}
+	return b.Close()
 }
 
 // Config describes a Share.

@@ -57,6 +57,7 @@ var graftOptions = []graftOption{
 	{option[api.GraftSpec]{name: "backend", usage: "have `NAME` serve it: passthrough, mem or an extension; by default whoever claims it, or passthrough", field: func(g *api.GraftSpec) any { return &g.Backend }}, nil},
 	{option[api.GraftSpec]{name: "type", usage: "`TYPE` of the mount, for extensions; SOURCE is then passed on as it is written", field: func(g *api.GraftSpec) any { return &g.Type }}, nil},
 	{option[api.GraftSpec]{name: "option", usage: "`OPTION` of the mount, for extensions; may be repeated", field: func(g *api.GraftSpec) any { return &g.Options }}, nil},
+	{option[api.GraftSpec]{name: "lower", usage: "`DIRECTORY` it is made of, or JSON of something else; may be repeated, the uppermost first", field: func(g *api.GraftSpec) any { return (*lowers)(&g.Lowers) }}, nil},
 	{
 		option[api.GraftSpec]{name: "cache", usage: "cache `POLICY` of the guest: never, metadata, auto or always; by default the share's", field: func(g *api.GraftSpec) any { return (*policy)(&g.Cache) }},
 		func(c *api.GraftChange, g *api.GraftSpec) { c.Cache = &g.Cache },

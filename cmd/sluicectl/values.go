@@ -1,8 +1,10 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"math"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -96,6 +98,44 @@ func (r *idRanges) Set(text string) error {
 
 // Type implements pflag.Value.
 func (r *idRanges) Type() string { return "range" }
+
+// lowers are the trees that a graft is made of, on the command line: a directory, or an api.LowerSpec in JSON, each.
+type lowers []api.LowerSpec
+
+// String, Set and Type make them a pflag.Value.
+func (l *lowers) String() string {
+	var all []string
+	for _, lower := range *l {
+		text := lower.Backend
+		if text == "" {
+			text = lower.Source
+		}
+		all = append(all, text)
+	}
+	return strings.Join(all, "+")
+}
+
+// Set implements pflag.Value: it adds one below those there are.
+func (l *lowers) Set(text string) error {
+	var lower api.LowerSpec
+	if strings.HasPrefix(text, "{") {
+		dec := json.NewDecoder(strings.NewReader(text))
+		dec.DisallowUnknownFields()
+		if err := dec.Decode(&lower); err != nil {
+			return fmt.Errorf("%q: %w; expected a directory, or JSON such as {\"backend\": \"lazyimage\", \"options\": [\"image=…\"]}", text, err)
+		}
+	} else {
+		var err error
+		if lower.Source, err = filepath.Abs(text); err != nil {
+			return err
+		}
+	}
+	*l = append(*l, lower)
+	return nil
+}
+
+// Type implements pflag.Value.
+func (l *lowers) Type() string { return "lower" }
 
 // policy is a cache policy on the command line.
 type policy string

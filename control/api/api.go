@@ -48,6 +48,8 @@ type GraftSpec struct {
 	// Type and Options are what an extension is given as the mount's, as in an OCI runtime spec.
 	Type    string   `json:"type,omitempty" toml:"type"`
 	Options []string `json:"options,omitempty" toml:"options"`
+	// Lowers are the trees that a backend made of others is made of, the uppermost first: the layers of an overlay.
+	Lowers []LowerSpec `json:"lowers,omitempty" toml:"lower"`
 
 	ReadOnly bool `json:"read_only,omitempty" toml:"read-only"`
 	// Cache is as in ShareSpec, for this graft; "" is the share's.
@@ -74,6 +76,16 @@ type GraftSpec struct {
 	// FollowMounts shows what the host mounts below Source from now on, too. Without it only what is mounted there now is seen,
 	// and nothing above Source can be reached by its descriptor, where the daemon has the privileges for that (open_tree(2)).
 	FollowMounts bool `json:"follow_mounts,omitempty" toml:"follow-mounts"`
+}
+
+// LowerSpec says what one of the trees is that a graft is made of.
+type LowerSpec struct {
+	// Source, Backend and Options are as in GraftSpec; without a backend it is passthrough.
+	Source  string   `json:"source,omitempty" toml:"source"`
+	Backend string   `json:"backend,omitempty" toml:"backend"`
+	Options []string `json:"options,omitempty" toml:"options"`
+	// Lowers are those that it is made of itself.
+	Lowers []LowerSpec `json:"lowers,omitempty" toml:"lower"`
 }
 
 // IDRange maps Count ids from Guest on to those from Host on.

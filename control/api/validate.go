@@ -42,7 +42,7 @@ func (e *FieldError) API() *Error { return &Error{Code: CodeInvalid, Message: e.
 
 // TOML is Field as the configuration file spells it: "graft[2].uid-map[0]".
 func (e *FieldError) TOML() string {
-	return strings.ReplaceAll(strings.ReplaceAll(e.Field, "_", "-"), "grafts", "graft")
+	return strings.NewReplacer("_", "-", "grafts", "graft", "lowers", "lower").Replace(e.Field)
 }
 
 // Validate reports the first of Problems as *FieldError.
@@ -132,6 +132,7 @@ func (g *GraftSpec) Problems() []*FieldError {
 	}
 	all.idMap("uid_map", g.UIDMap)
 	all.idMap("gid_map", g.GIDMap)
+	all.lowers("lowers", g.Lowers, 1)
 	return all
 }
 
@@ -155,6 +156,38 @@ func (all *problems) cache(policy string) {
 	}
 }
 
+// maxLowers bounds the trees that one is made of, and maxNested how deep they are made of others.
+const (
+	maxLowers = 500
+	maxNested = 4
+)
+
+// lowers checks what a tree at depth is made of.
+func (all *problems) lowers(field string, lowers []LowerSpec, depth int) {
+	switch {
+	case len(lowers) > maxLowers:
+		all.add(field, "there are %d: expected at most %d", len(lowers), maxLowers)
+		return
+	case len(lowers) > 0 && depth > maxNested:
+		all.add(field, "they are made of others, and those again, %d deep: expected at most %d", depth, maxNested)
+		return
+	}
+	for i := range lowers {
+		l := &lowers[i]
+		at := fmt.Sprintf("%s[%d]", field, i)
+		if strings.Contains(l.Backend, "/") || hasControl(l.Backend) {
+			all.add(at+".backend", "%s cannot be a name: expected %s, %s or an extension's", quote(l.Backend), BackendPassthrough, BackendMem)
+		}
+		switch {
+		case l.Source != "":
+			all.check(at+".source", checkSource(l.Source))
+		case l.Backend == "" || l.Backend == BackendPassthrough:
+			all.add(at+".source", "there is nothing to serve: expected a directory of the host, or another backend")
+		}
+		all.lowers(at+".lowers", l.Lowers, depth+1)
+	}
+}
+
 // backend holds g's backend against what only some backends take.
 func (all *problems) backend(g *GraftSpec) {
 	if strings.Contains(g.Backend, "/") || hasControl(g.Backend) {
@@ -168,6 +201,9 @@ func (all *problems) backend(g *GraftSpec) {
 	}
 	if g.Backend != BackendMem && g.Backend != BackendPassthrough {
 		return
+	}
+	if len(g.Lowers) > 0 {
+		all.add("lowers", "backend %s is made of no others: expected them to be left out, or another backend", g.Backend)
 	}
 	if g.Type != "" {
 		all.add("type", "it is for extensions: expected it to be left out with backend %s", g.Backend)

@@ -153,6 +153,15 @@ func (c *Client) RemoveGraft(ctx context.Context, tag, path string) error {
 	return c.call(ctx, http.MethodDelete, share+"/grafts?path="+url.QueryEscape(path), nil, nil)
 }
 
+// ActGraft implements control.Daemon.
+func (c *Client) ActGraft(ctx context.Context, tag, path, action string, arg json.RawMessage) (answer json.RawMessage, err error) {
+	share, err := sharePath(tag)
+	if err != nil {
+		return nil, err
+	}
+	return answer, c.call(ctx, http.MethodPost, share+"/grafts/act?path="+url.QueryEscape(path)+"&action="+url.QueryEscape(action), arg, &answer)
+}
+
 // Stats implements control.Daemon.
 func (c *Client) Stats(ctx context.Context) (stats api.Stats, err error) {
 	return stats, c.call(ctx, http.MethodGet, "/v1/stats", nil, &stats)

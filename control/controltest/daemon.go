@@ -5,6 +5,7 @@ package controltest
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"sync"
@@ -411,6 +412,31 @@ func (d *Daemon) RemoveGraft(ctx context.Context, tag, path string) error {
 	}
 	s.leave(g)
 	return nil
+}
+
+// ActGraft implements control.Daemon. Only graft "/" has actions, those of an overlay, with answers that never change.
+func (d *Daemon) ActGraft(ctx context.Context, tag, path, action string, arg json.RawMessage) (json.RawMessage, error) {
+	if err := d.enter(ctx, "ActGraft", tag+" "+path+" "+action+" "+string(arg)); err != nil {
+		return nil, err
+	}
+	defer d.mu.Unlock()
+	if _, _, err := d.graft(tag, path); err != nil {
+		return nil, err
+	}
+	made := api.Checkpoint{Name: "first", Time: time.Unix(1e9, 0).UTC(), Files: 3, Bytes: 4096}
+	changes := []api.OverlayChange{
+		{Path: "/etc/motd", Kind: api.ChangeModified, Type: "file", Size: 2048},
+		{Path: "/old", Kind: api.ChangeDeleted, Type: "dir"},
+		{Path: "/renamed", Kind: api.ChangeAdded, Type: "dir", From: "/was"},
+	}
+	answer, ok := map[string]any{
+		api.ActCheckpoint: made, api.ActCheckpoints: []api.Checkpoint{made}, api.ActDiff: changes, api.ActApply: changes,
+		api.ActRestore: struct{}{}, api.ActForget: struct{}{},
+	}[action]
+	if path != "/" || !ok {
+		return nil, api.Errorf(api.CodeInvalid, "%q is nothing that the graft can do", action)
+	}
+	return json.Marshal(answer)
 }
 
 // Events implements control.Daemon. It also ends when the share is removed.

@@ -74,6 +74,7 @@ type FS struct {
 
 	mu         sync.RWMutex
 	root       *node
+	work       *node // nil until WorkNode has been asked for
 	nodes      map[uint64]*node
 	handles    map[uint64]*handle
 	lastNode   uint64
@@ -146,9 +147,25 @@ func (f *FS) Close() error {
 	defer f.mu.Unlock()
 	clear(f.handles)
 	clear(f.nodes)
-	f.root = nil
+	f.root, f.work = nil, nil
 	f.bytes.Store(0)
 	return nil
+}
+
+// WorkNode returns the nodeid of a directory that no path leads to: for a backend on top of this one, and for as long as the FS
+// lasts. 0 says that there is no room for it.
+func (f *FS) WorkNode() uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.work == nil {
+		work, errno := f.newNode(unix.S_IFDIR|0o700, 0, 0)
+		if errno != 0 {
+			return 0
+		}
+		work.dir.parent = work
+		f.work = work
+	}
+	return f.work.id
 }
 
 // charge takes n bytes of the limit, or none.
@@ -167,7 +184,7 @@ func (f *FS) refund(n int64) {
 // node returns the file that a guest calls id. mu is held.
 func (f *FS) node(id uint64) (*node, fsbackend.Errno) {
 	n := f.nodes[id]
-	if n == nil || n != f.root && n.lookups.Load() == 0 {
+	if n == nil || n != f.root && n != f.work && n.lookups.Load() == 0 {
 		return nil, unix.ESTALE
 	}
 	return n, fsbackend.OK

@@ -58,7 +58,7 @@ func (fs *FS) useFile(node, fh uint64, hasFh bool, r *ref) errno {
 		return unix.EBADF
 	}
 	*r = ref{fd: int(h.fd), slot: -1, h: h, typ: typeRegular, privs: privSet}
-	if node != rootID {
+	if !fs.fixed(node) {
 		s, n := fs.nodes.lock(node)
 		if n != nil {
 			r.mount, r.privs = n.mount, n.privs

@@ -80,7 +80,7 @@ func (fs *FS) list(in *fuseproto.ReadIn, out *fsbackend.DirList) errno {
 		return unix.ENOTDIR
 	}
 	var mount uint16
-	if in.NodeId != rootID && out.Plus {
+	if !fs.fixed(in.NodeId) && out.Plus {
 		s, n := fs.nodes.lock(in.NodeId)
 		if n != nil {
 			mount = n.mount

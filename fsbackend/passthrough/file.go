@@ -61,7 +61,7 @@ func (fs *FS) openNode(node uint64, guestFlags, fuseFlags uint32) (uint64, errno
 
 // openFile opens node's file: in one call where it has a descriptor or a file handle.
 func (fs *FS) openFile(node uint64, flags int) (int, errno) {
-	if node == rootID {
+	if fs.fixed(node) {
 		return -1, unix.EISDIR
 	}
 	s, n := fs.nodes.lock(node)
@@ -395,4 +395,14 @@ func (fs *FS) CopyFileRange(_ *fsbackend.Context, in *fuseproto.CopyFileRangeIn)
 		return 0, errno
 	}
 	return uint64(n), 0
+}
+
+// FileOf implements fsbackend.Filer.
+func (fs *FS) FileOf(node, fh uint64, use func(fd int) fsbackend.Errno) fsbackend.Errno {
+	h, errno := fs.useHandle(fh, node)
+	if errno != 0 {
+		return errno
+	}
+	defer fs.handles.put(h)
+	return use(int(h.fd))
 }

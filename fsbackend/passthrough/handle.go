@@ -190,7 +190,7 @@ func (fs *FS) closeHandle(h *handle) {
 	if !h.close() {
 		return
 	}
-	if h.node == rootID {
+	if fs.fixed(h.node) {
 		return
 	}
 	s, n := fs.nodes.lock(h.node)
@@ -217,7 +217,7 @@ func (fs *FS) openHandle(node uint64, fd int, flags uint32, dir bool) (uint64, e
 		return 0, unix.ENFILE
 	}
 	h.next, h.prev = 0, 0
-	if node == rootID {
+	if fs.fixed(node) {
 		return h.open(node, fd, flags, dir), 0
 	}
 	s, n := fs.nodes.lock(node)

@@ -165,7 +165,7 @@ func (fs *FS) finishEntry(p *ref, m uint16, st *unix.Statx_t, out *fuseproto.Ent
 
 // Forget implements fsbackend.Backend.
 func (fs *FS) Forget(node, n uint64) {
-	if node == rootID || n == 0 {
+	if fs.fixed(node) || n == 0 {
 		return
 	}
 	if fs.withoutOpen(noOpenFlags) {

@@ -37,6 +37,9 @@ import (
 
 const rootID = fuseproto.FUSE_ROOT_ID
 
+// workID is the nodeid of Config.WorkDirFD: it has no generation, so that it is no other node's.
+const workID = rootID + 1
+
 // File types as node.typ and DT_* have them, S_IFMT >> 12.
 const (
 	typeDir     = unix.DT_DIR
@@ -58,6 +61,9 @@ type Config struct {
 	Dir string
 	// DirFD is a descriptor of the directory, which stays the caller's, for where Dir is out of reach; if 0, New opens Dir.
 	DirFD int
+	// WorkDirFD is a descriptor, which stays the caller's, of a directory outside Dir on the same mount, for a backend on top of this
+	// one (WorkNode); 0 if there is none.
+	WorkDirFD int
 	// MaxFDs bounds the descriptors kept for inodes: if 0, DefaultMaxFDs or half of RLIMIT_NOFILE, whichever is less.
 	// Beyond it there is one for each mount in the tree, two of the backend's own, one for each file that the guest
 	// has open, and one for each file and process of the guest that has it locked. A mount that the guest has looked at stays busy on the host until the FS is closed.
@@ -100,6 +106,7 @@ type FS struct {
 	cfg     Config
 	log     *slog.Logger
 	root    *sys.FD // O_PATH
+	work    *sys.FD // O_PATH; nil if there is none
 	procfd  *sys.FD // /proc/self/fd
 	xattr   sys.ProcXattr
 	ids     identity
@@ -185,6 +192,9 @@ func (fs *FS) open() error {
 	if err := unix.Fstatfs(fd, &sfs); err != nil {
 		return fmt.Errorf("statfs: %w", err)
 	}
+	if err := fs.openWork(&st); err != nil {
+		return err
+	}
 	fs.remote = remoteFS(int64(sfs.Type))
 	fs.nodes.init(fs.cfg.MaxInodes, fs.fds.drop)
 	fs.fds.init(fs.cfg.MaxFDs)
@@ -193,6 +203,34 @@ func (fs *FS) open() error {
 	fs.probe(fs.mounts.at(root), fd)
 	fs.log.Debug("opened share directory", "dir", fs.cfg.Dir, "file_handles", fs.mounts.at(root).state.Load() == handlesWork)
 	return nil
+}
+
+// openWork takes the work directory, which must be where files can be moved to from the root that st describes.
+func (fs *FS) openWork(root *unix.Statx_t) error {
+	if fs.cfg.WorkDirFD == 0 {
+		return nil
+	}
+	fd, err := openOr(fs.cfg.WorkDirFD, "")
+	if err != nil {
+		return fmt.Errorf("work directory: %w", err)
+	}
+	fs.work = sys.NewFD(fd)
+	var st unix.Statx_t
+	if errno := sys.Statx(fd, nil, statxFlags, statxMask, &st); errno != 0 {
+		return fmt.Errorf("statx of the work directory: %w", errno)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR || st.Mnt_id != root.Mnt_id {
+		return errors.New("the work directory is not one on the same mount: expected a directory that files can be renamed from and to")
+	}
+	return nil
+}
+
+// WorkNode returns the nodeid of Config.WorkDirFD, which is never forgotten; 0 if there is none. No path leads to it.
+func (fs *FS) WorkNode() uint64 {
+	if fs.work == nil {
+		return 0
+	}
+	return workID
 }
 
 // openOr returns an O_PATH descriptor of its own: of what fd is open for or, if that is 0, of path.
@@ -258,7 +296,7 @@ func (fs *FS) Close() error {
 	fs.fds.closeAll()
 	fs.mounts.close()
 	fs.trims.Wait()
-	return errors.Join(fs.procfd.Close(), fs.root.Close())
+	return errors.Join(fs.procfd.Close(), fs.root.Close(), fs.work.Close())
 }
 
 // trimStep is how many nodes must go before their memory is given back to the host.

@@ -45,9 +45,17 @@ func (fs *FS) letGo(r *ref) {
 	*r = noRef
 }
 
-// rootRef is the root's, which needs no pin.
-func (fs *FS) rootRef(r *ref) {
+// fixed says whether node id is always there, and in no table: the root, or the work directory.
+func (fs *FS) fixed(id uint64) bool {
+	return id == rootID || id == workID && fs.work != nil
+}
+
+// fixedRef is a fixed node's, which needs no pin.
+func (fs *FS) fixedRef(id uint64, r *ref) {
 	*r = ref{fd: fs.root.Int(), typ: typeDir, slot: -1}
+	if id == workID {
+		r.fd = fs.work.Int()
+	}
 }
 
 // resolve returns a descriptor of node id: ESTALE if the guest knows no such node, or if its file cannot be found again.
@@ -83,8 +91,8 @@ func (fs *FS) tryResolve2(a, b uint64, ra, rb *ref, wait bool) errno {
 }
 
 func (fs *FS) tryResolve(id uint64, r *ref, wait bool) errno {
-	if id == rootID {
-		fs.rootRef(r)
+	if fs.fixed(id) {
+		fs.fixedRef(id, r)
 		return 0
 	}
 	s, n := fs.nodes.lock(id)
@@ -135,8 +143,8 @@ func (fs *FS) reopen(id uint64, r *ref, wait bool) errno {
 		loc   location
 	)
 	for cur := id; ; {
-		if cur == rootID {
-			fs.rootRef(r)
+		if fs.fixed(cur) {
+			fs.fixedRef(cur, r)
 			break
 		}
 		s, n := fs.nodes.lock(cur)

@@ -56,6 +56,15 @@ type Config struct {
 	// AllowExtensions are the extensions that may serve where grafts can be added later; nil is all of them.
 	AllowExtensions []string
 
+	// StateDir is where the daemon keeps what outlives it: layers that a guest has written, checkpoints, chunks of images. "" is
+	// /var/lib/sluice for root, and sluice in the user's own state directory.
+	StateDir string
+	// Plugins are executables that serve layers; nil is those in the default directory.
+	Plugins []string
+
+	// Keeper is no option: the daemon sets it where the share needs a process outside the sandbox, as with Shares.
+	Keeper bool
+
 	// SocketPath is where to create the listening socket. Its pid file is the same path with ".pid" appended.
 	SocketPath string
 	// SocketGroup names the group that may connect to SocketPath; "" leaves it to the daemon's own user.
@@ -177,7 +186,7 @@ func (c Config) Validate() error {
 
 // Managed says that shares can come, go and change while the daemon runs, and that there can be several.
 func (c *Config) Managed() bool {
-	return c.File != "" || len(c.Shares) > 0 || c.ControlSocket != ""
+	return c.Keeper || c.File != "" || len(c.Shares) > 0 || c.ControlSocket != ""
 }
 
 // Single says that the options for one share describe one.

@@ -41,6 +41,7 @@ var tableNames = []struct {
 	typ  reflect.Type
 }{
 	{"[[share.graft]]", reflect.TypeFor[api.GraftSpec]()},
+	{"[[share.graft.lower]]", reflect.TypeFor[api.LowerSpec]()},
 	{"[[share]]", reflect.TypeFor[api.ShareSpec]()},
 	{"[[vsock]]", reflect.TypeFor[VSock]()},
 	{"[[hybrid-vsock]]", reflect.TypeFor[HybridVSock]()},

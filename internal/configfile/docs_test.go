@@ -24,8 +24,9 @@ func schema() map[string][]string {
 		"`[[hybrid-vsock]]`":                keys(reflect.TypeFor[HybridVSock]()),
 		"`[[share]]`":                       keys(reflect.TypeFor[api.ShareSpec]()),
 		"`[[share.graft]]`":                 keys(reflect.TypeFor[api.GraftSpec]()),
+		"`[[share.graft.lower]]`":           keys(reflect.TypeFor[api.LowerSpec]()),
 		"Ranges of `uid-map` and `gid-map`": keys(reflect.TypeFor[api.IDRange]()),
-		"One share on the command line":     {keyDir, keyRO},
+		"One share on the command line":     append(slices.Clone(rootKeys), keyRO),
 	}
 }
 

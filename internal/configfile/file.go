@@ -38,6 +38,10 @@ type File struct {
 	// Extensions are those that grafts may name later, besides those that Shares name.
 	Extensions []string `toml:"extensions"`
 
+	// StateDir is where the daemon keeps what outlives it, Plugins are executables that serve layers; see config.Config.
+	StateDir string   `toml:"state-dir"`
+	Plugins  []string `toml:"plugins"`
+
 	// See config.Config, which has the same fields. The texts of UIDMap, GIDMap and ModCaps have not been checked.
 	Sandbox       config.Sandbox  `toml:"sandbox"`
 	UIDMap        []string        `toml:"uid-map"`

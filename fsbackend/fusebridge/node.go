@@ -1,0 +1,249 @@
+package fusebridge
+
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fuseproto"
+)
+
+// place is where something is in a run of the program: its number there.
+type place struct {
+	conn *conn
+	raw  uint64
+}
+
+// A node is one that the guest holds, or that a call or handle still uses. Its fields are under Bridge.mu, but for the first two,
+// which do not change.
+type node struct {
+	id  uint64
+	typ uint32 // S_IFMT bits
+
+	at    place
+	gen   uint64 // the program's generation of at.raw
+	held  uint64 // lookups that the program has counted for at
+	count uint64 // lookups that the guest holds
+	pins  int    // calls and handles that use it
+
+	// by which name it was last seen, to find it again; nil for the root, and where it has none any more
+	parent   *node
+	name     string
+	children map[string]*dentry // names that are known of it
+
+	attr    fuseproto.Attr
+	until   int64  // attr is good before this time, in nanoseconds of the bridge's clock
+	version uint64 // of attr: what was asked for before it went up must not be kept
+}
+
+// A dentry is a name in a directory. Bridge.mu.
+type dentry struct {
+	node  *node
+	until int64 // good before
+}
+
+// began is when the clock of validities began.
+var began = time.Now()
+
+// clock is the time by that clock: it goes on whatever becomes of the host's date.
+func clock() int64 { return int64(time.Since(began)) }
+
+// changed says that attr may be wrong from here on.
+func (n *node) changed() {
+	n.version++
+	n.until = 0
+}
+
+// pin returns the node that the guest calls id, for the time of a call.
+func (b *Bridge) pin(id uint64) (*node, fsbackend.Errno) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	n := b.nodes[id]
+	if n == nil {
+		return nil, unix.ESTALE
+	}
+	n.pins++
+	return n, fsbackend.OK
+}
+
+// pinDir is pin for a directory.
+func (b *Bridge) pinDir(id uint64) (*node, fsbackend.Errno) {
+	n, errno := b.pin(id)
+	if errno == 0 && n.typ != unix.S_IFDIR {
+		b.unpin(n)
+		return nil, unix.ENOTDIR
+	}
+	return n, errno
+}
+
+// unpin ends a call's use of n.
+func (b *Bridge) unpin(n *node) {
+	b.mu.Lock()
+	n.pins--
+	at, held := b.drop(n)
+	b.mu.Unlock()
+	if held > 0 {
+		at.conn.forget(at.raw, held)
+	}
+}
+
+// drop takes n out of the tables if neither the guest nor a call uses it, and returns what the program is then to forget.
+func (b *Bridge) drop(n *node) (at place, held uint64) {
+	if n == b.root || n.count > 0 {
+		return place{}, 0
+	}
+	delete(b.nodes, n.id) // the guest cannot name it from here on
+	if n.pins > 0 {
+		return place{}, 0
+	}
+	if p := n.parent; p != nil {
+		if d := p.children[n.name]; d != nil && d.node == n {
+			delete(p.children, n.name)
+		}
+	}
+	return n.leave()
+}
+
+// leave takes n out of where it is in the program, which is then to forget it. Bridge.mu is held.
+func (n *node) leave() (at place, held uint64) {
+	at, held = n.at, n.held
+	n.at, n.held, n.gen = place{}, 0, 0
+	n.changed()
+	if at.conn != nil && at.conn.byRaw[at.raw] == n {
+		delete(at.conn.byRaw, at.raw)
+	}
+	return at, held
+}
+
+// Forget implements fsbackend.Backend.
+func (b *Bridge) Forget(id, count uint64) {
+	b.mu.Lock()
+	n := b.nodes[id]
+	var at place
+	var held uint64
+	if n != nil && n != b.root {
+		n.count -= min(count, n.count)
+		at, held = b.drop(n)
+	}
+	b.mu.Unlock()
+	if held > 0 {
+		at.conn.forget(at.raw, held)
+	}
+}
+
+// Reset implements fsbackend.Backend.
+func (b *Bridge) Reset() {
+	type loss struct {
+		at   place
+		held uint64
+	}
+	var lost []loss
+	var handles []*handle
+	b.mu.Lock()
+	for _, h := range b.handles {
+		h.closed = true
+		if h.pins == 0 {
+			handles = append(handles, h)
+		}
+	}
+	clear(b.handles)
+	for _, n := range b.nodes {
+		n.count = 0
+		if at, held := b.drop(n); held > 0 {
+			lost = append(lost, loss{at, held})
+		}
+	}
+	b.root.children = nil
+	b.mu.Unlock()
+	answers := true // from a program that does not, one is not to be waited for again and again
+	for _, h := range handles {
+		answers = b.release(h, answers)
+	}
+	for _, l := range lost {
+		l.at.conn.forget(l.at.raw, l.held)
+	}
+}
+
+// adopt turns an entry that c's program has answered for name in parent (nil: a file without a name) into the guest's, and counts
+// its lookup. with is how it is to be counted: for the guest, unless by a call that looks for its own sake.
+func (b *Bridge) adopt(c *conn, e *fuseproto.EntryOut, parent *node, name fsbackend.Name) (*node, fsbackend.Errno) {
+	raw := e.NodeId
+	if raw == fuseproto.FUSE_ROOT_ID || !checkAttr(&e.Attr, raw) {
+		c.forget(raw, 1)
+		return nil, unix.EIO
+	}
+	typ := e.Mode & unix.S_IFMT
+	b.mu.Lock()
+	n := c.byRaw[raw]
+	if n != nil && (n.typ != typ || n.gen != e.Generation) {
+		// It has given the number to another file while this one is in use.
+		b.mu.Unlock()
+		c.forget(raw, 1)
+		return nil, unix.EIO
+	}
+	if n == nil && parent != nil {
+		// A node of a program that has ended, found again.
+		if d := parent.children[string(name)]; d != nil && d.node.at.conn != c && d.node.typ == typ && b.nodes[d.node.id] == d.node {
+			n = d.node
+			n.leave()
+		}
+	}
+	if n == nil {
+		if len(b.nodes) >= b.cfg.MaxNodes {
+			b.mu.Unlock()
+			c.forget(raw, 1)
+			return nil, unix.ENFILE
+		}
+		b.lastNode++
+		n = &node{id: b.lastNode, typ: typ}
+	}
+	if n.at.conn != c {
+		n.at, n.gen = place{c, raw}, e.Generation
+		c.byRaw[raw] = n
+	}
+	n.held++
+	n.count++
+	b.nodes[n.id] = n
+	if parent != nil {
+		b.link(n, parent, name)
+	}
+	b.mu.Unlock()
+	return n, fsbackend.OK
+}
+
+// link notes that n is at name in parent. Bridge.mu is held.
+func (b *Bridge) link(n, parent *node, name fsbackend.Name) {
+	if d := parent.children[string(name)]; d != nil && d.node == n {
+		if n.parent == nil {
+			n.parent, n.name = parent, name.String()
+		}
+		return
+	}
+	text := name.String()
+	if parent.children == nil {
+		parent.children = map[string]*dentry{}
+	}
+	if d := parent.children[text]; d != nil && d.node.parent == parent && d.node.name == text {
+		d.node.parent, d.node.name = nil, "" // another file has its name now
+	}
+	parent.children[text] = &dentry{node: n}
+	if n.parent != parent || n.name != text {
+		n.parent, n.name = parent, text
+	}
+}
+
+// unlink notes that name in parent is gone, and returns the node that it was. Bridge.mu is held.
+func (b *Bridge) unlink(parent *node, name fsbackend.Name) *node {
+	d := parent.children[string(name)]
+	if d == nil {
+		return nil
+	}
+	delete(parent.children, string(name))
+	n := d.node
+	n.changed()
+	if n.parent == parent && n.name == string(name) {
+		n.parent, n.name = nil, ""
+	}
+	return n
+}

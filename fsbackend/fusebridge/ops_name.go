@@ -1,0 +1,306 @@
+package fusebridge
+
+import (
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fuseproto"
+)
+
+// entry sends a request that is answered with an entry.
+func (r *request) entry(ctx *fsbackend.Context, e *fuseproto.EntryOut) fsbackend.Errno {
+	if errno := r.call(ctx, entryOutSize, false); errno != 0 {
+		return errno
+	}
+	decode(r.reply, e)
+	return fsbackend.OK
+}
+
+// Lookup implements fsbackend.Backend.
+func (b *Bridge) Lookup(ctx *fsbackend.Context, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
+	if b.cachedEntry(parent, name, out) {
+		return fsbackend.OK
+	}
+	p, errno := b.pinDir(parent)
+	if errno != 0 {
+		return errno
+	}
+	defer b.unpin(p)
+	r, errno := b.begin(ctx, p)
+	if errno != 0 {
+		return errno
+	}
+	defer r.end()
+	known, version, names := b.child(p, name)
+	put(r, fuseproto.FUSE_LOOKUP, &fuseproto.InHeader{})
+	r.name(name)
+	if errno := r.entry(ctx, out); errno != 0 {
+		if errno == unix.ENOENT {
+			b.lost(p, name)
+		}
+		return errno
+	}
+	if out.NodeId == 0 { // and for how long it is known not to be there
+		b.lost(p, name)
+		now := clock()
+		setValid(&out.EntryValid, &out.EntryValidNsec, now, until(now, out.EntryValid, out.EntryValidNsec))
+		return fsbackend.OK
+	}
+	n, errno := b.adopt(r.c, out, p, name)
+	if errno != 0 {
+		return errno
+	}
+	if n != known {
+		version = b.version(n)
+	}
+	b.keepEntry(n, out, version, p, name, names)
+	return fsbackend.OK
+}
+
+// child returns the node that name in p is known to be, its version and p's.
+func (b *Bridge) child(p *node, name fsbackend.Name) (n *node, version, names uint64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if d := p.children[string(name)]; d != nil {
+		return d.node, d.node.version, p.version
+	}
+	return nil, 0, p.version
+}
+
+// lost notes that name in p is gone.
+func (b *Bridge) lost(p *node, name fsbackend.Name) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.unlink(p, name)
+}
+
+// make sends a request that makes name in parent, whose struct and names fill has appended.
+func (b *Bridge) makeEntry(ctx *fsbackend.Context, parent uint64, name fsbackend.Name, typ uint32, out *fuseproto.EntryOut, fill func(*request)) fsbackend.Errno {
+	p, errno := b.pinDir(parent)
+	if errno != 0 {
+		return errno
+	}
+	defer b.unpin(p)
+	r, errno := b.begin(ctx, p)
+	if errno != 0 {
+		return errno
+	}
+	defer r.end()
+	fill(r)
+	if errno := r.entry(ctx, out); errno != 0 {
+		return errno
+	}
+	return b.made(r.c, p, name, typ, out)
+}
+
+// made takes up the entry of what was made, which must be of the type that was asked for (fs/fuse/dir.c, create_new_entry).
+func (b *Bridge) made(c *conn, p *node, name fsbackend.Name, typ uint32, out *fuseproto.EntryOut) fsbackend.Errno {
+	b.touch(p)
+	if out.NodeId == 0 || typ != 0 && out.Mode&unix.S_IFMT != typ {
+		c.forget(out.NodeId, 1)
+		return unix.EIO
+	}
+	n, errno := b.adopt(c, out, p, name)
+	if errno != 0 {
+		return errno
+	}
+	b.touch(n)
+	b.keepEntry(n, out, b.version(n), p, name, b.version(p))
+	return fsbackend.OK
+}
+
+// modes applies the caller's umask where the guest has left that to the file system, and the program has not taken it over.
+func (b *Bridge) modes(c *conn, mode, umask *uint32) {
+	guest := b.guest.Load()&fuseproto.FUSE_DONT_MASK != 0
+	program := c.flags&fuseproto.FUSE_DONT_MASK != 0
+	if guest && !program {
+		*mode &^= *umask & 0o777
+	}
+	if !guest {
+		*umask = 0 // it is applied already
+	}
+}
+
+// Mknod implements fsbackend.Maker.
+func (b *Bridge) Mknod(ctx *fsbackend.Context, in *fuseproto.MknodIn, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
+	typ := in.Mode & unix.S_IFMT
+	if typ == 0 {
+		typ = unix.S_IFREG
+	}
+	return b.makeEntry(ctx, in.NodeId, name, typ, out, func(r *request) {
+		req := put(r, fuseproto.FUSE_MKNOD, in)
+		b.modes(r.c, &req.Mode, &req.Umask)
+		r.name(name)
+	})
+}
+
+// Mkdir implements fsbackend.Maker.
+func (b *Bridge) Mkdir(ctx *fsbackend.Context, in *fuseproto.MkdirIn, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
+	return b.makeEntry(ctx, in.NodeId, name, unix.S_IFDIR, out, func(r *request) {
+		req := put(r, fuseproto.FUSE_MKDIR, in)
+		b.modes(r.c, &req.Mode, &req.Umask)
+		r.name(name)
+	})
+}
+
+// Symlink implements fsbackend.Maker.
+func (b *Bridge) Symlink(ctx *fsbackend.Context, parent uint64, name, target fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
+	return b.makeEntry(ctx, parent, name, unix.S_IFLNK, out, func(r *request) {
+		put(r, fuseproto.FUSE_SYMLINK, &fuseproto.InHeader{})
+		r.name(name)
+		r.name(target)
+	})
+}
+
+// Link implements fsbackend.Linker.
+func (b *Bridge) Link(ctx *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
+	old, errno := b.pin(in.Oldnodeid)
+	if errno != 0 {
+		return errno
+	}
+	defer b.unpin(old)
+	p, errno := b.pinDir(in.NodeId)
+	if errno != 0 {
+		return errno
+	}
+	defer b.unpin(p)
+	r, errno := b.begin(ctx, p)
+	if errno != 0 {
+		return errno
+	}
+	defer r.end()
+	raw, errno := b.find(ctx, r.c, old, 0)
+	if errno != 0 {
+		return errno
+	}
+	put(r, fuseproto.FUSE_LINK, in).Oldnodeid = raw
+	r.name(name)
+	errno = r.entry(ctx, out)
+	b.touch(old)
+	if errno != 0 {
+		return errno
+	}
+	return b.made(r.c, p, name, old.typ, out)
+}
+
+// Unlink implements fsbackend.Remover.
+func (b *Bridge) Unlink(ctx *fsbackend.Context, parent uint64, name fsbackend.Name) fsbackend.Errno {
+	return b.remove(ctx, fuseproto.FUSE_UNLINK, parent, name)
+}
+
+// Rmdir implements fsbackend.Remover.
+func (b *Bridge) Rmdir(ctx *fsbackend.Context, parent uint64, name fsbackend.Name) fsbackend.Errno {
+	return b.remove(ctx, fuseproto.FUSE_RMDIR, parent, name)
+}
+
+func (b *Bridge) remove(ctx *fsbackend.Context, op fuseproto.Opcode, parent uint64, name fsbackend.Name) fsbackend.Errno {
+	p, errno := b.pinDir(parent)
+	if errno != 0 {
+		return errno
+	}
+	defer b.unpin(p)
+	r, errno := b.begin(ctx, p)
+	if errno != 0 {
+		return errno
+	}
+	defer r.end()
+	put(r, op, &fuseproto.InHeader{})
+	r.name(name)
+	errno = r.call(ctx, 0, false)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	p.changed()
+	if errno == 0 {
+		b.unlink(p, name)
+	} else if d := p.children[string(name)]; d != nil {
+		d.until = 0
+	}
+	return errno
+}
+
+// Rename implements fsbackend.Renamer.
+func (b *Bridge) Rename(ctx *fsbackend.Context, in *fuseproto.Rename2In, oldName, newName fsbackend.Name) fsbackend.Errno {
+	if in.Flags&^(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE|unix.RENAME_WHITEOUT) != 0 {
+		return unix.EINVAL
+	}
+	from, errno := b.pinDir(in.NodeId)
+	if errno != 0 {
+		return errno
+	}
+	defer b.unpin(from)
+	to, errno := b.pinDir(in.Newdir)
+	if errno != 0 {
+		return errno
+	}
+	defer b.unpin(to)
+	r, errno := b.begin(ctx, from)
+	if errno != 0 {
+		return errno
+	}
+	defer r.end()
+	raw, errno := b.find(ctx, r.c, to, 0)
+	if errno != 0 {
+		return errno
+	}
+	if in.Flags == 0 {
+		put(r, fuseproto.FUSE_RENAME, &fuseproto.RenameIn{Newdir: raw})
+	} else {
+		if r.c.minor < 23 {
+			return unix.EINVAL
+		}
+		put(r, fuseproto.FUSE_RENAME2, in).Newdir = raw
+	}
+	r.name(oldName)
+	r.name(newName)
+	errno = r.call(ctx, 0, false)
+	if errno == unix.ENOSYS && in.Flags != 0 {
+		errno = unix.EINVAL
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	from.changed()
+	to.changed()
+	if errno != 0 {
+		for _, d := range []*dentry{from.children[string(oldName)], to.children[string(newName)]} {
+			if d != nil {
+				d.until = 0
+			}
+		}
+		return errno
+	}
+	moved := b.unlink(from, oldName)
+	other := b.unlink(to, newName)
+	if moved != nil {
+		b.link(moved, to, newName)
+	}
+	if in.Flags&unix.RENAME_EXCHANGE != 0 && other != nil && other != moved {
+		b.link(other, from, oldName)
+	}
+	return fsbackend.OK
+}
+
+// Readlink implements fsbackend.Readlinker.
+func (b *Bridge) Readlink(ctx *fsbackend.Context, id uint64, dst *fsbackend.Sink) fsbackend.Errno {
+	n, errno := b.pin(id)
+	if errno != 0 {
+		return errno
+	}
+	defer b.unpin(n)
+	if n.typ != unix.S_IFLNK {
+		return unix.EINVAL
+	}
+	r, errno := b.begin(ctx, n)
+	if errno != 0 {
+		return errno
+	}
+	defer r.end()
+	put(r, fuseproto.FUSE_READLINK, &fuseproto.InHeader{})
+	if errno := r.call(ctx, unix.PathMax-1, true); errno != 0 {
+		return errno
+	}
+	if len(r.reply) == 0 {
+		return unix.EIO // fs/fuse/dir.c, fuse_readlink_page
+	}
+	dst.Write(r.reply[:min(len(r.reply), dst.Len())])
+	return fsbackend.OK
+}

@@ -1,0 +1,5 @@
+//go:build !race
+
+package permshift
+
+const raceEnabled = false

@@ -1,0 +1,490 @@
+package cache
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/internal/ratelog"
+)
+
+const (
+	// entryCharge is what a name takes in its directory.
+	entryCharge = 128
+	// touchEvery is how old a chunk's access time may be before using it changes it.
+	touchEvery = time.Minute
+	// metaBonus is how much longer than a chunk something in meta is kept: without it, no chunk can be served.
+	metaBonus = 24 * time.Hour
+	// lockWait is how long another process may take with usage before it is done without the directory.
+	lockWait = 5 * time.Second
+	// maxVerified bounds what is remembered about chunks that this process has verified.
+	maxVerified = 1 << 18
+	maxMeta     = 512 << 20
+)
+
+// directory is a cache on disk.
+type directory struct {
+	root     *os.Root
+	budget   int64
+	log      *ratelog.Logger
+	count    *os.File // usage
+	fetching *os.File
+
+	// mu is held with the flock of count.
+	mu sync.Mutex
+
+	verifiedMu sync.Mutex
+	verified   map[Key]uint64 // inode numbers
+}
+
+func openDirectory(name string, budget int64, log *ratelog.Logger) (*directory, error) {
+	if err := os.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("make the cache's directory: %w", err)
+	}
+	root, err := os.OpenRoot(name)
+	if err != nil {
+		return nil, fmt.Errorf("open the cache's directory: %w", err)
+	}
+	d := &directory{root: root, budget: budget, log: log, verified: map[Key]uint64{}}
+	if err := d.prepare(); err != nil {
+		// What is there can still be read.
+		log.Warn("cannot write to the cache: what is fetched is kept in memory", "err", err)
+		d.closeFiles()
+	}
+	return d, nil
+}
+
+// prepare makes what should be there, and removes what a process that was killed has left.
+func (d *directory) prepare() (err error) {
+	if d.count, err = d.root.OpenFile("usage", os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return err
+	}
+	if d.fetching, err = d.root.OpenFile("fetching", os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return err
+	}
+	return d.locked(func() error {
+		dirs := []string{"tmp", "meta", "chunks"}
+		for i := range 256 {
+			dirs = append(dirs, fmt.Sprintf("chunks/%02x", i))
+		}
+		for _, name := range dirs {
+			if err := d.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+				return err
+			}
+		}
+		return d.makeRoom(0)
+	})
+}
+
+func (d *directory) close() error {
+	d.closeFiles()
+	return d.root.Close()
+}
+
+func (d *directory) closeFiles() {
+	for _, f := range []**os.File{&d.count, &d.fetching} {
+		if *f != nil {
+			(*f).Close()
+			*f = nil
+		}
+	}
+}
+
+var errReadOnly = errors.New("the cache's directory could not be written to when it was opened")
+
+// locked has f run while no one else changes the number in usage, in this process or another.
+func (d *directory) locked(f func() error) error {
+	if d.count == nil {
+		return errReadOnly
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), lockWait)
+	defer cancel()
+	err := poll(ctx, func() error { return unix.Flock(int(d.count.Fd()), unix.LOCK_EX|unix.LOCK_NB) })
+	if err != nil {
+		return fmt.Errorf("lock the cache, which another process holds: %w", err)
+	}
+	defer func() { _ = unix.Flock(int(d.count.Fd()), unix.LOCK_UN) }()
+	return f()
+}
+
+// poll tries to lock until it is locked. The lock's own waiting could not be ended.
+func poll(ctx context.Context, try func() error) error {
+	pause := time.Millisecond
+	for {
+		err := try()
+		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, 20*time.Millisecond)
+	}
+}
+
+// used reads usage, -1 if it is not known. Under the lock.
+func (d *directory) used() int64 {
+	var b [8]byte
+	if _, err := d.count.ReadAt(b[:], 0); err != nil {
+		return -1
+	}
+	n := int64(binary.LittleEndian.Uint64(b[:]))
+	return max(n, -1)
+}
+
+func (d *directory) setUsed(n int64) error {
+	_, err := d.count.WriteAt(binary.LittleEndian.AppendUint64(nil, uint64(max(n, 0))), 0)
+	return err
+}
+
+func (d *directory) usage() (n int64) {
+	_ = d.locked(func() error {
+		n = d.used()
+		return nil
+	})
+	return n
+}
+
+// reserve adds need to usage, after making room for it. Under the lock.
+func (d *directory) reserve(need int64) error {
+	n := d.used()
+	if n < 0 || n+need > d.budget {
+		if err := d.makeRoom(need); err != nil {
+			return err
+		}
+		if n = d.used(); n+need > d.budget {
+			return fmt.Errorf("a chunk of %d bytes has no room in the cache's budget of %d", need, d.budget)
+		}
+	}
+	return d.setUsed(n + need)
+}
+
+// giveBack undoes it.
+func (d *directory) giveBack(n int64) {
+	_ = d.locked(func() error {
+		if used := d.used(); used >= 0 {
+			return d.setUsed(used - n)
+		}
+		return nil
+	})
+}
+
+// kept is a file that could go.
+type kept struct {
+	name   string
+	used   time.Time
+	charge int64
+}
+
+// makeRoom counts what is there, removes what dead processes left, and what was not used for longest until need more bytes have room
+// and a tenth of the budget with them, so that this is not done for every chunk. Under the lock.
+func (d *directory) makeRoom(need int64) error {
+	total, files, err := d.scan()
+	if err != nil {
+		return err
+	}
+	if total+need > d.budget {
+		slices.SortFunc(files, func(a, b kept) int { return cmp.Or(a.used.Compare(b.used), strings.Compare(a.name, b.name)) })
+		target := min(d.budget-need, d.budget/10*9)
+		for _, f := range files {
+			if total <= target {
+				break
+			}
+			if err := d.root.Remove(f.name); err == nil || errors.Is(err, fs.ErrNotExist) {
+				total -= f.charge
+			}
+		}
+	}
+	return d.setUsed(total)
+}
+
+// scan lists what is there. Under the lock.
+func (d *directory) scan() (total int64, files []kept, err error) {
+	err = d.each("chunks", func(name string, fi fs.FileInfo) {
+		if fi.IsDir() {
+			total += charge(fi)
+			err := d.each(name, func(name string, fi fs.FileInfo) {
+				files = append(files, kept{name, atime(fi), charge(fi)})
+			})
+			if err != nil {
+				d.log.Warn("cannot list a directory of the cache", "err", err)
+			}
+		}
+	})
+	if err != nil {
+		return 0, nil, err
+	}
+	if err := d.each("meta", func(name string, fi fs.FileInfo) {
+		files = append(files, kept{name, atime(fi).Add(metaBonus), charge(fi)})
+	}); err != nil {
+		return 0, nil, err
+	}
+	for _, f := range files {
+		total += f.charge
+	}
+	err = d.each("tmp", func(name string, fi fs.FileInfo) {
+		if d.abandoned(name) {
+			_ = d.root.Remove(name)
+			return
+		}
+		_, reserved, _ := strings.Cut(path.Base(name), ".")
+		n, _ := strconv.ParseInt(reserved, 10, 64)
+		total += max(n, charge(fi))
+	})
+	return total, files, err
+}
+
+func (d *directory) each(dir string, f func(name string, fi fs.FileInfo)) error {
+	in, err := d.root.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	for {
+		list, err := in.Readdir(256)
+		for _, fi := range list {
+			f(dir+"/"+fi.Name(), fi)
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// abandoned says whether the process that made a temporary file is gone: it held its flock from the first moment.
+func (d *directory) abandoned(name string) bool {
+	f, err := d.root.Open(name)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil
+}
+
+// charge is what a file takes. The file system may not have decided yet how many blocks it needs.
+func charge(fi fs.FileInfo) int64 {
+	return max(fi.Sys().(*unixStat).Blocks*512, roundUp(fi.Size())) + entryCharge
+}
+
+func atime(fi fs.FileInfo) time.Time {
+	ts := fi.Sys().(*unixStat).Atim
+	return time.Unix(ts.Sec, ts.Nsec)
+}
+
+// temp is a file that is being written.
+type temp struct {
+	d        *directory
+	f        *os.File
+	name     string
+	reserved int64
+}
+
+func (d *directory) newTemp(size int64) (t *temp, err error) {
+	need := roundUp(size) + entryCharge
+	err = d.locked(func() error {
+		if err := d.reserve(need); err != nil {
+			return err
+		}
+		name := fmt.Sprintf("tmp/%016x.%d", rand.Uint64(), need)
+		f, err := d.root.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		if err == nil {
+			// Before the lock on usage goes: who counts takes a file without a lock for abandoned.
+			if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+				f.Close()
+				_ = d.root.Remove(name)
+			}
+		}
+		if err != nil {
+			return errors.Join(err, d.setUsed(d.used()-need))
+		}
+		t = &temp{d, f, name, need}
+		return nil
+	})
+	return t, err
+}
+
+func (t *temp) abort() {
+	_ = t.d.root.Remove(t.name)
+	t.f.Close()
+	t.d.giveBack(t.reserved)
+}
+
+// commit gives the file its name, and returns it for reading only.
+func (t *temp) commit(k Key) (*os.File, error) {
+	f, err := t.rename(chunkName(k))
+	if err != nil {
+		return nil, err
+	}
+	if fi, err := f.Stat(); err == nil {
+		t.d.setVerified(k, fi)
+	}
+	return f, nil
+}
+
+func (t *temp) rename(name string) (*os.File, error) {
+	f, err := t.d.root.Open(t.name)
+	if err != nil {
+		return nil, err
+	}
+	err = t.d.locked(func() error {
+		used := t.d.used()
+		if fi, err := t.d.root.Lstat(name); err == nil {
+			used -= charge(fi) // somebody else was faster: theirs goes
+		}
+		if err := t.d.root.Rename(t.name, name); err != nil {
+			return err
+		}
+		if fi, err := f.Stat(); err == nil {
+			used += charge(fi) - t.reserved
+		}
+		return t.d.setUsed(used)
+	})
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	t.f.Close()
+	return f, nil
+}
+
+func chunkName(k Key) string {
+	s := hex.EncodeToString(k[:])
+	return "chunks/" + s[:2] + "/" + s
+}
+
+func (d *directory) has(k Key, size int64) bool {
+	fi, err := d.root.Lstat(chunkName(k))
+	return err == nil && fi.Mode().IsRegular() && fi.Size() == size
+}
+
+func (d *directory) get(k Key, size int64) *os.File {
+	name := chunkName(k)
+	f, err := d.root.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil
+	}
+	fi, err := f.Stat()
+	if err == nil && !d.isVerified(k, fi) {
+		err = verify(f, fi, k, size)
+		if err == nil {
+			d.setVerified(k, fi)
+		}
+	}
+	if err != nil {
+		f.Close()
+		d.log.Warn("a chunk in the cache is damaged: it is fetched again", "chunk", hex.EncodeToString(k[:]), "err", err)
+		d.remove(name)
+		return nil
+	}
+	if now := time.Now(); now.Sub(atime(fi)) > touchEvery {
+		// The zero time leaves the other one as it is.
+		_ = d.root.Chtimes(name, now, time.Time{})
+	}
+	return f
+}
+
+func (d *directory) remove(name string) {
+	_ = d.locked(func() error {
+		fi, err := d.root.Lstat(name)
+		if err != nil {
+			return err
+		}
+		if err := d.root.Remove(name); err != nil {
+			return err
+		}
+		return d.setUsed(d.used() - charge(fi))
+	})
+}
+
+func verify(f *os.File, fi fs.FileInfo, k Key, size int64) error {
+	if !fi.Mode().IsRegular() || fi.Size() != size {
+		return fmt.Errorf("it has %d bytes and should have %d", fi.Size(), size)
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, io.NewSectionReader(f, 0, size)); err != nil {
+		return err
+	}
+	if !bytes.Equal(h.Sum(nil), k[:]) {
+		return ErrContent
+	}
+	return nil
+}
+
+func (d *directory) isVerified(k Key, fi fs.FileInfo) bool {
+	d.verifiedMu.Lock()
+	defer d.verifiedMu.Unlock()
+	ino, ok := d.verified[k]
+	return ok && ino == fi.Sys().(*unixStat).Ino
+}
+
+func (d *directory) setVerified(k Key, fi fs.FileInfo) {
+	d.verifiedMu.Lock()
+	defer d.verifiedMu.Unlock()
+	if len(d.verified) >= maxVerified {
+		clear(d.verified) // they are verified again, that is all
+	}
+	d.verified[k] = fi.Sys().(*unixStat).Ino
+}
+
+func (d *directory) meta(name string) []byte {
+	f, err := d.root.Open("meta/" + name)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxMeta))
+	if err != nil || len(b) < sha256.Size {
+		return nil
+	}
+	if sum := sha256.Sum256(b[sha256.Size:]); !bytes.Equal(sum[:], b[:sha256.Size]) {
+		d.log.Warn("a file in the cache is damaged: what it has is fetched again", "file", "meta/"+name)
+		d.remove("meta/" + name)
+		return nil
+	}
+	_ = d.root.Chtimes("meta/"+name, time.Now(), time.Time{})
+	return b[sha256.Size:]
+}
+
+func (d *directory) putMeta(name string, data []byte) error {
+	t, err := d.newTemp(int64(len(data)) + sha256.Size)
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(data)
+	_, err = t.f.Write(sum[:])
+	if err == nil {
+		_, err = t.f.Write(data)
+	}
+	if err == nil {
+		var f *os.File
+		if f, err = t.rename("meta/" + name); err == nil {
+			return f.Close()
+		}
+	}
+	t.abort()
+	return err
+}

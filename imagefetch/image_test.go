@@ -1,0 +1,104 @@
+package imagefetch
+
+import (
+	"testing"
+
+	"github.com/containerd/stargz-snapshotter/estargz"
+
+	"github.com/sluicefs/sluice/imagefetch/imagetest"
+)
+
+// TestMountRequests is T-D1: an image is mounted with two ranges of each layer, a small file is read with one more, and who comes
+// after needs none.
+func TestMountRequests(t *testing.T) {
+	img := someImage(t)
+	cfg := quick(img)
+	cfg.Cache = cacheDir(t)
+	m := open(t, cfg)
+	layersOf(t, m)
+	reqs := img.Server.Requests()
+	var ranges []string
+	for _, r := range reqs {
+		if r.Range != "" {
+			ranges = append(ranges, r.Range)
+		}
+	}
+	blob := img.Layers[0].Blob
+	if len(reqs) != 3 || len(ranges) != 2 {
+		t.Fatalf("mounting asked %d times, for the ranges %v: expected the manifest, the footer and the table of contents: %+v", len(reqs), ranges, reqs)
+	}
+	if _, n := img.Server.Blobs(); n < estargz.FooterSize || n > int64(len(blob))/20 {
+		t.Errorf("mounting fetched %d of %d bytes", n, len(blob))
+	}
+	img.Server.Reset()
+	if b, err := read(t, m, 0, "etc/hostname"); err != nil || string(b) != "box\n" {
+		t.Fatalf("etc/hostname is %q, %v", b, err)
+	}
+	if gets, n := img.Server.Blobs(); gets != 1 || n > 64<<10 {
+		t.Errorf("a small file took %d GETs of %d bytes, expected 1 of less than a chunk", gets, n)
+	}
+	img.Server.Reset()
+	if b, err := read(t, m, 0, "etc/hostname"); err != nil || string(b) != "box\n" {
+		t.Fatalf("etc/hostname is %q, %v", b, err)
+	}
+	second := open(t, cfg)
+	if b, err := read(t, second, 0, "etc/hostname"); err != nil || string(b) != "box\n" {
+		t.Fatalf("etc/hostname is %q, %v", b, err)
+	}
+	if n := len(img.Server.Requests()); n != 0 {
+		t.Errorf("reading it again, also from another process' cache, asked %d times", n)
+	}
+}
+
+// TestFormats reads everything of layers of each kind.
+func TestFormats(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		o    imagetest.Options
+	}{
+		{"estargz", imagetest.Options{}},
+		{"small chunks", imagetest.Options{ChunkSize: 4096}},
+		{"inner offsets", imagetest.Options{MinChunkSize: 50 << 10}},
+		{"no landmark", imagetest.Options{NoLandmark: true}},
+		{"zstd:chunked", imagetest.Options{Format: imagetest.ZstdChunked}},
+		{"zstd:chunked with inner offsets", imagetest.Options{Format: imagetest.ZstdChunked, MinChunkSize: 50 << 10}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			img := imagetest.NewServer(t).Push(t, "some/repo", imagetest.Build(t, someFiles(), tt.o))
+			for _, c := range []CacheConfig{{}, cacheDir(t)} {
+				cfg := quick(img)
+				cfg.Cache = c
+				m := open(t, cfg)
+				check(t, m, img)
+				st, err := m.Status(within(t), 0)
+				if err != nil || st.Fetched != st.Size || st.Size != int64(len(img.Layers[0].Blob)) || st.Err != "" {
+					t.Errorf("the status is %+v, %v; expected all of it", st, err)
+				}
+				before := len(img.Server.Requests())
+				check(t, m, img)
+				if n := len(img.Server.Requests()) - before; n != 0 {
+					t.Errorf("reading all of it again asked %d times", n)
+				}
+			}
+		})
+	}
+}
+
+// TestRandomReads is T-D2: reading somewhere fetches the bytes of one chunk, exactly.
+func TestRandomReads(t *testing.T) {
+	img := someImage(t)
+	m := open(t, quick(img))
+	e := entryOf(t, m, 0, "big")
+	img.Server.Reset()
+	for _, i := range []int{3, 0, 2} {
+		f, err := m.Chunk(within(t), 0, e.Chunks[i].Chunk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+	gets, n := img.Server.Blobs()
+	if gets != 3 || n < 3*64<<10 || n > 3*(64<<10+1024) {
+		t.Errorf("three chunks of 64 KiB took %d GETs of %d bytes", gets, n)
+	}
+}
