@@ -462,6 +462,7 @@ func (c *conn) receive(flags int) bool {
 	var h fuseproto.OutHeader
 	decode(c.in, &h)
 	if int(h.Length) != n {
+		// One that sends files by way of pipes, for want of the filter that keeps it from that, comes to this as well.
 		c.broken("length in a message", "says", h.Length, "bytes", n)
 		return true
 	}

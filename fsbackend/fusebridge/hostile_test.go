@@ -469,7 +469,7 @@ func FuzzReplies(f *testing.F) {
 				fk.reply(h.Unique, 0, payload)
 			}
 		}
-		c, b, _, _ := newFake(t, Config{Timeout: 5 * time.Second, RestartWait: time.Microsecond, MaxNodes: 8}, answer)
+		c, b, _, _ := newFake(t, Config{Timeout: 30 * time.Millisecond, RestartWait: time.Microsecond, MaxNodes: 8}, answer)
 		e, _ := c.Lookup(root, "x")
 		id := or(e.NodeId, root)
 		_, _ = c.Getattr(id)
