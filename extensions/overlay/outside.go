@@ -123,7 +123,7 @@ func mountOf(m extensions.Mount, l Lower, has func(string) bool) extensions.Moun
 			part.Options = []string{"data=" + l.Data}
 		}
 	default:
-		part.Backend, part.Options = PluginBackend, []string{"name=" + l.Plugin, "data=" + l.Data, "path=" + l.Path}
+		part.Backend, part.Options = PluginBackend, []string{"name=" + l.Plugin, "data=" + l.Data, "path=" + l.Path, "layers=all"}
 	}
 	return part
 }
