@@ -70,10 +70,16 @@ func (fs *FS) openFile(c *fsbackend.Context, id, fh uint64) (*handle, *file, err
 func (fs *FS) Getattr(c *fsbackend.Context, in *fuseproto.GetattrIn, out *fuseproto.AttrOut) fsbackend.Errno {
 	if in.Flags()&fuseproto.FUSE_GETATTR_FH == 0 {
 		n, e := fs.node(in.NodeId)
-		if e == 0 {
-			e = fs.realAttr(c, n, out)
+		if e != 0 {
+			return e
 		}
-		if e == 0 {
+		r := n.top(fs)
+		if !r.l.may(c) {
+			return fsbackend.ErrMayBlock
+		}
+		in.NodeId = r.node
+		e = r.l.r.Getattr(c, in, out)
+		if in.NodeId = n.id; e == 0 {
 			fs.finish(n, &out.Attr)
 		}
 		return e
