@@ -2,6 +2,7 @@ package overlay_test
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -183,6 +184,10 @@ func (k *kernelSide) do(o op) string {
 		}
 		var names []string
 		for _, e := range list {
+			// The kernel lists a whiteout of an upper directory that has nothing below any more: a name that nothing is found under.
+			if errors.Is(unix.Lstat(a+"/"+e.Name(), new(unix.Stat_t)), unix.ENOENT) {
+				continue
+			}
 			names = append(names, fmt.Sprintf("%s:%s", e.Name(), e.Type().String()[:1]))
 		}
 		return "OK " + strings.Join(names, " ")
@@ -211,6 +216,9 @@ func describeStat(st *unix.Stat_t, extra string, attrs []string) fileInfo {
 func (k *kernelSide) tree() (map[string]string, error) {
 	all := make(map[string]string)
 	return all, filepath.Walk(k.root, func(path string, _ os.FileInfo, err error) error {
+		if errors.Is(err, unix.ENOENT) {
+			return nil // a whiteout, as in readdir
+		}
 		if err != nil {
 			return err
 		}

@@ -20,6 +20,7 @@ type ourSide struct {
 	*fsbackendtest.Client
 	fs    *overlay.FS
 	slots [slots]ourFile
+	upper string // where the upper layer is on the host
 }
 
 // ourFile is an open file, which has a lookup of its node.
@@ -30,8 +31,8 @@ type ourFile struct {
 	temporary bool // O_TMPFILE, without a name so far
 }
 
-func newOurSide(fs *overlay.FS) *ourSide {
-	o := &ourSide{Client: &fsbackendtest.Client{R: fsbackend.Resolve(fs)}, fs: fs}
+func newOurSide(fs *overlay.FS, upper string) *ourSide {
+	o := &ourSide{Client: &fsbackendtest.Client{R: fsbackend.Resolve(fs)}, fs: fs, upper: upper}
 	fs.Init(fsbackend.Features{Minor: fuseproto.FUSE_KERNEL_MINOR_VERSION})
 	return o
 }
@@ -173,11 +174,7 @@ func (s *ourSide) do(o op) string {
 		e = s.open(o)
 	case "tmpfile":
 		e = s.on(o.a, func(d *fuseproto.EntryOut) fsbackend.Errno {
-			switch kindOf(&d.Attr) {
-			case unix.S_IFLNK:
-				return unix.ELOOP
-			case unix.S_IFDIR:
-			default:
+			if kindOf(&d.Attr) != unix.S_IFDIR {
 				return unix.ENOTDIR
 			}
 			out, e := s.Tmpfile(d.NodeId, unix.O_RDWR|unix.O_TMPFILE, o.mode()&0o777)
@@ -544,9 +541,9 @@ func describeAttr(a *fuseproto.Attr, extra string, attrs []string) fileInfo {
 	return fileInfo{a.Mode, a.Uid, a.Gid, a.Size, a.Nlink, a.Rdev, int64(a.Mtime), extra, attrs}
 }
 
-// tree also checks that listings and lookups say the same, and that no two files have one number.
+// tree also checks that listings and lookups say the same, and that hard links in the upper layer are one node.
 func (s *ourSide) tree() (map[string]string, error) {
-	v := &visitor{s: s, all: make(map[string]string), paths: make(map[uint64]string), nodes: make(map[uint64]uint64)}
+	v := &visitor{s: s, all: make(map[string]string), links: make(map[uint64]name)}
 	root, e := s.walk("")
 	if e != 0 {
 		return nil, e
@@ -558,9 +555,13 @@ func (s *ourSide) tree() (map[string]string, error) {
 type visitor struct {
 	s     *ourSide
 	all   map[string]string
-	paths map[uint64]string // by inode number
-	nodes map[uint64]uint64 // by inode number
+	links map[uint64]name // by inode number in the upper layer
 	errs  []error
+}
+
+type name struct {
+	path string
+	node uint64
 }
 
 func (v *visitor) wrong(format string, args ...any) {
@@ -569,10 +570,13 @@ func (v *visitor) wrong(format string, args ...any) {
 
 func (v *visitor) visit(path string, f fuseproto.EntryOut) {
 	s := v.s
-	if node, ok := v.nodes[f.Ino]; ok && node != f.NodeId {
-		v.wrong("%s and %s both have inode number %d, and are nodes %d and %d", v.paths[f.Ino], path, f.Ino, node, f.NodeId)
+	var st unix.Stat_t
+	if unix.Lstat(s.upper+"/"+path, &st) == nil {
+		if other, ok := v.links[st.Ino]; ok && other.node != f.NodeId {
+			v.wrong("%s and %s are one file in the upper layer, and nodes %d and %d", other.path, path, other.node, f.NodeId)
+		}
+		v.links[st.Ino] = name{path, f.NodeId}
 	}
-	v.nodes[f.Ino], v.paths[f.Ino] = f.NodeId, path
 	extra := ""
 	switch kindOf(&f.Attr) {
 	case unix.S_IFREG:

@@ -302,7 +302,7 @@ func (st *stack) open(lowers []string, upper, work string) (*ourSide, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newOurSide(fs), nil
+	return newOurSide(fs, upper), nil
 }
 
 // difference is where two sides part.
@@ -380,17 +380,16 @@ func run(root string, s script) (err error) {
 			_ = closeOurs()
 		}
 	}()
-	if _, text := sameTree("fresh", ours, kernel); text != "" {
+	tree, text := sameTree("fresh", ours, kernel)
+	if text != "" {
 		return &difference{0, text}
 	}
-	var tree map[string]string
 	for i, o := range s.ops {
 		k, u := kernel.do(o), ours.do(o)
 		if k != u && !deliberate(o, k, u) {
 			return &difference{i + 1, fmt.Sprintf("%s\n\tours:   %s\n\tkernel: %s", o, u, k)}
 		}
 		if (i+1)%s.every == 0 || i == len(s.ops)-1 {
-			var text string
 			if tree, text = sameTree("merged", ours, kernel); text != "" {
 				return &difference{i + 1, text}
 			}
