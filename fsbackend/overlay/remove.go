@@ -2,7 +2,6 @@ package overlay
 
 import (
 	"bytes"
-	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -101,15 +100,15 @@ func (fs *FS) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name) f
 func (fs *FS) whiteout(c *fsbackend.Context, p *node, name fsbackend.Name, replace bool) errno {
 	r, up := fs.upper.r, p.upper.Load()
 	if !fs.noMknod.Load() {
-		at := name
+		at, dir := name, up
 		if replace {
-			at = fsbackend.MakeName(tempPrefix + strconv.FormatUint(fs.temp.Add(1), 16))
+			at, dir = fs.tempName(), fs.work
 		}
-		e := fs.makeDevice(c, up, at)
+		e := fs.makeDevice(c, dir, at)
 		if e == 0 && replace {
-			in := fuseproto.Rename2In{InHeader: header(up), Newdir: up}
+			in := fuseproto.Rename2In{InHeader: header(dir), Newdir: up}
 			if e = r.Rename(c, &in, at, name); e != 0 {
-				_ = r.Unlink(c, up, at)
+				_ = r.Unlink(c, dir, at)
 			}
 		}
 		if !fs.noDevices(e) {
