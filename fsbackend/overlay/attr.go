@@ -17,7 +17,7 @@ func (fs *FS) finish(n *node, a *fuseproto.Attr) {
 
 // nlink is what the kernel's overlayfs shows: of a merged directory, nobody counts the subdirectories.
 func (fs *FS) nlink(n *node, links uint32) uint32 {
-	if n.dir != nil && (fs.cfg.StaticNlink || n.merged()) || links == 0 {
+	if n.dir != nil && (fs.cfg.StaticNlink || n.merged()) {
 		return 1
 	}
 	return links
