@@ -566,7 +566,7 @@ type visitor struct {
 
 type name struct {
 	path string
-	node uint64
+	ino  uint64
 }
 
 func (v *visitor) wrong(format string, args ...any) {
@@ -577,10 +577,10 @@ func (v *visitor) visit(path string, f fuseproto.EntryOut) {
 	s := v.s
 	var st unix.Stat_t
 	if unix.Lstat(s.upper+"/"+path, &st) == nil {
-		if other, ok := v.links[st.Ino]; ok && other.node != f.NodeId {
-			v.wrong("%s and %s are one file in the upper layer, and nodes %d and %d", other.path, path, other.node, f.NodeId)
+		if other, ok := v.links[st.Ino]; ok && other.ino != f.Ino {
+			v.wrong("%s and %s are one file in the upper layer, and have inode numbers %d and %d", other.path, path, other.ino, f.Ino)
 		}
-		v.links[st.Ino] = name{path, f.NodeId}
+		v.links[st.Ino] = name{path, f.Ino}
 	}
 	extra := ""
 	switch kindOf(&f.Attr) {

@@ -233,17 +233,28 @@ func (fs *FS) renameMerged(c *fsbackend.Context, r *rename) errno {
 		return 0
 	}
 	if dst.n != nil && !exchange {
-		if e := fs.replaceable(c, r, &src, &dst); e != 0 {
-			return e
+		switch {
+		case src.n.dir == nil && dst.n.dir != nil:
+			return unix.EISDIR
+		case src.n.dir != nil && dst.n.dir == nil:
+			return unix.ENOTDIR
 		}
 	}
-	for _, x := range []*name{&src, &dst} {
-		if x.n == nil || x == &dst && !exchange {
-			continue
-		}
+	move := []*name{&src, &dst}
+	if !exchange {
+		move = move[:1]
+	}
+	for _, x := range move {
 		if x.n.dir != nil && len(x.n.lowers) > 0 && fs.cfg.RedirectDir != RedirectOn {
 			return unix.EXDEV
 		}
+	}
+	if dst.n != nil && dst.n.dir != nil && !exchange {
+		if e := fs.replaceable(c, r, &dst); e != 0 {
+			return e
+		}
+	}
+	for _, x := range move {
 		if x.n.upper.Load() == 0 {
 			r.copy, x.n = x.n, nil
 			return errAgain
@@ -291,16 +302,8 @@ func (fs *FS) above(n, p *node) bool {
 	return false
 }
 
-// replaceable says whether what has the new name may lose it.
-func (fs *FS) replaceable(c *fsbackend.Context, r *rename, src, dst *name) errno {
-	switch {
-	case src.n.dir == nil && dst.n.dir == nil:
-		return 0
-	case src.n.dir == nil:
-		return unix.EISDIR
-	case dst.n.dir == nil:
-		return unix.ENOTDIR
-	}
+// replaceable says whether the directory that has the new name may lose it.
+func (fs *FS) replaceable(c *fsbackend.Context, r *rename, dst *name) errno {
 	if r.also != dst.n {
 		if r.also != nil {
 			fs.Forget(r.also.id, 1)
