@@ -195,7 +195,8 @@ func (st *stack) addLower(i int, r *rand.Rand, n int) error {
 
 // marksAsFiles replaces whiteouts and opaque marks in a layer by files whose names say the same.
 func marksAsFiles(dir string) error {
-	return filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
+	times := make(map[string][]unix.Timespec) // of directories, which are not to show it
+	if err := filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
 		if err != nil {
 			return err
 		}
@@ -203,39 +204,33 @@ func marksAsFiles(dir string) error {
 		if err := unix.Lstat(path, &st); err != nil {
 			return err
 		}
-		parent := filepath.Dir(path)
 		switch {
 		case st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0:
 			if err := os.Remove(path); err != nil {
 				return err
 			}
-			if err := os.WriteFile(parent+"/.wh."+info.Name(), nil, 0o600); err != nil {
-				return err
-			}
+			return os.WriteFile(filepath.Dir(path)+"/.wh."+info.Name(), nil, 0o600)
 		case info.IsDir():
+			times[path] = []unix.Timespec{st.Atim, st.Mtim}
 			value := make([]byte, 16)
-			n, _ := unix.Lgetxattr(path, "trusted.overlay.opaque", value)
-			if n != 1 || value[0] != 'y' {
+			if n, _ := unix.Lgetxattr(path, "trusted.overlay.opaque", value); n != 1 || value[0] != 'y' {
 				return nil
 			}
-			parent = path
 			if err := unix.Lremovexattr(path, "trusted.overlay.opaque"); err != nil {
 				return err
 			}
-			if err := os.WriteFile(path+"/.wh..wh..opq", nil, 0o600); err != nil {
-				return err
-			}
-			// Its own times are to be put back, too.
-			parent = path
-			if err := unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{st.Atim, st.Mtim}, 0); err != nil {
-				return err
-			}
-			return nil
-		default:
-			return nil
+			return os.WriteFile(path+"/.wh..wh..opq", nil, 0o600)
 		}
 		return nil
-	})
+	}); err != nil {
+		return err
+	}
+	for path, t := range times {
+		if err := unix.UtimesNanoAt(unix.AT_FDCWD, path, t, 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (st *stack) mountAt(name string, lowers []string, upper, work string) (string, error) {
