@@ -1,4 +1,4 @@
-# make            build bin/sluiced, bin/sluicectl and bin/sluice-agent
+# make            build bin/sluiced, bin/sluicectl, bin/sluice-fetch and bin/sluice-agent
 # make test       install what is missing, then all checks and tests, those in real guests too
 # make demo       pass files to and from a real guest and compare them
 # make pgo        record anew what the compiler optimises sluiced by, cmd/sluiced/default.pgo, which is committed
@@ -27,13 +27,17 @@ all: build
 
 # One static file. libseccomp is a C library, so this takes a C compiler; `make build-nocgo` does without both, and without seccomp.
 # The compiler reads cmd/sluiced/default.pgo by itself (-pgo=auto), and compiles all that sluiced is made of anew when that changes.
-build: bin/sluiced bin/sluicectl bin/sluice-agent
+build: bin/sluiced bin/sluicectl bin/sluice-fetch bin/sluice-agent
 bin/sluiced: FORCE
 	@pkg-config --exists libseccomp || { echo "libseccomp is missing: run 'make setup', or 'make build-nocgo' for a sluiced without seccomp" >&2; exit 1; }
 	CGO_ENABLED=1 $(GO) build -trimpath $(STATIC) -o $@ ./cmd/sluiced
 
 bin/sluicectl: FORCE
 	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/sluicectl
+
+# What loads images from registries; sluiced looks for it in its own directory.
+bin/sluice-fetch: FORCE
+	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./cmd/sluice-fetch
 
 # For guests, which may be small.
 bin/sluice-agent: FORCE

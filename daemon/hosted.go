@@ -137,7 +137,11 @@ func (in *inside) tell(o tellOrder, files []*os.File) (any, error) {
 		closeFiles(files)
 		return nil, err
 	}
-	return h.tell(o.Method, o.Arg, files)
+	v, err := h.tell(o.Method, o.Arg, files)
+	if v == nil {
+		v = struct{}{} // an answer, in JSON, too
+	}
+	return v, err
 }
 
 // awaitGone returns when a graft in two halves is gone for good, as one is that is not known.

@@ -65,7 +65,11 @@ func TestFormats(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			img := imagetest.NewServer(t).Push(t, "some/repo", imagetest.Build(t, someFiles(), tt.o))
-			for _, c := range []CacheConfig{{}, cacheDir(t)} {
+			caches := []CacheConfig{{}}
+			if tt.name == "estargz" {
+				caches = append(caches, cacheDir(t))
+			}
+			for _, c := range caches {
 				cfg := quick(img)
 				cfg.Cache = c
 				m := open(t, cfg)
@@ -90,7 +94,7 @@ func TestRandomReads(t *testing.T) {
 	m := open(t, quick(img))
 	e := entryOf(t, m, 0, "big")
 	img.Server.Reset()
-	for _, i := range []int{3, 0, 2} {
+	for _, i := range []int{1, 0, 2} {
 		f, err := m.Chunk(within(t), 0, e.Chunks[i].Chunk)
 		if err != nil {
 			t.Fatal(err)

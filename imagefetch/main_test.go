@@ -144,14 +144,14 @@ func someFiles() []imagetest.File {
 	files := []imagetest.File{
 		{Name: "etc/"},
 		{Name: "etc/hostname", Data: []byte("box\n")},
-		{Name: "big", Data: noise(1, 300<<10)},
+		{Name: "big", Data: noise(1, 200<<10)},
 		{Name: "empty"},
 		{Name: "small/"},
 	}
 	for i := range 20 {
 		files = append(files, imagetest.File{Name: fmt.Sprintf("small/%02d", i), Data: noise(uint64(100+i), 500+i)})
 	}
-	return append(files, imagetest.File{Name: "last", Data: noise(2, 100<<10)})
+	return append(files, imagetest.File{Name: "last", Data: noise(2, 70<<10)})
 }
 
 // someLayer is of someFiles, built by the first test that wants it.

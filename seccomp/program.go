@@ -5,6 +5,8 @@ import (
 	"maps"
 	"runtime"
 	"slices"
+
+	"golang.org/x/sys/unix"
 )
 
 // programDenials are the clauses that a program beside the daemon is refused with EPERM, and the calls that there are not for it. It
@@ -23,7 +25,10 @@ func programDenials(mayMount bool) (deny []Clause, missing []string, err error) 
 	// Whether a call is refused says nothing of what a ring of them does.
 	s.Rules["io_uring_setup"] = MatchAll{}
 	s.Rules["open_by_handle_at"] = MatchAll{} // by which a file is reached from outside of what is mounted
-	s.Rules["uselib"] = MatchAll{}
+	// A FUSE program's replies are messages of a socket, and come apart where they go by way of a pipe. libfuse does without pipes
+	// where it cannot fill them from memory, go-fuse where they cannot grow.
+	s.Rules["vmsplice"] = MatchAll{}
+	s.Rules["fcntl"] = PerArg{1: Int32(unix.F_SETPIPE_SZ)}
 	var b builder
 	b.arch = runtime.GOARCH
 	if err := b.add(s); err != nil {

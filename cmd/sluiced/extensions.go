@@ -1,7 +1,18 @@
 package main
 
-import "github.com/sluicefs/sluice/extensions"
+import (
+	"github.com/sluicefs/sluice/extensions"
+	"github.com/sluicefs/sluice/extensions/casefold"
+	"github.com/sluicefs/sluice/extensions/overlay"
+	"github.com/sluicefs/sluice/extensions/permshift"
+	"github.com/sluicefs/sluice/extensions/plugins"
+)
 
-// builtin are the extensions of sluiced itself, in the order they are asked in. Yours go into a program of your own: see
-// docs/extensions.md.
-var builtin []extensions.Extension
+// builtin are the extensions of sluiced itself, in the order they are asked in: the layers of docs/layers.md. Yours go into a program
+// of your own: see docs/extensions.md.
+var builtin = []extensions.Extension{
+	overlay.Extension{},
+	permshift.Extension{},
+	casefold.Extension{},
+	&plugins.Extension{},
+}

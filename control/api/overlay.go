@@ -56,7 +56,7 @@ const (
 type OverlayChange struct {
 	Path string `json:"path"` // from the root of the graft on, absolute
 	Kind string `json:"kind"`
-	// Type is that of the file as it is now, or was if it is deleted: file, dir, symlink, fifo, socket, char, block.
+	// Type is that of the file as it is now, or was if it is deleted: file, directory, symlink, fifo, socket, char, block.
 	Type string `json:"type"`
 	// Size is that of a regular file, in bytes.
 	Size uint64 `json:"size,omitempty"`

@@ -426,8 +426,8 @@ func (d *Daemon) ActGraft(ctx context.Context, tag, path, action string, arg jso
 	made := api.Checkpoint{Name: "first", Time: time.Unix(1e9, 0).UTC(), Files: 3, Bytes: 4096}
 	changes := []api.OverlayChange{
 		{Path: "/etc/motd", Kind: api.ChangeModified, Type: "file", Size: 2048},
-		{Path: "/old", Kind: api.ChangeDeleted, Type: "dir"},
-		{Path: "/renamed", Kind: api.ChangeAdded, Type: "dir", From: "/was"},
+		{Path: "/old", Kind: api.ChangeDeleted, Type: "directory"},
+		{Path: "/renamed", Kind: api.ChangeAdded, Type: "directory", From: "/was"},
 	}
 	answer, ok := map[string]any{
 		api.ActCheckpoint: made, api.ActCheckpoints: []api.Checkpoint{made}, api.ActDiff: changes, api.ActApply: changes,

@@ -288,9 +288,6 @@ func (p *parser) note(format string, args ...any) {
 // finish checks what options have to do with each other.
 func (p *parser) finish() error {
 	o := p.o
-	if len(o.Lowers) == 0 {
-		return errors.New("lowerdir= is missing: it names at least one layer, DIR[:DIR...] with the uppermost first")
-	}
 	if o.Upper != "" {
 		if o.UpperKind != UpperNone {
 			return errors.New("upper= and upperdir= are both given; leave one of them out")

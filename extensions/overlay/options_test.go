@@ -46,7 +46,6 @@ func TestLowers(t *testing.T) {
 
 func TestRefused(t *testing.T) {
 	for options, say := range map[string]string{
-		"":                         "lowerdir= is missing",
 		"lowerdir":                 "needs a value",
 		"lowerdir=":                "is empty",
 		"lowerdir=:/a":             "begins or ends with a colon",

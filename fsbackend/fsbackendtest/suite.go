@@ -3,6 +3,7 @@
 package fsbackendtest
 
 import (
+	"cmp"
 	"os"
 	"slices"
 	"testing"
@@ -27,6 +28,8 @@ type Config struct {
 	AsRoot bool
 	// SparseBlock is the size of a hole that Lseek sees, a power of two; 0 says that it reports none.
 	SparseBlock int
+	// MaxName and MaxSymlink are how long names and symbolic links may be, in bytes; 0 is 255 and 4095.
+	MaxName, MaxSymlink int
 
 	NoHardLinks   bool // LINK is refused
 	NoSymlinks    bool // SYMLINK is refused
@@ -64,6 +67,7 @@ type suite struct {
 func Run(t *testing.T, cfg Config) {
 	probe := cfg.New(t)
 	cfg.leaveOut(fsbackend.Resolve(probe))
+	cfg.MaxName, cfg.MaxSymlink = cmp.Or(cfg.MaxName, 255), cmp.Or(cfg.MaxSymlink, 4095)
 	if err := probe.Close(); err != nil {
 		t.Fatalf("Close: %v", err)
 	}

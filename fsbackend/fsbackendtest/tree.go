@@ -174,7 +174,7 @@ func testStale(t *testing.T, s *suite) {
 }
 
 func testNames(t *testing.T, s *suite) {
-	names := []string{"a", "...", " ", "\n", "\xff\xfe", "-rf", strings.Repeat("n", 255), "é中", "..a", "a*?[", "\\"}
+	names := []string{"a", "...", " ", "\n", "\xff\xfe", "-rf", strings.Repeat("n", s.cfg.MaxName), "é中", "..a", "a*?[", "\\"}
 	for _, name := range names {
 		s.file(t, Root, name, name)
 	}
@@ -265,7 +265,7 @@ func testMake(t *testing.T, s *suite) {
 		}
 	}
 	if !s.cfg.NoSymlinks {
-		for _, n := range []int{1, 59, 60, 255, 256, 4095} {
+		for _, n := range []int{1, 59, 60, 255, 256, s.cfg.MaxSymlink} {
 			target := strings.Repeat("t", n)
 			l, errno := s.Symlink(Root, fmt.Sprint("long", n), target)
 			want(t, errno, fmt.Sprintf("SYMLINK to %d bytes", n), fsbackend.OK)

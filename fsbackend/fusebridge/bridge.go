@@ -116,6 +116,8 @@ type Bridge struct {
 	stop context.CancelFunc
 	done chan struct{} // the goroutine that takes connections has ended
 
+	watchers sync.WaitGroup // of connections
+
 	current atomic.Pointer[conn]
 	guest   atomic.Uint64 // the INIT flags that the guest has in force
 
@@ -216,7 +218,7 @@ func (b *Bridge) accept(ctx context.Context) {
 // publish makes c the connection that requests use.
 func (b *Bridge) publish(c *conn) {
 	c.refs.Add(1)
-	go c.watch()
+	b.watchers.Go(c.watch)
 	old := b.current.Swap(c)
 	b.mu.Lock()
 	close(b.arrival)
@@ -289,7 +291,7 @@ func (b *Bridge) Close() error {
 	// accept may have published another one meanwhile; publish has killed c then.
 	c = b.current.Load()
 	c.kill()
-	<-c.gone
 	c.unref()
+	b.watchers.Wait()
 	return nil
 }

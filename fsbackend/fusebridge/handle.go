@@ -1,6 +1,8 @@
 package fusebridge
 
 import (
+	"slices"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fsbackend"
@@ -15,6 +17,7 @@ type handle struct {
 	again     bool   // it may be opened again in another run of the program
 	stateless bool   // the program opens nothing: it takes 0 everywhere
 
+	owners map[uint64]struct{} // of POSIX locks that were set by way of it; under Bridge.mu
 	at     place
 	pins   int  // calls that use it
 	closed bool // the guest has released it
@@ -74,6 +77,9 @@ func (b *Bridge) close(in *fuseproto.ReleaseIn, dir bool) {
 	}
 	delete(b.handles, in.Fh)
 	h.closed = true
+	if h.owners != nil {
+		h.node.lockers = slices.DeleteFunc(h.node.lockers, func(o *handle) bool { return o == h })
+	}
 	last := h.pins == 0
 	b.mu.Unlock()
 	if last {

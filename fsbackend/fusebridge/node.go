@@ -1,6 +1,7 @@
 package fusebridge
 
 import (
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -15,11 +16,15 @@ type place struct {
 	raw  uint64
 }
 
-// A node is one that the guest holds, or that a call or handle still uses. Its fields are under Bridge.mu, but for the first two,
-// which do not change.
+// A node is one that the guest holds, or that a call or handle still uses. Its fields are under Bridge.mu, but for id and typ,
+// which do not change, and names.
 type node struct {
 	id  uint64
 	typ uint32 // S_IFMT bits
+
+	// names is held by calls that look at the names in a directory, and alone by those that change them: programs count on the
+	// kernel for that. It is taken before Bridge.mu, and for two directories in the order of their ids.
+	names sync.RWMutex
 
 	at    place
 	gen   uint64 // the program's generation of at.raw
@@ -31,6 +36,8 @@ type node struct {
 	parent   *node
 	name     string
 	children map[string]*dentry // names that are known of it
+
+	lockers []*handle // by which there are POSIX locks
 
 	attr    fuseproto.Attr
 	until   int64  // attr is good before this time, in nanoseconds of the bridge's clock
@@ -143,6 +150,7 @@ func (b *Bridge) Reset() {
 	b.mu.Lock()
 	for _, h := range b.handles {
 		h.closed = true
+		h.node.lockers = nil
 		if h.pins == 0 {
 			handles = append(handles, h)
 		}

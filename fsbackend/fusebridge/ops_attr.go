@@ -163,9 +163,6 @@ func (b *Bridge) Statx(ctx *fsbackend.Context, in *fuseproto.StatxIn, out *fusep
 		return errno
 	}
 	defer r.end()
-	if r.c.minor < 39 {
-		return unix.ENOSYS
-	}
 	req := put(r, fuseproto.FUSE_STATX, in)
 	req.GetattrFlags, req.Fh = 0, 0
 	if in.GetattrFlags&fuseproto.FUSE_GETATTR_FH != 0 {

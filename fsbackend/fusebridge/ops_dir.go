@@ -21,7 +21,7 @@ func (b *Bridge) Readdir(ctx *fsbackend.Context, in *fuseproto.ReadIn, out *fsba
 	defer r.end()
 	var d dirent
 	for reply, ok, bad := r.reply, true, false; ok; {
-		if reply, ok, bad = d.next(reply, false); bad {
+		if reply, ok, bad = d.next(reply, false); bad && out.Written() == 0 {
 			return unix.EIO
 		}
 		if ok && !out.Add(or(d.head.Ino, h.node.id), d.head.Off, d.head.Type&0xf, d.name) {
@@ -39,6 +39,7 @@ func (b *Bridge) list(ctx *fsbackend.Context, op fuseproto.Opcode, h *handle, in
 	}
 	// What the program fits into so many bytes fits into as many of the guest's.
 	size := min(out.Len(), r.c.maxRead)
+	defer h.node.look(r.c)()
 	req := put(r, op, in)
 	req.Fh, req.Size = fh, uint32(size)
 	if errno := r.call(ctx, size, true); errno != 0 {

@@ -123,14 +123,23 @@ func (b *Bridge) create(ctx *fsbackend.Context, op fuseproto.Opcode, in *fusepro
 		return errno
 	}
 	defer r.end()
+	p.names.Lock()
+	defer p.names.Unlock()
 	req := put(r, op, in)
-	req.Flags |= unix.O_CREAT
+	if op == fuseproto.FUSE_CREATE {
+		req.Flags |= unix.O_CREAT
+	}
 	b.modes(r.c, &req.Mode, &req.Umask)
 	if r.c.flags&fuseproto.FUSE_HANDLE_KILLPRIV_V2 == 0 {
 		req.OpenFlags &^= fuseproto.FUSE_OPEN_KILL_SUIDGID
 	}
 	r.name(name)
-	if errno := r.call(ctx, sizeOf[fuseproto.CreateOut](), false); errno != 0 {
+	errno = r.call(ctx, sizeOf[fuseproto.CreateOut](), false)
+	if errno == unix.EEXIST && op == fuseproto.FUSE_CREATE && in.Flags&unix.O_EXCL == 0 {
+		// A kernel sends CREATE only for a name that it believes not to be there, and programs rely on that.
+		return b.openExisting(ctx, r, p, in, name, out)
+	}
+	if errno != 0 {
 		return errno
 	}
 	decode(r.reply, out)
@@ -157,6 +166,35 @@ func (b *Bridge) create(ctx *fsbackend.Context, op fuseproto.Opcode, in *fusepro
 	return fsbackend.OK
 }
 
+// openExisting answers a CREATE with the file that there is. The names of p are locked.
+func (b *Bridge) openExisting(ctx *fsbackend.Context, r *request, p *node, in *fuseproto.CreateIn, name fsbackend.Name, out *fuseproto.CreateOut) fsbackend.Errno {
+	put(r, fuseproto.FUSE_LOOKUP, &fuseproto.InHeader{})
+	r.name(name)
+	*out = fuseproto.CreateOut{}
+	if errno := r.entry(ctx, &out.EntryOut); errno != 0 {
+		return errno
+	}
+	if out.NodeId == 0 {
+		return unix.ENOENT
+	}
+	n, errno := b.adopt(r.c, &out.EntryOut, p, name)
+	if errno != 0 {
+		return errno
+	}
+	b.keepEntry(n, &out.EntryOut, b.version(n), p, name, b.version(p))
+	open := fuseproto.OpenIn{InHeader: in.InHeader, Flags: in.Flags &^ (unix.O_CREAT | unix.O_EXCL), Mode: in.OpenFlags}
+	open.NodeId = n.id
+	if errno := b.open(ctx, &open, &out.OpenOut, false); errno != 0 {
+		b.Forget(n.id, 1)
+		return errno
+	}
+	if in.Flags&unix.O_TRUNC != 0 {
+		out.Attr.Size, out.Attr.Blocks = 0, 0
+		out.AttrValid, out.AttrValidNsec = 0, fsbackend.Stale
+	}
+	return fsbackend.OK
+}
+
 // use is what a call about a handle begins with: a request about its node, and the program's number for it.
 func (b *Bridge) use(ctx *fsbackend.Context, h *handle) (r *request, fh uint64, errno fsbackend.Errno) {
 	if r, errno = b.begin(ctx, h.node); errno != 0 {
@@ -180,7 +218,7 @@ func (b *Bridge) Read(ctx *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbacke
 	if offset > math.MaxInt64 {
 		return unix.EINVAL
 	}
-	for dst.Len() > 0 {
+	for dst.Len() > 0 && offset < math.MaxInt64 {
 		want, got, errno := b.readSome(ctx, h, in, offset, dst)
 		if errno != 0 {
 			if offset > in.Offset {
@@ -188,7 +226,7 @@ func (b *Bridge) Read(ctx *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbacke
 			}
 			return errno
 		}
-		if offset += uint64(got); got < want || offset > math.MaxInt64 {
+		if offset += uint64(got); got < want {
 			break
 		}
 	}
@@ -202,7 +240,7 @@ func (b *Bridge) readSome(ctx *fsbackend.Context, h *handle, in *fuseproto.ReadI
 		return 0, 0, errno
 	}
 	defer r.end()
-	want = dst.Fits(min(dst.Len(), r.c.maxRead))
+	want = dst.Fits(int(min(uint64(dst.Len()), uint64(r.c.maxRead), math.MaxInt64-offset)))
 	req := put(r, fuseproto.FUSE_READ, in)
 	req.Fh, req.Offset, req.Size = fh, offset, uint32(want)
 	r.sink, r.room = dst, want
@@ -222,7 +260,7 @@ func (b *Bridge) Write(ctx *fsbackend.Context, in *fuseproto.WriteIn, src *fsbac
 	}
 	defer b.touch(h.node)
 	total, limit := 0, LimitMaxWrite
-	for first := true; first || src.Len() > 0; first = false {
+	for src.Len() > 0 {
 		want, put, errno := b.writeSome(ctx, h, in, in.Offset+uint64(total), src, limit)
 		total += put
 		switch {
@@ -269,6 +307,7 @@ func (b *Bridge) Flush(ctx *fsbackend.Context, in *fuseproto.FlushIn) fsbackend.
 		return errno
 	}
 	defer b.unpinHandle(h)
+	defer b.unlockOwner(ctx, h.node, in.LockOwner)
 	if b.noFlush.Load() {
 		return fsbackend.OK
 	}
@@ -334,9 +373,6 @@ func (b *Bridge) Syncfs(ctx *fsbackend.Context, id uint64) fsbackend.Errno {
 		return errno
 	}
 	defer r.end()
-	if r.c.minor < 34 {
-		return fsbackend.OK
-	}
 	put(r, fuseproto.FUSE_SYNCFS, &fuseproto.SyncfsIn{})
 	return notNeeded(r.call(ctx, 0, false))
 }

@@ -31,6 +31,7 @@ func (b *Bridge) Lookup(ctx *fsbackend.Context, parent uint64, name fsbackend.Na
 		return errno
 	}
 	defer r.end()
+	defer p.look(r.c)()
 	known, version, names := b.child(p, name)
 	put(r, fuseproto.FUSE_LOOKUP, &fuseproto.InHeader{})
 	r.name(name)
@@ -55,6 +56,16 @@ func (b *Bridge) Lookup(ctx *fsbackend.Context, parent uint64, name fsbackend.Na
 	}
 	b.keepEntry(n, out, version, p, name, names)
 	return fsbackend.OK
+}
+
+// look locks the names of directory n against changes and, unless c's program can look at several at once, against that too.
+func (n *node) look(c *conn) (unlock func()) {
+	if c.flags&fuseproto.FUSE_PARALLEL_DIROPS != 0 {
+		n.names.RLock()
+		return n.names.RUnlock
+	}
+	n.names.Lock()
+	return n.names.Unlock
 }
 
 // child returns the node that name in p is known to be, its version and p's.
@@ -86,6 +97,8 @@ func (b *Bridge) makeEntry(ctx *fsbackend.Context, parent uint64, name fsbackend
 		return errno
 	}
 	defer r.end()
+	p.names.Lock()
+	defer p.names.Unlock()
 	fill(r)
 	if errno := r.entry(ctx, out); errno != 0 {
 		return errno
@@ -173,6 +186,11 @@ func (b *Bridge) Link(ctx *fsbackend.Context, in *fuseproto.LinkIn, name fsbacke
 	if errno != 0 {
 		return errno
 	}
+	if old.typ == unix.S_IFDIR {
+		return unix.EPERM
+	}
+	p.names.Lock()
+	defer p.names.Unlock()
 	put(r, fuseproto.FUSE_LINK, in).Oldnodeid = raw
 	r.name(name)
 	errno = r.entry(ctx, out)
@@ -204,6 +222,23 @@ func (b *Bridge) remove(ctx *fsbackend.Context, op fuseproto.Opcode, parent uint
 		return errno
 	}
 	defer r.end()
+	p.names.Lock()
+	defer p.names.Unlock()
+	// The types of what is removed and renamed a program leaves to the kernel's checks.
+	victim, errno := b.peek(ctx, r, p, name)
+	switch {
+	case errno != 0:
+		return errno
+	case victim == nil:
+		return unix.ENOENT
+	}
+	defer b.unpin(victim)
+	switch isDir := victim.typ == unix.S_IFDIR; {
+	case isDir && op == fuseproto.FUSE_UNLINK:
+		return unix.EISDIR
+	case !isDir && op == fuseproto.FUSE_RMDIR:
+		return unix.ENOTDIR
+	}
 	put(r, op, &fuseproto.InHeader{})
 	r.name(name)
 	errno = r.call(ctx, 0, false)
@@ -242,6 +277,11 @@ func (b *Bridge) Rename(ctx *fsbackend.Context, in *fuseproto.Rename2In, oldName
 	if errno != 0 {
 		return errno
 	}
+	defer lockBoth(from, to)()
+	same, errno := b.mayRename(ctx, r, in.Flags, from, to, raw, oldName, newName)
+	if errno != 0 || same {
+		return errno
+	}
 	if in.Flags == 0 {
 		put(r, fuseproto.FUSE_RENAME, &fuseproto.RenameIn{Newdir: raw})
 	} else {
@@ -277,6 +317,119 @@ func (b *Bridge) Rename(ctx *fsbackend.Context, in *fuseproto.Rename2In, oldName
 		b.link(other, from, oldName)
 	}
 	return fsbackend.OK
+}
+
+// lockBoth locks the names of two directories, which may be one.
+func lockBoth(a, b *node) (unlock func()) {
+	if a == b {
+		a.names.Lock()
+		return a.names.Unlock
+	}
+	if a.id > b.id {
+		a, b = b, a
+	}
+	a.names.Lock()
+	b.names.Lock()
+	return func() {
+		b.names.Unlock()
+		a.names.Unlock()
+	}
+}
+
+// mayRename makes the checks that a program leaves to the kernel (fs/namei.c, do_renameat2 and vfs_rename). same says that there is
+// nothing to do. toRaw is what the program calls to; the names of both directories are locked.
+func (b *Bridge) mayRename(ctx *fsbackend.Context, r *request, flags uint32, from, to *node, toRaw uint64, oldName, newName fsbackend.Name) (same bool, errno fsbackend.Errno) {
+	source, errno := b.peek(ctx, r, from, oldName)
+	if errno != 0 {
+		return false, errno
+	}
+	if source == nil {
+		return false, unix.ENOENT
+	}
+	defer b.unpin(source)
+	fromRaw := r.raw
+	r.raw = toRaw
+	target, errno := b.peek(ctx, r, to, newName)
+	r.raw = fromRaw
+	if errno != 0 {
+		return false, errno
+	}
+	if target != nil {
+		defer b.unpin(target)
+	}
+	exchange := flags&unix.RENAME_EXCHANGE != 0
+	if exchange && flags&^unix.RENAME_EXCHANGE != 0 {
+		return false, unix.EINVAL
+	}
+	if b.within(to, source) {
+		return false, unix.EINVAL
+	}
+	if target == nil {
+		if exchange {
+			return false, unix.ENOENT
+		}
+		return false, fsbackend.OK
+	}
+	sourceDir, targetDir := source.typ == unix.S_IFDIR, target.typ == unix.S_IFDIR
+	switch {
+	case flags&unix.RENAME_NOREPLACE != 0:
+		return false, unix.EEXIST
+	case source == target:
+		return true, fsbackend.OK
+	case exchange && b.within(from, target):
+		return false, unix.EINVAL
+	case b.within(from, target):
+		return false, unix.ENOTEMPTY
+	case exchange:
+	case sourceDir && !targetDir:
+		return false, unix.ENOTDIR
+	case !sourceDir && targetDir:
+		return false, unix.EISDIR
+	}
+	return false, fsbackend.OK
+}
+
+// within says whether n is dir, or below it, as far as is known.
+func (b *Bridge) within(n, dir *node) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for depth := 0; n != nil && depth < maxDepth; depth++ {
+		if n == dir {
+			return true
+		}
+		n = n.parent
+	}
+	return false
+}
+
+// peek returns what name in p is, pinned, or nil if there is no such name. It asks the program where that is not known: r, which is
+// for p, is as good for another request afterwards.
+func (b *Bridge) peek(ctx *fsbackend.Context, r *request, p *node, name fsbackend.Name) (*node, fsbackend.Errno) {
+	b.mu.Lock()
+	if d := p.children[string(name)]; d != nil && b.nodes[d.node.id] == d.node && d.node.at.conn == r.c {
+		d.node.pins++
+		b.mu.Unlock()
+		return d.node, fsbackend.OK
+	}
+	b.mu.Unlock()
+	put(r, fuseproto.FUSE_LOOKUP, &fuseproto.InHeader{})
+	r.name(name)
+	var e fuseproto.EntryOut
+	switch errno := r.entry(ctx, &e); {
+	case errno == unix.ENOENT || errno == 0 && e.NodeId == 0:
+		return nil, fsbackend.OK
+	case errno != 0:
+		return nil, errno
+	}
+	n, errno := b.adopt(r.c, &e, p, name)
+	if errno != 0 {
+		return nil, errno
+	}
+	b.mu.Lock()
+	n.pins++
+	n.count-- // it is not the guest's
+	b.mu.Unlock()
+	return n, fsbackend.OK
 }
 
 // Readlink implements fsbackend.Readlinker.

@@ -1,6 +1,8 @@
 package fusebridge
 
 import (
+	"math"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fsbackend"
@@ -18,6 +20,7 @@ func (b *Bridge) Getlk(ctx *fsbackend.Context, in *fuseproto.LkIn, out *fuseprot
 		return errno
 	}
 	decode(r.reply, out)
+	out.Lk.Pid = 0 // it would be one of the host, or what the program makes of it
 	switch out.Lk.Typ {
 	case unix.F_RDLCK, unix.F_WRLCK, unix.F_UNLCK:
 		return fsbackend.OK
@@ -32,7 +35,61 @@ func (b *Bridge) Setlk(ctx *fsbackend.Context, in *fuseproto.LkIn) fsbackend.Err
 		return errno
 	}
 	defer done()
-	return r.call(ctx, 0, false)
+	if b.lockers(in) > maxOwners {
+		return unix.ENOLCK
+	}
+	if errno := r.call(ctx, 0, false); errno != 0 {
+		return errno
+	}
+	if in.LkFlags&fuseproto.FUSE_LK_FLOCK == 0 && in.Lk.Typ != unix.F_UNLCK {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if h := b.handles[in.Fh]; h != nil {
+			if h.owners == nil {
+				h.owners = map[uint64]struct{}{}
+				h.node.lockers = append(h.node.lockers, h)
+			}
+			h.owners[in.Owner] = struct{}{}
+		}
+	}
+	return fsbackend.OK
+}
+
+// maxOwners is by how many owners there may be POSIX locks by way of one handle.
+const maxOwners = 1024
+
+// lockers is by how many owners there are locks by way of in's handle.
+func (b *Bridge) lockers(in *fuseproto.LkIn) int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	h := b.handles[in.Fh]
+	if h == nil {
+		return 0
+	}
+	return len(h.owners)
+}
+
+// unlockOwner takes away what owner has locked of n, by way of whatever handle: a program need not do so on FLUSH, where it keeps
+// locks by handle.
+func (b *Bridge) unlockOwner(ctx *fsbackend.Context, n *node, owner uint64) {
+	var locks []*handle
+	b.mu.Lock()
+	for _, h := range n.lockers {
+		if _, ok := h.owners[owner]; ok {
+			delete(h.owners, owner)
+			h.pins++
+			locks = append(locks, h)
+		}
+	}
+	b.mu.Unlock()
+	for _, h := range locks {
+		if r, fh, errno := b.use(ctx, h); errno == 0 {
+			put(r, fuseproto.FUSE_SETLK, &fuseproto.LkIn{Fh: fh, Owner: owner, Lk: fuseproto.FileLock{End: math.MaxInt64, Typ: unix.F_UNLCK}})
+			_ = r.call(ctx, 0, false)
+			r.end()
+		}
+		b.unpinHandle(h)
+	}
 }
 
 // lock begins a request about a lock. A lock of a handle of a program that has ended is gone.
@@ -61,7 +118,7 @@ const (
 
 // Ioctl implements fsbackend.Ioctler for the commands with which a guest's kernel reads and changes file attributes.
 func (b *Bridge) Ioctl(ctx *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte, dst *fsbackend.Sink) (int32, fsbackend.Errno) {
-	const sizeShift, sizeMask, write, read = 16, 1<<14 - 1, 1 << 30, 1 << 31 // include/uapi/asm-generic/ioctl.h
+	const sizeShift, sizeMask, write, read = 16, 1<<14 - 1, 1 << 30, 1 << 31 // include/uapi/asm-generic/iocth
 	switch in.Cmd {
 	case unix.FS_IOC_GETFLAGS, unix.FS_IOC_SETFLAGS, fsIocFsgetxattr, fsIocFssetxattr:
 	default:

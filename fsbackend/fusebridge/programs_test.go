@@ -2,9 +2,13 @@ package fusebridge
 
 import (
 	"bytes"
+	"fmt"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -93,5 +97,172 @@ func TestSquashfuse(t *testing.T) {
 			}
 			t.Logf("minor %d, flags %#x, READ %d, WRITE %d", s.current.Load().minor, s.current.Load().flags, s.current.Load().maxRead, s.current.Load().maxWrite)
 		})
+	}
+}
+
+func TestFuseOverlayfsTree(t *testing.T) {
+	lower, upper, work := tree(t), t.TempDir(), t.TempDir()
+	options := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, upper, work)
+	c, _ := client(t, command("fuse-overlayfs", "-f", "-o", options, mnt), Config{})
+	if n := compare(t, c, fsbackendtest.Root, lower); n < 170 {
+		t.Errorf("compared %d files", n)
+	}
+	roundTrip(t, c, upper)
+}
+
+// TestGocryptfsTree writes a tree, ends the program and has another one read it.
+func TestGocryptfsTree(t *testing.T) {
+	dir, cipher := tree(t), t.TempDir()
+	password := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(password, []byte("secret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "gocryptfs", "-init", "-q", "-passfile", password, "-scryptn", "10", cipher)
+	c, s := client(t, command("gocryptfs", "-fg", "-q", "-passfile", password, "-allow_other", cipher, mnt), Config{RestartWait: 30 * time.Second})
+	fill(t, c, fsbackendtest.Root, dir)
+	compare(t, c, fsbackendtest.Root, dir)
+	roundTrip(t, c, "")
+	want := c.List(t, fsbackendtest.Root, 8192)
+	s.kill(t)
+	if got := c.List(t, fsbackendtest.Root, 8192); len(got) != len(want) {
+		t.Errorf("lists %d names when it had ended, %d before", len(got), len(want))
+	}
+	data, err := os.ReadFile(filepath.Join(dir, "big"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, errno := c.Lookup(fsbackendtest.Root, "big")
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	if got := contents(t, c, e.NodeId); !bytes.Equal(got, data) {
+		t.Errorf("read %d bytes, expected %d, or others", len(got), len(data))
+	}
+}
+
+// fill copies dir to node.
+func fill(t *testing.T, c *fsbackendtest.Client, node uint64, dir string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		info, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		mode := uint32(info.Mode().Perm())
+		switch {
+		case e.IsDir():
+			made, errno := c.Mkdir(node, e.Name(), mode)
+			if errno != 0 {
+				t.Fatalf("MKDIR %s: %v", path, errno)
+			}
+			fill(t, c, made.NodeId, path)
+		case info.Mode()&os.ModeSymlink != 0:
+			target, _ := os.Readlink(path)
+			if _, errno := c.Symlink(node, e.Name(), target); errno != 0 {
+				t.Fatalf("SYMLINK %s: %v", path, errno)
+			}
+		default:
+			data, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out, errno := c.Create(node, e.Name(), unix.O_RDWR|unix.O_EXCL, mode)
+			if errno != 0 {
+				t.Fatalf("CREATE %s: %v", path, errno)
+			}
+			if n, errno := c.Write(out.NodeId, out.Fh, 0, data, unix.O_RDWR); errno != 0 || int(n) != len(data) {
+				t.Fatalf("WRITE %s: %d bytes, %v", path, n, errno)
+			}
+			c.Release(out.NodeId, out.Fh)
+		}
+	}
+}
+
+// TestSshfs serves a directory by way of an SSH server on loopback.
+func TestSshfs(t *testing.T) {
+	dir := tree(t)
+	keys := t.TempDir()
+	for _, name := range []string{"host", "user"} {
+		run(t, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(keys, name))
+	}
+	run(t, "cp", filepath.Join(keys, "user.pub"), filepath.Join(keys, "authorized"))
+	_ = os.MkdirAll("/run/sshd", 0o755) // where sshd, as root, becomes nobody
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := l.Addr().(*net.TCPAddr).Port
+	l.Close()
+	config := filepath.Join(keys, "config")
+	text := fmt.Sprintf("Port %d\nListenAddress 127.0.0.1\nHostKey %s/host\nAuthorizedKeysFile %s/authorized\nStrictModes no\nUsePAM no\nPidFile none\nSubsystem sftp internal-sftp\nPermitRootLogin yes\n", port, keys, keys)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sshd := exec.Command("/usr/sbin/sshd", "-D", "-e", "-f", config)
+	if err := sshd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = sshd.Process.Kill()
+		_ = sshd.Wait()
+	})
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		conn, err := net.Dial("tcp", fmt.Sprint("127.0.0.1:", port))
+		if err == nil {
+			conn.Close()
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+	p := command("sshfs", "-f", "-p", fmt.Sprint(port), "-o", "IdentityFile="+filepath.Join(keys, "user"),
+		"-o", "StrictHostKeyChecking=no,UserKnownHostsFile=/dev/null,BatchMode=yes,LogLevel=ERROR", "root@127.0.0.1:"+dir, mnt)
+	p.Confine.Network = true
+	c, s := client(t, p, Config{RestartWait: 30 * time.Second})
+	if n := compare(t, c, fsbackendtest.Root, dir); n < 170 {
+		t.Errorf("compared %d files", n)
+	}
+	roundTrip(t, c, dir)
+	s.kill(t)
+	if n := compare(t, c, fsbackendtest.Root, dir); n < 170 {
+		t.Errorf("compared %d files when it had ended", n)
+	}
+}
+
+// roundTrip writes a tree through the bridge and compares what has arrived in dir.
+func roundTrip(t *testing.T, c *fsbackendtest.Client, dir string) {
+	t.Helper()
+	made, errno := c.Mkdir(fsbackendtest.Root, "made", 0o755)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	data := bytes.Repeat([]byte("0123456789"), 70_000)
+	for i := range 10 {
+		name := fmt.Sprint("file", i)
+		out, errno := c.Create(made.NodeId, name, unix.O_RDWR|unix.O_EXCL, 0o640)
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+		part := data[:len(data)/(i+1)]
+		n, errno := c.Write(out.NodeId, out.Fh, 0, part, unix.O_RDWR)
+		if errno != 0 || int(n) != len(part) {
+			t.Fatalf("WRITE took %d of %d bytes: %v", n, len(part), errno)
+		}
+		if errno := c.Flush(out.NodeId, out.Fh); errno != 0 {
+			t.Fatal(errno)
+		}
+		c.Release(out.NodeId, out.Fh)
+		if got := contents(t, c, out.NodeId); !bytes.Equal(got, part) {
+			t.Errorf("%s holds %d bytes, expected %d", name, len(got), len(part))
+		}
+	}
+	if dir != "" {
+		compare(t, c, made.NodeId, filepath.Join(dir, "made"))
 	}
 }

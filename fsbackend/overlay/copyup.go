@@ -404,7 +404,17 @@ func (fs *FS) publish(c *fsbackend.Context, n *node, m *made) errno {
 			}
 			m.name = nil
 		}
-		return fs.adopt(c, n, m)
+		e := fs.adopt(c, n, m)
+		if e == 0 && m.fh != 0 {
+			fs.mu.Lock()
+			if n.dead {
+				e = unix.ESTALE
+			} else {
+				n.anchor, m.fh = &file{real{fs.upper, m.node}, m.fh}, 0
+			}
+			fs.mu.Unlock()
+		}
+		return e
 	}
 	up := p.upper.Load()
 	if up == 0 {

@@ -9,8 +9,64 @@ import (
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
+// What a change expects of the name that it is about: where it is not so, no directory is copied up for it.
+type expected int
+
+const (
+	expectNothing expected = iota
+	expectFile
+	expectEmptyDir
+)
+
+// expect says whether name in p, which is not in the upper layer, is what it is expected to be.
+func (fs *FS) expect(c *fsbackend.Context, p *node, name fsbackend.Name, what expected) errno {
+	if !c.MayBlock {
+		return fsbackend.ErrMayBlock
+	}
+	if e := p.rlock(c); e != 0 {
+		return e
+	}
+	defer p.runlock()
+	var f found
+	e := fs.find(c, p, name, &f)
+	if what == expectNothing {
+		if e == 0 {
+			fs.release(&f)
+			return unix.EEXIST
+		}
+		if e == unix.ENOENT {
+			e = 0
+		}
+		return e
+	}
+	if e != 0 {
+		return e
+	}
+	if what == expectFile {
+		defer fs.release(&f)
+		if f.isDir() {
+			return unix.EISDIR
+		}
+		return 0
+	}
+	if !f.isDir() {
+		fs.release(&f)
+		return unix.ENOTDIR
+	}
+	n, e := fs.childDir(c, p, name, &f)
+	if e != 0 {
+		return e
+	}
+	defer fs.Forget(n.id, 1)
+	empty, e := fs.empty(c, n)
+	if e == 0 && !empty {
+		e = unix.ENOTEMPTY
+	}
+	return e
+}
+
 // changeIn begins a change of names in a directory: it is in the upper layer then, and locked. doneIn follows if it returns 0.
-func (fs *FS) changeIn(c *fsbackend.Context, parent uint64, name fsbackend.Name) (*node, errno) {
+func (fs *FS) changeIn(c *fsbackend.Context, parent uint64, name fsbackend.Name, what expected) (*node, errno) {
 	p, e := fs.directory(parent)
 	if e != 0 {
 		return nil, e
@@ -21,7 +77,13 @@ func (fs *FS) changeIn(c *fsbackend.Context, parent uint64, name fsbackend.Name)
 	if e := fs.begin(c); e != 0 {
 		return nil, e
 	}
-	if e = fs.copyUp(c, p, wholeFile); e == 0 {
+	if p.upper.Load() == 0 {
+		e = fs.expect(c, p, name, what)
+	}
+	if e == 0 {
+		e = fs.copyUp(c, p, wholeFile)
+	}
+	if e == 0 {
 		e = p.lock(c)
 	}
 	if e == 0 && p.gone.Load() {
@@ -157,7 +219,7 @@ func (fs *FS) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbackend.
 	if in.Mode&unix.S_IFMT == unix.S_IFCHR && in.Rdev == 0 {
 		return unix.EPERM // it would be a whiteout (fs/overlayfs/dir.c, ovl_mknod)
 	}
-	p, e := fs.changeIn(c, in.NodeId, name)
+	p, e := fs.changeIn(c, in.NodeId, name, expectNothing)
 	if e != 0 {
 		return e
 	}
@@ -175,7 +237,7 @@ func (fs *FS) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbackend.
 // Mkdir implements fsbackend.Maker.
 func (fs *FS) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
 	epoch := fs.epoch.Load()
-	p, e := fs.changeIn(c, in.NodeId, name)
+	p, e := fs.changeIn(c, in.NodeId, name, expectNothing)
 	if e != 0 {
 		return e
 	}
@@ -193,7 +255,7 @@ func (fs *FS) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbackend.
 // Symlink implements fsbackend.Maker.
 func (fs *FS) Symlink(c *fsbackend.Context, parent uint64, name, target fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
 	epoch := fs.epoch.Load()
-	p, e := fs.changeIn(c, parent, name)
+	p, e := fs.changeIn(c, parent, name, expectNothing)
 	if e != 0 {
 		return e
 	}
@@ -233,7 +295,7 @@ func (fs *FS) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Na
 			return e
 		}
 	}
-	p, e := fs.changeIn(c, in.NodeId, name)
+	p, e := fs.changeIn(c, in.NodeId, name, expectNothing)
 	if e != 0 {
 		return e
 	}
@@ -273,7 +335,17 @@ func (fs *FS) markImpureIn(c *fsbackend.Context, p *node) errno {
 // Create implements fsbackend.Creater.
 func (fs *FS) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbackend.Name, out *fuseproto.CreateOut) fsbackend.Errno {
 	epoch := fs.epoch.Load()
-	p, e := fs.changeIn(c, in.NodeId, name)
+	p, e := fs.changeIn(c, in.NodeId, name, expectNothing)
+	if e == unix.EEXIST && in.Flags&unix.O_EXCL == 0 {
+		if p, e = fs.directory(in.NodeId); e != 0 {
+			return e
+		}
+		if e = fs.begin(c); e != 0 {
+			return e
+		}
+		defer fs.end(c)
+		return fs.openExisting(c, epoch, p, in, name, out)
+	}
 	if e != 0 {
 		return e
 	}

@@ -138,11 +138,10 @@ func (fs *FS) Opendir(c *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto
 		}
 		h.cur.Store(f)
 	}
-	if out.Fh = fs.handles.add(fs, epoch, h); out.Fh == 0 {
+	if out.Fh, e = fs.handles.add(fs, epoch, h); e != 0 {
 		h.cur.Load().close(c, h, 0)
-		return unix.ENFILE
 	}
-	return 0
+	return e
 }
 
 // Releasedir implements fsbackend.DirReader.

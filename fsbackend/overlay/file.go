@@ -63,11 +63,11 @@ func (t *handles) get(fh uint64) *handle {
 	return h
 }
 
-// add gives h a number, 0 if there are too many or the session is another.
-func (t *handles) add(fs *FS, epoch uint64, h *handle) uint64 {
+// add gives h a number.
+func (t *handles) add(fs *FS, epoch uint64, h *handle) (uint64, errno) {
 	if t.count.Add(1) > maxHandles {
 		t.count.Add(-1)
-		return 0
+		return 0, unix.ENFILE
 	}
 	fh := t.last.Add(1)
 	s := &t.shards[fh%handleShards]
@@ -75,10 +75,10 @@ func (t *handles) add(fs *FS, epoch uint64, h *handle) uint64 {
 	defer s.mu.Unlock()
 	if fs.epoch.Load() != epoch {
 		t.count.Add(-1)
-		return 0
+		return 0, unix.ESTALE // the session has ended
 	}
 	s.m[fh] = h
-	return fh
+	return fh, 0
 }
 
 // take takes a handle of node out.
@@ -185,12 +185,11 @@ func (fs *FS) openReal(c *fsbackend.Context, r real, flags, mode uint32, out *fu
 func (fs *FS) opened(c *fsbackend.Context, epoch uint64, n *node, f *file, flags uint32) (uint64, errno) {
 	h := &handle{node: n, flags: flags}
 	h.cur.Store(f)
-	fh := fs.handles.add(fs, epoch, h)
-	if fh == 0 {
+	fh, e := fs.handles.add(fs, epoch, h)
+	if e != 0 {
 		f.close(c, h, 0)
-		return 0, unix.ENFILE
 	}
-	return fh, 0
+	return fh, e
 }
 
 // Open implements fsbackend.Opener.

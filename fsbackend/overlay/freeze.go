@@ -14,10 +14,10 @@ import (
 )
 
 // MaxFreeze is how long a Freeze lasts that nobody ends: a guest must not wait for ever for an operator's program that has died.
-const MaxFreeze = time.Minute
+const MaxFreeze = 5 * time.Minute
 
 // ErrFreezeLost says that changes went on before Thaw: what was copied meanwhile may be of no one moment.
-var ErrFreezeLost = errors.New("the freeze has ended by itself: it lasted longer than a minute")
+var ErrFreezeLost = fmt.Errorf("the freeze has ended by itself: it lasted longer than %v", MaxFreeze)
 
 // gate is what each change passes. Those under way are counted by the thread's shard, so that threads do not meet.
 type gate struct {

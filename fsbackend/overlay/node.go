@@ -36,6 +36,7 @@ type node struct {
 	name     string
 	redirect string // what the upper directory's mark says of where the lower ones are
 	dead     bool   // in no table any more, its files given back
+	anchor   *file  // keeps the upper file open that never had a name
 }
 
 // What node.below knows.
@@ -325,6 +326,7 @@ func (fs *FS) bury(dead []*node) {
 }
 
 func (fs *FS) forgetReals(n *node) {
+	n.anchor.close(&fsbackend.Context{MayBlock: true}, &handle{}, 0)
 	if up := n.upper.Load(); up != 0 {
 		fs.upper.r.Forget(up, 1)
 	}
@@ -389,27 +391,11 @@ func (n *node) rlock(c *fsbackend.Context) errno {
 func (n *node) unlock()  { n.dir.mu.Unlock() }
 func (n *node) runlock() { n.dir.mu.RUnlock() }
 
-// lockBoth locks two directories, which may be the same, or a nil second, in the order of their nodeids.
-func lockBoth(c *fsbackend.Context, a, b *node) errno {
-	if b == nil || a == b {
-		return a.lock(c)
-	}
+// lockBoth locks two directories in the order of their nodeids.
+func lockBoth(a, b *node) {
 	if a.id > b.id {
 		a, b = b, a
 	}
-	if e := a.lock(c); e != 0 {
-		return e
-	}
-	if e := b.lock(c); e != 0 {
-		a.unlock()
-		return e
-	}
-	return 0
-}
-
-func unlockBoth(a, b *node) {
-	a.unlock()
-	if b != nil && b != a {
-		b.unlock()
-	}
+	a.dir.mu.Lock()
+	b.dir.mu.Lock()
 }

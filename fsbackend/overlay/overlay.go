@@ -56,6 +56,9 @@ type FS struct {
 
 	// Of the session: what belongs to one before is not to be kept.
 	epoch atomic.Uint64
+	// turn is held while a session begins or ends, and while ReplaceUpper works, of which inSession is.
+	turn      sync.Mutex
+	inSession bool
 
 	mu      sync.RWMutex
 	nodes   map[uint64]*node
@@ -119,6 +122,11 @@ func (fs *FS) open() error {
 		return err
 	}
 	fs.chooseACL()
+	return fs.openRoot()
+}
+
+// openRoot makes the node of the root of what the layers are.
+func (fs *FS) openRoot() error {
 	root := &node{id: rootID, typ: unix.S_IFDIR, lookups: math.MaxUint64}
 	for _, l := range fs.layers {
 		if l == fs.upper {
@@ -232,6 +240,9 @@ func (fs *FS) WantFlags(defaults uint64) uint64 {
 // Init implements fsbackend.Initer. Layers that have access control lists show them to the overlay in any case: copies are to
 // have them.
 func (fs *FS) Init(f fsbackend.Features) {
+	fs.turn.Lock()
+	defer fs.turn.Unlock()
+	fs.inSession = true
 	fs.features.Store(f.Flags)
 	fs.noFlush.Store(false)
 	for _, l := range fs.layers {
@@ -251,6 +262,9 @@ func (fs *FS) has(flags uint64) bool { return fs.features.Load()&flags == flags 
 
 // Reset implements fsbackend.Backend.
 func (fs *FS) Reset() {
+	fs.turn.Lock()
+	defer fs.turn.Unlock()
+	fs.inSession = false
 	fs.epoch.Add(1)
 	fs.handles.closeAll(fs)
 	fs.mu.Lock()

@@ -59,7 +59,7 @@ func (fs *FS) isBelow(c *fsbackend.Context, p *node, name fsbackend.Name) (bool,
 
 // Unlink implements fsbackend.Remover.
 func (fs *FS) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name) fsbackend.Errno {
-	p, e := fs.changeIn(c, parent, name)
+	p, e := fs.changeIn(c, parent, name, expectFile)
 	if e != 0 {
 		return e
 	}
@@ -164,7 +164,7 @@ func (fs *FS) hideByFile(c *fsbackend.Context, p *node, name fsbackend.Name) err
 
 // Rmdir implements fsbackend.Remover.
 func (fs *FS) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) fsbackend.Errno {
-	p, e := fs.changeIn(c, parent, name)
+	p, e := fs.changeIn(c, parent, name, expectEmptyDir)
 	if e != 0 {
 		return e
 	}
@@ -217,11 +217,7 @@ func (fs *FS) rmdirBoth(c *fsbackend.Context, p, child *node, name fsbackend.Nam
 		return fsbackend.ErrMayBlock
 	}
 	p.unlock()
-	if e := lockBoth(c, p, child); e != 0 {
-		c = own(c) // it may sleep: that cannot be
-		_ = p.lock(c)
-		return e
-	}
+	lockBoth(p, child)
 	defer child.unlock()
 	if fs.at(p, name) != child {
 		return unix.ENOENT // somebody was faster

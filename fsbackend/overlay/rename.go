@@ -14,7 +14,8 @@ type rename struct {
 	from, to         *node
 	oldName, newName fsbackend.Name
 	flags            uint32
-	// moves says that renameMu is held, also that directory is locked: what a first attempt has found to be necessary.
+	// moves says that renameMu is held, also that this directory is locked, of which there is a lookup: what a first attempt has found
+	// to be necessary.
 	moves bool
 	also  *node
 	// copy is to be copied up before the next attempt. It has a lookup.
@@ -47,6 +48,11 @@ func (fs *FS) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, new
 		return e
 	}
 	defer fs.end(c)
+	defer func() {
+		if r.also != nil {
+			fs.Forget(r.also.id, 1)
+		}
+	}()
 	for range 32 {
 		if e = fs.tryRename(c, &r); e != errAgain {
 			return e
@@ -64,12 +70,6 @@ func (fs *FS) Rename(c *fsbackend.Context, in *fuseproto.Rename2In, oldName, new
 
 // tryRename locks what there is to lock.
 func (fs *FS) tryRename(c *fsbackend.Context, r *rename) errno {
-	// What has no name in the source cannot be renamed, whatever else: nothing is copied for it.
-	for _, dir := range []*node{r.from, r.to} {
-		if e := fs.copyUp(c, dir, wholeFile); e != 0 {
-			return e
-		}
-	}
 	if r.moves {
 		if c.MayBlock {
 			fs.renameMu.Lock()
@@ -181,6 +181,13 @@ func (fs *FS) resolve(c *fsbackend.Context, p *node, cname fsbackend.Name) (x na
 	return x, e
 }
 
+// hold counts a lookup of n.
+func (fs *FS) hold(n *node) {
+	fs.mu.Lock()
+	n.lookups++
+	fs.mu.Unlock()
+}
+
 func (fs *FS) put(x *name) {
 	if x.n != nil {
 		fs.Forget(x.n.id, 1)
@@ -242,6 +249,11 @@ func (fs *FS) renameMerged(c *fsbackend.Context, r *rename) errno {
 			return errAgain
 		}
 	}
+	if r.to.upper.Load() == 0 {
+		fs.hold(r.to)
+		r.copy = r.to
+		return errAgain
+	}
 	if !c.MayBlock {
 		return fsbackend.ErrMayBlock
 	}
@@ -290,7 +302,10 @@ func (fs *FS) replaceable(c *fsbackend.Context, r *rename, src, dst *name) errno
 		return unix.ENOTDIR
 	}
 	if r.also != dst.n {
-		r.also = dst.n
+		if r.also != nil {
+			fs.Forget(r.also.id, 1)
+		}
+		r.also, dst.n = dst.n, nil
 		return errAgain
 	}
 	empty, e := fs.empty(c, dst.n)

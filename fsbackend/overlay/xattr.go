@@ -83,6 +83,16 @@ func (fs *FS) Setxattr(c *fsbackend.Context, in *fuseproto.SetxattrIn, name fsba
 
 // Removexattr implements fsbackend.XattrWriter.
 func (fs *FS) Removexattr(c *fsbackend.Context, id uint64, name fsbackend.Name) fsbackend.Errno {
+	if n, e := fs.node(id); e == 0 && fs.upper != nil && n.upper.Load() == 0 {
+		// What is not there is not copied up to be removed.
+		in := fuseproto.GetxattrIn{InHeader: header(id)}
+		s := getScratch()
+		_, e = fs.Getxattr(c, &in, name, s.into(1))
+		s.put()
+		if e != 0 {
+			return e
+		}
+	}
 	return fs.changeXattr(c, id, name, func(w fsbackend.XattrWriter, upper uint64) errno {
 		return w.Removexattr(c, upper, name)
 	})

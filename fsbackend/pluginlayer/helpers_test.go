@@ -243,6 +243,8 @@ func dial(t *testing.T, cfg Config) *Conn {
 		switch s := cfg.Source.(type) {
 		case *plugin.Local:
 			_ = s.Close()
+		case *script:
+			s.served.Wait()
 		case *process:
 			if s.cmd != nil {
 				_ = s.cmd.Wait()
@@ -271,6 +273,20 @@ func open(t *testing.T, c *Conn, i int) (Layer, *fsbackendtest.Client) {
 	return l, &fsbackendtest.Client{R: fsbackend.Resolve(l)}
 }
 
+// first opens layer 0, which the caller closes.
+func first(t *testing.T, c *Conn) Layer {
+	t.Helper()
+	layers, err := c.Layers(t.Context(), "", "/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := layers.Open(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
 func local(p plugin.Plugin) *plugin.Local { return plugin.NewLocal(p, nil) }
 
 // eventually waits for what happens in another process, or in goroutines that nobody else can wait for.
@@ -281,6 +297,13 @@ func eventually(t *testing.T, what string, f func() bool) {
 			t.Fatalf("%s does not come about", what)
 		}
 	}
+}
+
+// inUse says whether a run of the plug-in is in use: its layers have been loaded, or could not be.
+func (c *Conn) inUse() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.current != nil
 }
 
 func mustOpen(t *testing.T, c *fsbackendtest.Client, name string) (node, fh uint64) {

@@ -27,17 +27,7 @@ func TestConformance(t *testing.T) {
 			source := local(p)
 			c := dial(t, Config{Name: "files", Source: source})
 			fsbackendtest.RunReadOnly(t, fsbackendtest.ReadOnlyConfig{
-				New: func(t *testing.T) fsbackend.Backend {
-					layers, err := c.Layers(t.Context(), "", "/")
-					if err != nil {
-						t.Fatal(err)
-					}
-					l, err := layers.Open(t.Context(), 2)
-					if err != nil {
-						t.Fatal(err)
-					}
-					return l
-				},
+				New: func(t *testing.T) fsbackend.Backend { return first(t, c) },
 				Check: func(b fsbackend.Backend) error {
 					l := b.(*tree)
 					l.mu.Lock()
@@ -85,6 +75,9 @@ func TestInfo(t *testing.T) {
 	e, errno := client.Lookup(fsbackendtest.Root, "small")
 	if l.Dev() != 99 || !l.ACL() || errno != 0 || e.Ino != 5004 {
 		t.Errorf("device %d, ACLs %v, inode number %d, %v, expected those of the plug-in", l.Dev(), l.ACL(), e.Ino, errno)
+	}
+	if flags := client.R.WantFlags(0); flags != fuseproto.FUSE_POSIX_ACL {
+		t.Errorf("it wants flags %#x, expected FUSE_POSIX_ACL", flags)
 	}
 	names, _, errno := client.Listxattr(e.NodeId, 1000)
 	if want := "user.one\x00system.posix_acl_access\x00trusted.overlay.opaque\x00"; string(names) != want || errno != 0 {
@@ -230,12 +223,18 @@ func TestRestart(t *testing.T) {
 	if err := gone.Signal(unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	result := make(chan fsbackend.Errno)
+	eventually(t, "that the plug-in stands still", func() bool {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", gone.Pid))
+		return err != nil || bytes.Contains(stat, []byte(") T "))
+	})
+	result := make(chan fsbackend.Errno, 1)
 	go func() {
 		_, errno := client.Lookup(fsbackendtest.Root, "file")
 		result <- errno
 	}()
+	c.mu.Lock()
 	link := c.current
+	c.mu.Unlock()
 	eventually(t, "a request in flight", func() bool {
 		link.mu.Lock()
 		defer link.mu.Unlock()

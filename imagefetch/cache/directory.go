@@ -28,6 +28,10 @@ import (
 const (
 	// entryCharge is what a name takes in its directory.
 	entryCharge = 128
+	// dirCharge is what a directory takes, beside its names.
+	dirCharge = pageSize + entryCharge
+	// baseCharge is what is there without any chunk: four directories, which may grow, and usage.
+	baseCharge = 8 * pageSize
 	// touchEvery is how old a chunk's access time may be before using it changes it.
 	touchEvery = time.Minute
 	// metaBonus is how much longer than a chunk something in meta is kept: without it, no chunk can be served.
@@ -46,6 +50,7 @@ type directory struct {
 	log      *ratelog.Logger
 	count    *os.File // usage
 	fetching *os.File
+	patience time.Duration // lockWait, but for a test
 
 	// mu is held with the flock of count.
 	mu sync.Mutex
@@ -62,7 +67,7 @@ func openDirectory(name string, budget int64, log *ratelog.Logger) (*directory, 
 	if err != nil {
 		return nil, fmt.Errorf("open the cache's directory: %w", err)
 	}
-	d := &directory{root: root, budget: budget, log: log, verified: map[Key]uint64{}}
+	d := &directory{root: root, budget: budget, log: log, verified: map[Key]uint64{}, patience: lockWait}
 	if err := d.prepare(); err != nil {
 		// What is there can still be read.
 		log.Warn("cannot write to the cache: what is fetched is kept in memory", "err", err)
@@ -80,11 +85,7 @@ func (d *directory) prepare() (err error) {
 		return err
 	}
 	return d.locked(func() error {
-		dirs := []string{"tmp", "meta", "chunks"}
-		for i := range 256 {
-			dirs = append(dirs, fmt.Sprintf("chunks/%02x", i))
-		}
-		for _, name := range dirs {
+		for _, name := range []string{"tmp", "meta", "chunks"} {
 			if err := d.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 				return err
 			}
@@ -116,7 +117,7 @@ func (d *directory) locked(f func() error) error {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), lockWait)
+	ctx, cancel := context.WithTimeout(context.Background(), d.patience)
 	defer cancel()
 	err := poll(ctx, func() error { return unix.Flock(int(d.count.Fd()), unix.LOCK_EX|unix.LOCK_NB) })
 	if err != nil {
@@ -221,9 +222,10 @@ func (d *directory) makeRoom(need int64) error {
 
 // scan lists what is there. Under the lock.
 func (d *directory) scan() (total int64, files []kept, err error) {
+	total = baseCharge
 	err = d.each("chunks", func(name string, fi fs.FileInfo) {
 		if fi.IsDir() {
-			total += charge(fi)
+			total += dirCharge
 			err := d.each(name, func(name string, fi fs.FileInfo) {
 				files = append(files, kept{name, atime(fi), charge(fi)})
 			})
@@ -304,7 +306,7 @@ type temp struct {
 }
 
 func (d *directory) newTemp(size int64) (t *temp, err error) {
-	need := roundUp(size) + entryCharge
+	need := roundUp(size) + entryCharge + dirCharge // a directory may have to be made for it
 	err = d.locked(func() error {
 		if err := d.reserve(need); err != nil {
 			return err
@@ -355,7 +357,14 @@ func (t *temp) rename(name string) (*os.File, error) {
 		if fi, err := t.d.root.Lstat(name); err == nil {
 			used -= charge(fi) // somebody else was faster: theirs goes
 		}
-		if err := t.d.root.Rename(t.name, name); err != nil {
+		err := t.d.root.Rename(t.name, name)
+		if errors.Is(err, fs.ErrNotExist) {
+			if t.d.root.Mkdir(path.Dir(name), 0o700) == nil {
+				used += dirCharge
+			}
+			err = t.d.root.Rename(t.name, name)
+		}
+		if err != nil {
 			return err
 		}
 		if fi, err := f.Stat(); err == nil {

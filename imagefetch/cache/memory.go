@@ -37,7 +37,7 @@ func (m *memory) get(k Key) *os.File {
 		return nil
 	}
 	m.order.MoveToFront(e)
-	f, err := dup(e.Value.(*memChunk).f)
+	f, err := reopen(e.Value.(*memChunk).f)
 	if err != nil {
 		return nil
 	}
@@ -50,14 +50,15 @@ func (m *memory) has(k Key) bool {
 	return m.by[k] != nil
 }
 
-// put takes f over and returns another descriptor of it. What does not fit is not kept.
+// put takes f over and returns it for reading. What does not fit is not kept.
 func (m *memory) put(k Key, size int64, f *os.File) (*os.File, error) {
-	seals := unix.F_SEAL_WRITE | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
-	if err := f.Truncate(size); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("end a chunk in memory: %w", err)
+	const seals = unix.F_SEAL_WRITE | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
+	_, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, seals)
+	var out *os.File
+	if err == nil {
+		out, err = reopen(f)
 	}
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, seals); err != nil {
+	if err != nil {
 		f.Close()
 		return nil, fmt.Errorf("seal a chunk in memory: %w", err)
 	}
@@ -65,18 +66,15 @@ func (m *memory) put(k Key, size int64, f *os.File) (*os.File, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if charge > m.budget || m.by[k] != nil {
-		return f, nil
+		f.Close()
+		return out, nil
 	}
 	for m.used+charge > m.budget {
 		m.dropLocked(m.order.Back())
 	}
-	kept, err := dup(f)
-	if err != nil {
-		return f, nil
-	}
-	m.by[k] = m.order.PushFront(&memChunk{k, kept, charge})
+	m.by[k] = m.order.PushFront(&memChunk{k, f, charge})
 	m.used += charge
-	return f, nil
+	return out, nil
 }
 
 func (m *memory) dropLocked(e *list.Element) {
@@ -94,12 +92,9 @@ func (m *memory) close() {
 	}
 }
 
-func dup(f *os.File) (*os.File, error) {
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return nil, err
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
+// reopen opens f for reading, with an offset of its own.
+func reopen(f *os.File) (*os.File, error) {
+	return os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
 }
 
 // pageSize is what files are charged in.

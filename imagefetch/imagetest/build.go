@@ -152,14 +152,14 @@ func (l *Layer) buildLazy(t testing.TB, packed []byte, o Options) {
 	var c estargz.Compression = struct {
 		*estargz.GzipCompressor
 		*estargz.GzipDecompressor
-	}{estargz.NewGzipCompressor(), &estargz.GzipDecompressor{}}
+	}{estargz.NewGzipCompressorWithLevel(gzip.BestSpeed), &estargz.GzipDecompressor{}}
 	if o.Format == ZstdChunked {
 		l.MediaType = types.OCILayerZStd
 		c = struct {
 			*zstdchunked.Compressor
 			*zstdchunked.Decompressor
 		}{
-			&zstdchunked.Compressor{CompressionLevel: zstd.SpeedDefault, Metadata: l.Annotations},
+			&zstdchunked.Compressor{CompressionLevel: zstd.SpeedFastest, Metadata: l.Annotations},
 			&zstdchunked.Decompressor{},
 		}
 	}

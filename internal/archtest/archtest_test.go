@@ -27,7 +27,7 @@ var house = Rules{
 		"control/controltest": {"control/api"},
 
 		"extensions":     {"fsbackend", "seccomp"},
-		"extensions/...": {"extensions", "extensions/...", "fsbackend", "fsbackend/...", "fuseproto", "seccomp", "internal/program", "internal/sys", "internal/upperdir", "plugin"},
+		"extensions/...": {"extensions", "extensions/...", "fsbackend", "fsbackend/...", "fuseproto", "seccomp", "control/api", "internal/program", "internal/sandbox", "internal/sys", "internal/upperdir", "plugin"},
 		// What a layer plug-in speaks is for those who write one, too.
 		"plugin":            {},
 		"internal/program":  {"internal/ratelog", "internal/sandbox", "internal/sys", "seccomp"},
@@ -48,15 +48,15 @@ var house = Rules{
 		"virtqueue/vqtest":    {"virtqueue", "guestmem", "internal/sys"},
 		"guestmem":            {"internal/sys"},
 
-		"fuseserver":              {"fuseproto", "fsbackend", "internal/sys", "internal/ratelog"},
-		"docs":                    {},
-		"fuseproto":               {},
-		"fsbackend":               {"fuseproto", "internal/sys"},
-		"fsbackend/...":           {"fsbackend", "fuseproto", "internal/sys"},
-		"fsbackend/fusebridge":    {"fsbackend", "fuseproto", "internal/ratelog", "internal/sys"},
-		"fsbackend/lazyimage":     {"fsbackend", "fsbackend/lazyimage/...", "fuseproto", "internal/ratelog", "internal/sys"},
-		"fsbackend/lazyimage/...": {"fsbackend/lazyimage/...", "internal/ratelog", "internal/sys"},
-		"fsbackend/pluginlayer":   {"fsbackend", "fsbackend/ondemand", "fsbackend/passthrough", "fuseproto", "internal/ratelog", "internal/sys", "plugin"},
+		"fuseserver":                {"fuseproto", "fsbackend", "internal/sys", "internal/ratelog"},
+		"docs":                      {},
+		"fuseproto":                 {},
+		"fsbackend":                 {"fuseproto", "internal/sys"},
+		"fsbackend/...":             {"fsbackend", "fuseproto", "internal/sys"},
+		"fsbackend/fusebridge":      {"fsbackend", "fuseproto", "internal/ratelog", "internal/sys"},
+		"fsbackend/lazyimage":       {"fsbackend", "fsbackend/lazyimage/store", "fuseproto", "internal/ratelog", "internal/sys"},
+		"fsbackend/lazyimage/store": {"internal/ratelog", "internal/sys"},
+		"fsbackend/pluginlayer":     {"fsbackend", "fsbackend/ondemand", "fsbackend/passthrough", "fuseproto", "internal/ratelog", "internal/sys", "plugin"},
 		// Side by side with others: nothing of the daemon's may import it.
 		"bench":     {"bench/...", "internal/testguest/..."},
 		"bench/...": {"bench/...", "fuseproto", "guestmem", "internal/sys", "internal/testguest/...", "vhostuser", "vhostuser/vhosttest", "virtqueue", "virtqueue/vqtest"},

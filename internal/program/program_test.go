@@ -402,7 +402,7 @@ func TestConfinement(t *testing.T) {
 	}
 	eperm := unix.EPERM.Error()
 	checkCalls(t, r, map[string]string{
-		"mount": eperm, "unshare": eperm, "ptrace": eperm, "bpf": eperm, "keyctl": eperm, "clone3": unix.ENOSYS.Error(),
+		"mount": eperm, "unshare": eperm, "ptrace": eperm, "bpf": eperm, "keyctl": eperm, "clone3": unix.ENOSYS.Error(), "pipe size": eperm, "vmsplice": eperm,
 		"write0": "ok", "write1": unix.EROFS.Error(), "sysctl": unix.EROFS.Error(),
 	})
 }

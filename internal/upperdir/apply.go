@@ -100,7 +100,7 @@ func (u *Upper) apply(ctx context.Context, target string, o ApplyOptions, emit f
 	}
 	defer from.close()
 	a := &applier{
-		h: h, ctx: ctx, o: o, emit: emit, target: top,
+		h: h, ctx: ctx, o: o, emit: emit, target: top, origins: origins{below: o.Below},
 		journal: journal{Upper: u.path, Dev: from.st.Dev, Ino: from.st.Ino},
 	}
 	defer func() { a.stage.close() }()
@@ -125,6 +125,8 @@ type journal struct {
 	Dev   uint64 `json:"dev"`
 	Ino   uint64 `json:"ino"`
 	Moves []move `json:"moves"`
+	// Stays are paths of directories that are where they have been, although a mark says from where they come.
+	Stays [][]byte `json:"stays,omitempty"`
 	// Moved says that every source was moved to the staging directory; those that are no longer there are in their place.
 	Moved bool `json:"moved"`
 }
@@ -135,7 +137,10 @@ type move struct {
 	To   []byte `json:"to"`
 }
 
-const journalFile = "journal.json"
+const (
+	journalFile = "journal.json"
+	movePrefix  = "move-"
+)
 
 // maxJournal bounds what is read of a journal, in bytes.
 const maxJournal = 256 << 20
@@ -153,7 +158,9 @@ type applier struct {
 	conflicts *ConflictError
 	stage     *node
 	copier    *copier
+	origins   origins
 	placed    map[string]string // upper's path → name in stage
+	sourceOf  map[string]string // upper's path → where it was in the target
 	sources   map[string]bool
 	depth     int
 	temps     int
@@ -253,9 +260,12 @@ func (a *applier) run(from *node) (err error) {
 	if err := a.h.private(a.stage); err != nil {
 		return explain("use", applyPrefix, err)
 	}
-	links, err := a.fresh("links")
+	if err := a.tidy(); err != nil {
+		return explain("tidy up", applyPrefix, err)
+	}
+	links, err := a.h.subdir(a.stage, "links")
 	if err != nil {
-		return err
+		return explain("make", applyPrefix, err)
 	}
 	defer links.close()
 	a.copier = &copier{h: a.h, ctx: a.ctx, links: links.fd, linked: make(map[fileID]string), rename: guestXattr}
@@ -294,13 +304,21 @@ func (h *host) private(d *node) error {
 	return nil
 }
 
-// fresh makes a directory in the staging directory; what was there from before goes.
-func (a *applier) fresh(name string) (*node, error) {
-	if err := a.h.remove(a.ctx, a.stage, dirent{name, unix.DT_DIR}, a.stage, 0); err != nil {
-		return nil, explain("remove", name, err)
+// tidy removes from the staging directory what an Apply that was cut short was at, and the next one begins anew.
+func (a *applier) tidy() error {
+	entries, err := a.stage.list(a.ctx)
+	if err != nil {
+		return err
 	}
-	d, err := a.h.subdir(a.stage, name)
-	return d, explain("make", name, err)
+	for _, e := range entries {
+		if e.name == journalFile || strings.HasPrefix(e.name, movePrefix) {
+			continue
+		}
+		if err := a.h.remove(a.ctx, a.stage, e, a.stage, 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // moveAway moves directories that have been renamed to the staging directory, the deepest first, from where they are put in their
@@ -314,10 +332,13 @@ func (a *applier) moveAway() error {
 			return err
 		}
 	}
-	a.placed, a.sources = make(map[string]string), make(map[string]bool)
+	a.placed, a.sourceOf, a.sources = make(map[string]string), make(map[string]string), make(map[string]bool)
+	for _, path := range a.journal.Stays {
+		a.sourceOf[string(path)] = "" // nowhere else
+	}
 	for i, m := range a.journal.Moves {
-		name := "move-" + strconv.Itoa(i)
-		a.placed[string(m.To)], a.sources[string(m.From)] = name, true
+		name := movePrefix + strconv.Itoa(i)
+		a.placed[string(m.To)], a.sourceOf[string(m.To)], a.sources[string(m.From)] = name, "/"+string(m.From), true
 		if a.journal.Moved {
 			continue
 		}
@@ -550,10 +571,6 @@ func (a *applier) file(f, t, old *node, name, path string) error {
 func (a *applier) put(f, t, old *node, name string) error {
 	temp := "file-" + strconv.Itoa(a.temps)
 	a.temps++
-	// What is left from an Apply that was cut short.
-	if err := unix.Unlinkat(a.stage.fd, temp, 0); err != nil && !gone(err) {
-		return err
-	}
 	if err := a.copier.file(f, a.stage.fd, temp); err != nil {
 		return err
 	}
@@ -573,19 +590,23 @@ func (a *applier) directory(f, t, old *node, parent, below File, it item, path, 
 		return explain("read", path, err)
 	}
 	home := origin + "/" + it.name
-	moved := ""
-	switch {
-	case opaque || to == "":
-	case strings.HasPrefix(to, "/"):
-		moved = to
-	default:
-		moved = origin + "/" + to
-	}
-	if moved == home {
-		moved = ""
-	}
-	if moved != "" {
-		return a.moved(f, t, old, parent, it.name, path, moved)
+	if to != "" {
+		moved, source, err := a.origin(f, parent, to, path, origin)
+		if err != nil {
+			return explain("look below at", path, err)
+		}
+		if source != nil {
+			defer source.Close()
+		}
+		if moved != home && moved != "" {
+			return a.moved(f, t, old, source, it.name, path, moved)
+		}
+		if !a.do {
+			a.journal.Stays = append(a.journal.Stays, []byte(path))
+		}
+		if source != nil {
+			below = source
+		}
 	}
 	var d *node
 	switch {
@@ -619,6 +640,32 @@ func (a *applier) directory(f, t, old *node, parent, below File, it item, path, 
 	return a.finish(f, d, below, path, home)
 }
 
+// origin finds where the target has, or has had, the directory that f at path was made of by renaming, as its mark to says.
+func (a *applier) origin(f *node, parent File, to, path, dir string) (from string, source File, err error) {
+	if a.do {
+		from, ok := a.sourceOf[path]
+		if !ok {
+			return "", nil, errors.New("the guest has renamed it meanwhile; end the guest, and do it again")
+		}
+		return from, nil, nil
+	}
+	from = to
+	if !strings.HasPrefix(to, "/") {
+		from = dir + "/" + to
+	}
+	if a.o.Below == nil {
+		return from, nil, nil
+	}
+	source, found, known, err := a.origins.of(a.ctx, f, parent, path)
+	if err != nil || source == nil {
+		return from, nil, err
+	}
+	if !known {
+		a.conflict(path, fmt.Sprintf("it comes from %q in a layer below, and where that is seen cannot be told", found))
+	}
+	return "/" + found, source, nil
+}
+
 // finish makes what is in f in d, and gives d the attributes of f.
 func (a *applier) finish(f, d *node, below File, path, origin string) error {
 	if err := a.inside(f, d, below, path, origin); err != nil {
@@ -645,7 +692,7 @@ func (a *applier) replace(t, old *node, name string) (*node, error) {
 }
 
 // moved puts the directory that was at from, and is in the staging directory by now, in its place, and makes the changes of f there.
-func (a *applier) moved(f, t, old *node, parent File, name, path, from string) error {
+func (a *applier) moved(f, t, old *node, below File, name, path, from string) error {
 	var d *node
 	var err error
 	if a.do {
@@ -675,23 +722,11 @@ func (a *applier) moved(f, t, old *node, parent File, name, path, from string) e
 	if err := a.emit(c); err != nil {
 		return err
 	}
-	var below File
-	if !a.do && a.o.Below != nil {
-		if below, _, err = redirected(a.ctx, a.o.Below, f, parent, path); err != nil {
-			return explain("look below at", path, err)
-		}
-		if below != nil {
-			defer below.Close()
-		}
-	}
 	return a.finish(f, d, below, path, from)
 }
 
 func (a *applier) place(t, old *node, name, path string) (*node, error) {
-	staged, ok := a.placed[path]
-	if !ok {
-		return nil, errors.New("the guest has renamed it meanwhile; end the guest, and do it again")
-	}
+	staged := a.placed[path]
 	there, err := a.stage.has(staged)
 	if err != nil {
 		return nil, err

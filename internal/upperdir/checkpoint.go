@@ -239,3 +239,17 @@ func (s *Store) Restore(ctx context.Context, checkpoint, keep string) (*Upper, e
 	u.discard = keep == ""
 	return u, nil
 }
+
+// TakeOver makes u, one of Discard, what the kept upper old is, in one step. old is discarded by its Close then.
+func (u *Upper) TakeOver(old *Upper) error {
+	if !u.discard || old.discard || u.name == "" || old.name == "" {
+		return fmt.Errorf("upper directory %s cannot take the place of %s", u.path, old.path)
+	}
+	if err := unix.Renameat2(u.s.uppers.fd, u.name, old.s.uppers.fd, old.name, unix.RENAME_EXCHANGE); err != nil {
+		return fmt.Errorf("exchange upper directory %s for %s: %w", old.path, u.path, err)
+	}
+	u.name, old.name = old.name, u.name
+	u.path, old.path = old.path, u.path
+	u.discard, old.discard = false, true
+	return fsyncDir(u.s.uppers)
+}

@@ -69,7 +69,7 @@ func typeName(mode uint32) string {
 // Diff calls emit for each path that is another in the upper u than in the tree below, in order: by name, byte for byte, a directory
 // before what is in it. An error of emit ends it. Data is compared, whatever its times say.
 func (u *Upper) Diff(ctx context.Context, below Tree, emit func(*Change) error) error {
-	d := &differ{ctx: ctx, below: below, emit: emit}
+	d := &differ{ctx: ctx, origins: origins{below: below}, emit: emit}
 	root, err := below.Root(ctx)
 	if err != nil {
 		return fmt.Errorf("compare %s: look at the layers below: %w", u.path, err)
@@ -87,10 +87,10 @@ func (u *Upper) Diff(ctx context.Context, below Tree, emit func(*Change) error) 
 }
 
 type differ struct {
-	ctx   context.Context
-	below Tree
-	emit  func(*Change) error
-	depth int
+	ctx     context.Context
+	origins origins
+	emit    func(*Change) error
+	depth   int
 }
 
 // newChange describes a file of the type in mode.
@@ -138,7 +138,7 @@ func (d *differ) present(n *node, old, parent File, hides bool, path string) err
 		return d.emit(d.replaced(path, kind, now, was))
 	}
 
-	source, from, err := redirected(d.ctx, d.below, n, parent, path)
+	source, from, _, err := d.origins.of(d.ctx, n, parent, path)
 	if err != nil {
 		return explain("compare", path, err)
 	}
@@ -182,34 +182,6 @@ func (d *differ) replaced(path string, kind Kind, now, was *Info) *Change {
 		c.Was = typeName(was.Mode)
 	}
 	return c
-}
-
-// redirected finds the directory below that n at path, in a directory that goes on in parent below, was made of by renaming, and says
-// where that was. A nil source is none.
-func redirected(ctx context.Context, below Tree, n *node, parent File, path string) (source File, from string, err error) {
-	opaque, to, err := n.dirMarks()
-	if err != nil || opaque || to == "" {
-		return nil, "", err
-	}
-	if rest, absolute := strings.CutPrefix(to, "/"); absolute {
-		source, err = below.Redirected(ctx, to)
-		from = rest
-	} else if parent != nil {
-		source, err = parent.Lookup(ctx, to)
-		from = path[:strings.LastIndexByte(path, '/')+1] + to
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, "", nil // nothing of it is left below
-	}
-	if err != nil || source == nil {
-		return nil, "", err
-	}
-	i, err := source.Info(ctx)
-	if err != nil || i.Mode&unix.S_IFMT != unix.S_IFDIR {
-		source.Close()
-		return nil, "", err
-	}
-	return source, from, nil
 }
 
 // inside compares what is in the directory n with what is in old, or with nothing if that is nil. hides says that n is opaque.

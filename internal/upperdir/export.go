@@ -29,7 +29,7 @@ const maxSockets = 100
 // written whole; if it is nil, they are an error. A limit other than 0 is how many bytes of data may be written: files can have far
 // more than they take on the disk.
 func (u *Upper) Export(ctx context.Context, w io.Writer, below Tree, limit int64) (Exported, error) {
-	e := &exporter{ctx: ctx, w: tar.NewWriter(w), below: below, limit: limit, linked: make(map[fileID]string)}
+	e := &exporter{ctx: ctx, w: tar.NewWriter(w), origins: origins{below: below}, limit: limit, linked: make(map[fileID]string)}
 	var root File
 	err := func() (err error) {
 		if below != nil {
@@ -55,13 +55,13 @@ func (u *Upper) Export(ctx context.Context, w io.Writer, below Tree, limit int64
 }
 
 type exporter struct {
-	ctx    context.Context
-	w      *tar.Writer
-	below  Tree
-	limit  int64
-	linked map[fileID]string
-	out    Exported
-	depth  int
+	ctx     context.Context
+	w       *tar.Writer
+	origins origins
+	limit   int64
+	linked  map[fileID]string
+	out     Exported
+	depth   int
 }
 
 // inside writes what is in the upper's directory n; parent is what it goes on in below, or nil.
@@ -133,10 +133,10 @@ func (e *exporter) item(n *node, it item, parent File, path string) error {
 		}
 		return e.inside(f, old, path)
 	}
-	if e.below == nil {
+	if e.origins.below == nil {
 		return fmt.Errorf("%q was renamed, and takes what is below to be exported; name the layers", path)
 	}
-	source, from, err := redirected(e.ctx, e.below, f, parent, path)
+	source, from, _, err := e.origins.of(e.ctx, f, parent, path)
 	if err != nil {
 		return explain("look below at", path, err)
 	}
@@ -229,7 +229,7 @@ func (e *exporter) both(n *node, parent File, it item, name, path string, opaque
 	if err := e.header(f, path); err != nil {
 		return explain("export", path, err)
 	}
-	source, _, err := redirected(e.ctx, e.below, f, parent, path)
+	source, _, _, err := e.origins.of(e.ctx, f, parent, path)
 	if err != nil {
 		return explain("look below at", path, err)
 	}

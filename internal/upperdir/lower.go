@@ -2,6 +2,7 @@ package upperdir
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
@@ -38,6 +39,8 @@ type Tree interface {
 
 // File is a file of a Tree. It is closed by who got it.
 type File interface {
+	// ID is something that no other file of the tree has.
+	ID() string
 	// Info describes it.
 	Info(ctx context.Context) (*Info, error)
 	// Lookup finds a name in a directory; fs.ErrNotExist says that it is not there.
@@ -294,6 +297,11 @@ func (f *lower) Close() {
 	for _, p := range f.parts {
 		p.n.close()
 	}
+}
+
+func (f *lower) ID() string {
+	id := f.parts[0].n.id()
+	return fmt.Sprintf("%d:%d", id.dev, id.ino)
 }
 
 func (f *lower) Info(context.Context) (*Info, error) { return f.parts[0].n.info() }

@@ -1,0 +1,242 @@
+package overlay
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicefs/sluice/extensions"
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/internal/upperdir"
+	"github.com/sluicefs/sluice/seccomp"
+)
+
+// Name is what mounts name the extension by.
+const Name = "overlay"
+
+// PluginBackend is the extension that serves layers of programs, //NAME/DATA/PATH, whose NAME is no extension's.
+const PluginBackend = "plugin"
+
+// Extension makes one tree of layers.
+type Extension struct{}
+
+// Name implements extensions.Extension.
+func (Extension) Name() string { return Name }
+
+// TryHandleMount implements extensions.Extension; it is not asked.
+func (Extension) TryHandleMount(*specs.Spec, *specs.Mount, string, bool) (fsbackend.Backend, extensions.Options, error) {
+	return nil, extensions.Options{}, nil
+}
+
+// given is what the half outside tells the one inside.
+type given struct {
+	Lowers []lower `json:"lowers"`
+	// Upper says that the first two files are an upper directory and its work directory.
+	Upper   bool     `json:"upper,omitempty"`
+	Options *Options `json:"options"`
+	// Redirect says that directories of lower layers may be renamed.
+	Redirect Redirect `json:"redirect"`
+}
+
+// lower is one part, as messages name it.
+type lower struct {
+	Name string `json:"name"`
+	Dir  bool   `json:"dir,omitempty"` // it is a directory of the host
+}
+
+// outside is the half of one overlay outside the sandbox.
+type outside struct {
+	*extensions.Outside
+	m     extensions.Mount
+	o     *Options
+	store *upperdir.Store
+	upper *upperdir.Upper // nil without
+	dirs  []*os.File      // the lower layers, where all of them are directories of the host
+	// keep is the name of an upper that outlives the overlay.
+	keep string
+}
+
+// OpenOutside implements extensions.Hosted.
+func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m extensions.Mount) (*extensions.Given, error) {
+	lowers := m.Lowers
+	options, err := Parse(m.Options)
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range options.Lowers {
+		lowers = append(lowers, mountOf(m, l, out.Has))
+	}
+	switch {
+	case len(lowers) == 0:
+		return nil, errors.New("lowerdir= is missing: it names at least one layer, DIR[:DIR...] with the uppermost first")
+	case m.Source != "" && m.Source != Name && m.Source != "none":
+		return nil, fmt.Errorf("source %s: an overlay has none: expected lowerdir=%s", m.Source, m.Source)
+	}
+	for _, note := range options.Notes {
+		out.Log.Warn(note)
+	}
+	o := &outside{Outside: out, m: m, o: options}
+	g := &extensions.Given{}
+	told := given{Options: options, Redirect: options.Redirect}
+	for _, l := range lowers {
+		p, err := out.Open(ctx, l)
+		if err != nil {
+			return g, fmt.Errorf("layer %s: %w", layerName(l), err)
+		}
+		g.Parts = append(g.Parts, p)
+		told.Lowers = append(told.Lowers, lower{Name: layerName(l), Dir: l.Backend == extensions.Passthrough})
+	}
+	if !m.ReadOnly && !options.ReadOnly && options.UpperKind != UpperNone {
+		if err := o.openUpper(ctx, g); err != nil {
+			return g, err
+		}
+		told.Upper = true
+		if options.UpperKind != UpperDir && !given1(m.Options, "redirect_dir") {
+			told.Redirect = RedirectOn // nobody else reads it
+		}
+	}
+	g.Data, err = json.Marshal(told)
+	return g, err
+}
+
+// given1 says whether options have one of this name.
+func given1(options []string, name string) bool {
+	return slices.ContainsFunc(options, func(o string) bool { return strings.HasPrefix(o, name+"=") })
+}
+
+// mountOf is the layer l of m, to be opened.
+func mountOf(m extensions.Mount, l Lower, has func(string) bool) extensions.Mount {
+	part := extensions.Mount{Share: m.Share, Path: m.Path, Backend: extensions.Passthrough, Source: l.Dir, ReadOnly: true}
+	switch {
+	case l.Plugin == "":
+	case has(l.Plugin):
+		part.Backend, part.Source = l.Plugin, l.Path
+		if l.Data != "" {
+			part.Options = []string{"data=" + l.Data}
+		}
+	default:
+		part.Backend, part.Options = PluginBackend, []string{"name=" + l.Plugin, "data=" + l.Data, "path=" + l.Path, "layers=all"}
+	}
+	return part
+}
+
+// layerName is what messages call a layer.
+func layerName(m extensions.Mount) string {
+	switch {
+	case m.Source != "":
+		return m.Source
+	case len(m.Options) > 0:
+		return m.Backend + " " + m.Options[0]
+	}
+	return m.Backend
+}
+
+// openUpper opens what takes the changes, and says what can be done with it.
+func (o *outside) openUpper(ctx context.Context, g *extensions.Given) (err error) {
+	state := o.o.State
+	if state == "" {
+		if o.StateDir == "" {
+			return errors.New("there is no place for what the guest writes: expected --state-dir, or the option state=DIR")
+		}
+		state = filepath.Join(o.StateDir, Name)
+		if err := os.MkdirAll(o.StateDir, 0o700); err != nil {
+			return err
+		}
+	}
+	if o.store, err = upperdir.Open(state, o.Log); err != nil {
+		return err
+	}
+	o.OnClose(o.store.Close)
+	root := o.rootAttr(g)
+	switch {
+	case o.o.UpperKind == UpperDir:
+		o.upper, err = o.store.Given(o.o.Upper, o.o.Work)
+	case o.o.From != "":
+		o.upper, err = o.store.Restore(ctx, o.o.From, o.keepName())
+	case o.o.UpperKind == UpperKeep:
+		o.upper, _, err = o.store.Keep(o.keepName(), root)
+	default:
+		o.upper, err = o.store.Discard(root)
+	}
+	if err != nil {
+		return err
+	}
+	o.OnClose(func() error { return o.upper.Close() })
+	if g.Files, err = upperFiles(o.upper); err != nil {
+		return err
+	}
+	if err := o.keepLowers(g); err != nil {
+		return err
+	}
+	o.actions()
+	return nil
+}
+
+// keepName is the name of an upper that is kept: that of the share and the graft, "" for one that is not.
+func (o *outside) keepName() string {
+	if o.o.UpperKind != UpperKeep {
+		return ""
+	}
+	plain := func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '.' || r == '_' {
+			return r
+		}
+		return '-'
+	}
+	return strings.Map(plain, "share."+o.m.Share+strings.ReplaceAll(strings.TrimSuffix(o.m.Path, "/"), "/", "."))
+}
+
+// rootAttr is what the root is to look like: the uppermost layer's.
+func (o *outside) rootAttr(g *extensions.Given) upperdir.Attr {
+	var st unix.Stat_t
+	if files := g.Parts[0].Given.Files; len(files) != 1 || unix.Fstat(int(files[0].Fd()), &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return upperdir.Attr{}
+	}
+	return upperdir.Attr{Mode: st.Mode & 0o7777, UID: st.Uid, GID: st.Gid}
+}
+
+func upperFiles(u *upperdir.Upper) ([]*os.File, error) {
+	dir, err := u.Dir()
+	if err != nil {
+		return nil, err
+	}
+	work, err := u.Work()
+	if err != nil {
+		_ = dir.Close()
+		return nil, err
+	}
+	return []*os.File{dir, work}, nil
+}
+
+// keepLowers keeps the lower layers to be compared with, where all are directories.
+func (o *outside) keepLowers(g *extensions.Given) error {
+	for _, p := range g.Parts {
+		if p.Mount.Backend != extensions.Passthrough {
+			return nil
+		}
+	}
+	for _, p := range g.Parts {
+		fd, err := unix.FcntlInt(p.Given.Files[0].Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		dir := os.NewFile(uintptr(fd), p.Mount.Source)
+		o.OnClose(dir.Close)
+		o.dirs = append(o.dirs, dir)
+	}
+	return nil
+}
+
+// SeccompRules implements extensions.Extension: all that it does is done by the layers' backends, and by passthrough.
+func (Extension) SeccompRules() seccomp.Rules { return rules }
+
+// rules are what an overlay needs beyond passthrough: to share blocks when it copies a file up.
+var rules = seccomp.Rules{"ioctl": seccomp.PerArg{1: seccomp.Int32(unix.FICLONE)}}

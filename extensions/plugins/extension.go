@@ -1,0 +1,251 @@
+package plugins
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/sluicefs/sluice/extensions"
+	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fsbackend/pluginlayer"
+	"github.com/sluicefs/sluice/internal/program"
+	"github.com/sluicefs/sluice/internal/sandbox"
+	"github.com/sluicefs/sluice/plugin"
+	"github.com/sluicefs/sluice/seccomp"
+)
+
+// Name is what mounts name the extension by; entries of lowerdir name the plug-in instead.
+const Name = "plugin"
+
+// Extension serves layers that programs have. Its options are
+//
+//	name=NAME           the plug-in's
+//	data=TEXT, path=…   what the plug-in is asked for, as in //NAME/DATA/PATH
+//	layers=all          more than one is as good: what merges them asks for them (extensions.Layered)
+type Extension struct {
+	mu    sync.Mutex
+	found map[string]Set // by the list of programs
+}
+
+// Name implements extensions.Extension.
+func (*Extension) Name() string { return Name }
+
+// TryHandleMount implements extensions.Extension; it is not asked.
+func (*Extension) TryHandleMount(*specs.Spec, *specs.Mount, string, bool) (fsbackend.Backend, extensions.Options, error) {
+	return nil, extensions.Options{}, nil
+}
+
+// SeccompRules implements extensions.Extension: what it takes to speak with a program that was started outside. What comes over the
+// socket may be descriptors, so there is no read(2) to do with.
+func (*Extension) SeccompRules() seccomp.Rules {
+	return seccomp.Rules{
+		"recvmsg": seccomp.MatchAll{}, "sendmsg": seccomp.MatchAll{}, "shutdown": seccomp.MatchAll{}, "getsockopt": seccomp.MatchAll{},
+	}
+}
+
+// request is what a mount asks for.
+type request struct {
+	entry Entry
+	many  bool
+}
+
+func parse(m extensions.Mount) (r request, err error) {
+	err = m.ParseOptions(map[string]func(string) error{
+		"name": func(v string) error { r.entry.Name = v; return nil },
+		"data": func(v string) error { r.entry.Data = v; return nil },
+		"path": func(v string) error { r.entry.Path = v; return nil },
+		"layers": func(v string) error {
+			if r.many = v == "all"; !r.many {
+				return errors.New("expected all, or to be left out")
+			}
+			return nil
+		},
+	})
+	switch {
+	case err != nil:
+	case r.entry.Name == "":
+		err = errors.New("option name is missing: expected that of a layer plug-in")
+	case m.Source != "" || len(m.Lowers) > 0:
+		err = errors.New("a layer plug-in has no source and is made of nothing: what it serves is said by data and path")
+	}
+	return r, err
+}
+
+// DefaultDir is where plug-ins are unless others are named: libexec/sluice/plugins beside the directory of the daemon.
+func DefaultDir() string {
+	self, err := os.Executable()
+	if err != nil {
+		return ""
+	}
+	return filepath.Join(filepath.Dir(filepath.Dir(self)), "libexec", "sluice", "plugins")
+}
+
+// known are the plug-ins that there are. They are looked for once.
+func (e *Extension) known(ctx context.Context, out *extensions.Outside) (Set, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	key := strings.Join(out.Plugins, "\x00")
+	if set, ok := e.found[key]; ok {
+		return set, nil
+	}
+	set, err := Discover(ctx, Config{Lists: out.Plugins, Dir: DefaultDir(), Starter: starter{out}})
+	if err == nil {
+		if e.found == nil {
+			e.found = make(map[string]Set)
+		}
+		e.found[key] = set
+	}
+	return set, err
+}
+
+// starter starts a program once, to be heard. Nothing is granted to it yet.
+type starter struct{ out *extensions.Outside }
+
+// Start implements Starter.
+func (s starter) Start(ctx context.Context, path string) (*os.File, func(), error) {
+	first := make(chan *os.File, 1)
+	c := config(s.out, path, plugin.Needs{})
+	c.OnStart = func(control *os.File) {
+		select {
+		case first <- control:
+		default:
+			_ = control.Close() // it has ended, and was started again
+		}
+	}
+	p, err := program.Start(ctx, c)
+	if err != nil {
+		return nil, nil, err
+	}
+	return <-first, func() { _ = p.Stop(context.WithoutCancel(ctx)) }, nil
+}
+
+// config is how a plug-in is run: kept from everything but the files that its user may use, and what it was granted.
+func config(out *extensions.Outside, path string, needs plugin.Needs) program.Config {
+	c := program.Config{Name: "layer plug-in " + filepath.Base(path), Args: []string{path}, Log: out.Log}
+	c.Confine.Seccomp, c.Confine.Network = true, needs.Network
+	for _, name := range needs.Caps {
+		if caps, err := sandbox.ParseCap(name); err == nil {
+			c.Confine.Caps |= caps
+		}
+	}
+	return c
+}
+
+// OpenOutside implements extensions.Hosted.
+func (e *Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m extensions.Mount) (*extensions.Given, error) {
+	r, err := parse(m)
+	if err != nil {
+		return nil, err
+	}
+	set, err := e.known(ctx, out)
+	if err != nil {
+		return nil, err
+	}
+	found, err := set.Find(r.entry.Name)
+	if err != nil {
+		return nil, err
+	}
+	p, err := program.Start(ctx, config(out, found.Path, found.Needs))
+	if err != nil {
+		return nil, err
+	}
+	out.OnClose(func() error { return p.Stop(context.Background()) })
+	return &extensions.Given{Files: []*os.File{p.Line()}}, nil
+}
+
+// dialTime is how long a plug-in may take to say what layers it has, at the start.
+const dialTime = time.Minute
+
+// OpenInside implements extensions.Hosted.
+func (e *Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *extensions.Given) (fsbackend.Backend, extensions.Options, error) {
+	// No call takes longer than what is put into a directory.
+	options := extensions.Options{ReadOnly: true, Timeout: pluginlayer.DefaultOnDemandTimeout + time.Minute}
+	r, err := parse(m)
+	if err == nil && len(g.Files) != 1 {
+		err = fmt.Errorf("%d descriptors for a layer plug-in: expected one", len(g.Files))
+	}
+	if err != nil {
+		g.Close()
+		return nil, options, err
+	}
+	line := program.NewLine(g.Files[0])
+	ctx, cancel := context.WithTimeout(context.Background(), dialTime)
+	defer cancel()
+	conn, err := pluginlayer.Dial(ctx, pluginlayer.Config{
+		Name: r.entry.Name, Source: line, ProcFD: in.ProcFD, NoFileHandles: in.NoFileHandles, MaxFDs: in.MaxFDs, MaxInodes: in.MaxInodes, Log: in.Log,
+	})
+	if err != nil {
+		return nil, options, errors.Join(err, line.Close())
+	}
+	l := &layers{end: func() error { return errors.Join(conn.Close(), line.Close()) }}
+	if err := l.open(ctx, conn, r); err != nil {
+		return nil, options, err
+	}
+	return l, options, nil
+}
+
+// layers are those of one entry. As a backend they are the first of them.
+type layers struct {
+	fsbackend.Forward
+	all  []fsbackend.Backend
+	left atomic.Int32 // that are not closed
+	end  func() error
+}
+
+// layer is one of them.
+type layer struct {
+	fsbackend.Forward
+	of *layers
+}
+
+// open opens all layers that the plug-in has for r.
+func (l *layers) open(ctx context.Context, conn *pluginlayer.Conn, r request) (err error) {
+	l.left.Store(1) // what open itself holds
+	defer func() {
+		if err != nil {
+			for _, b := range l.all {
+				err = errors.Join(err, b.Close())
+			}
+		}
+		err = errors.Join(err, l.done())
+	}()
+	set, err := conn.Layers(ctx, r.entry.Data, r.entry.Path)
+	if err != nil {
+		return err
+	}
+	if n := set.Len(); n > 1 && !r.many {
+		return fmt.Errorf("the plug-in has %d layers: expected one, or an overlay of them: lowerdir=//%s/%s/%s", n, r.entry.Name, r.entry.Data, r.entry.Path)
+	}
+	for i := range set.Len() {
+		b, err := set.Open(ctx, i)
+		if err != nil {
+			return err
+		}
+		l.left.Add(1)
+		l.all = append(l.all, &layer{fsbackend.Forward{Inner: fsbackend.Resolve(b)}, l})
+	}
+	l.Inner = fsbackend.Resolve(l.all[0])
+	return nil
+}
+
+// done counts one that is closed; with the last the plug-in is let go.
+func (l *layers) done() error {
+	if l.left.Add(-1) > 0 {
+		return nil
+	}
+	return l.end()
+}
+
+// Close implements fsbackend.Backend.
+func (b *layer) Close() error { return errors.Join(b.Inner.Close(), b.of.done()) }
+
+// Layers implements extensions.Layered.
+func (l *layers) Layers() []fsbackend.Backend { return l.all }

@@ -1,0 +1,104 @@
+package guest_test
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+
+	"github.com/sluicefs/sluice/imagefetch/imagetest"
+	"github.com/sluicefs/sluice/internal/testguest"
+)
+
+// debianFiles are those of packages that this machine has, which is Debian's: a userland to chroot into.
+func debianFiles(t *testing.T, packages ...string) (files []imagetest.File) {
+	t.Helper()
+	seen := make(map[string]bool)
+	add := func(f imagetest.File) {
+		if !seen[strings.TrimSuffix(f.Name, "/")] {
+			seen[strings.TrimSuffix(f.Name, "/")] = true
+			files = append(files, f)
+		}
+	}
+	for _, name := range []string{"bin", "lib", "lib64", "sbin"} {
+		add(imagetest.File{Name: name, Type: '2', Mode: 0o777, Link: "usr/" + name})
+	}
+	for _, name := range []string{"dev/", "etc/", "proc/", "tmp/", "root/"} {
+		add(imagetest.File{Name: name})
+	}
+	for _, pkg := range packages {
+		out, err := exec.Command("dpkg", "-L", pkg).Output()
+		if err != nil {
+			t.Fatalf("files of package %s: %v", pkg, err)
+		}
+		for lines := bufio.NewScanner(strings.NewReader(string(out))); lines.Scan(); {
+			path, err := filepath.EvalSymlinks(filepath.Dir(lines.Text()))
+			if err != nil {
+				continue // it was left out at the installation
+			}
+			path = filepath.Join(path, filepath.Base(lines.Text()))
+			name := strings.TrimPrefix(path, "/")
+			st, err := os.Lstat(path)
+			switch {
+			case err != nil || name == "" || name == ".":
+			case st.IsDir():
+				add(imagetest.File{Name: name + "/"})
+			case st.Mode()&os.ModeSymlink != 0:
+				link, err := os.Readlink(path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				add(imagetest.File{Name: name, Type: '2', Mode: 0o777, Link: link})
+			case st.Mode().IsRegular():
+				data, err := os.ReadFile(path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				add(imagetest.File{Name: name, Mode: int64(st.Mode().Perm()), Data: data})
+			}
+		}
+	}
+	return files
+}
+
+// TestImage gives guests a root file system out of a registry, in one line, loaded as it is read. What one has fetched the next finds.
+func TestImage(t *testing.T) {
+	forRoot(t)
+	t.Parallel()
+	s := &steered{machine: newScratch(t)}
+	// The second layer takes away and replaces.
+	image := imagetest.New(t, debianFiles(t, "libc6", "bash", "coreutils", "libtinfo6", "libselinux1", "libpcre2-8-0", "libattr1", "libacl1", "libgmp10", "libssl3"),
+		[]imagetest.File{{Name: "etc/os-release", Data: []byte("ID=of-the-image\n")}, {Name: "usr/share/.wh.doc"}, {Name: "secret", Mode: 0o600, UID: 0, Data: []byte("s\n")}})
+	whole := int64(0)
+	for _, l := range image.Layers {
+		whole += int64(len(l.Blob))
+	}
+	image.Server.Reset()
+	var shares []string
+	for _, tag := range []string{"one", "two"} {
+		shares = append(shares, "--share", fmt.Sprintf("tag=%s,socket=%s/%s.sock,image=%s,option=insecure,overlay=discard", tag, s.scratch, tag, image.Ref))
+	}
+	s.startSteered(testguest.DaemonConfig{Program: program, Shares: true, Args: append([]string{"--state-dir", filepath.Join(s.scratch, "state")}, shares...)})
+	const prompt = `cat /etc/os-release; echo $((6*7)) >/root/answer; cat /root/answer; ls /usr/share/doc 2>/dev/null; ls -l /usr/bin/bash >/dev/null; id -u`
+	start := time.Now()
+	g := s.on("one")
+	g.says("ID=of-the-image\n42\n0", "chroot /mnt/one /bin/bash -c '%s'", prompt)
+	took := time.Since(start)
+	gets, bytes := image.Server.Blobs()
+	t.Logf("first prompt after %v with the guest's boot: %d requests, %d bytes; a full pull has %d bytes", took.Round(time.Millisecond), gets, bytes, whole)
+	if bytes >= whole/2 {
+		t.Errorf("%d bytes of %d were fetched for a prompt", bytes, whole)
+	}
+	image.Server.Reset()
+	g = s.on("two")
+	g.says("ID=of-the-image\n42\n0", "chroot /mnt/two /bin/bash -c '%s'", prompt)
+	if gets, bytes := image.Server.Blobs(); gets > 0 {
+		t.Errorf("the second guest has had %d requests and %d bytes fetched", gets, bytes)
+	}
+	g.denies(noEntry, "ls /mnt/two/root/answer-of-one")
+}
