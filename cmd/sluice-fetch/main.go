@@ -107,7 +107,9 @@ REFERENCE is REGISTRY/REPO@sha256:DIGEST or REGISTRY/REPO:TAG; or http(s)://… 
 					return fmt.Errorf("read %s: %w", file, err)
 				}
 				for _, f := range []struct{ to, v *string }{
-					{&cfg.Platform, &given.Platform}, {&cfg.Layer, &given.Layer}, {&cfg.TOCDigest, &given.TOCDigest},
+					{&cfg.Platform, &given.Platform},
+					{&cfg.Layer, &given.Layer},
+					{&cfg.TOCDigest, &given.TOCDigest},
 					{&cfg.Registry.DockerConfig, &given.Registry.DockerConfig},
 				} {
 					if *f.v != "" {

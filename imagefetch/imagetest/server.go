@@ -3,8 +3,7 @@ package imagetest
 import (
 	"bytes"
 	"context"
-	"io"
-	"log"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"regexp"
@@ -67,7 +66,7 @@ func New(t testing.TB, layers ...[]File) *Image {
 // NewServer starts a registry, until the test ends.
 func NewServer(t testing.TB) *Server {
 	t.Helper()
-	s := &Server{blobs: map[string][]byte{}, registry: registry.New(registry.Logger(log.New(io.Discard, "", 0)))}
+	s := &Server{blobs: map[string][]byte{}, registry: registry.New(registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))}
 	s.Server = httptest.NewServer(s)
 	t.Cleanup(s.Close)
 	return s
