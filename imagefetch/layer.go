@@ -126,7 +126,7 @@ func (l *layer) load(ctx context.Context) error {
 	if ctx.Err() != nil || !errors.Is(err, errNoTOC) && !errors.Is(err, registry.ErrContent) {
 		return fmt.Errorf("open layer %s: %w", l.digest, err)
 	}
-	if l.img.ref.Image == nil && l.img.cfg.TOCDigest == "" {
+	if l.img.ref.Image == nil && l.img.cfg.TOCDigest == "" && !l.img.cfg.SkipVerify {
 		return fmt.Errorf("open layer %s: %w (toc_digest says what it is)", l.digest, err)
 	}
 	if l.img.cfg.Fallback != "pull" {
