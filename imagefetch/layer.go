@@ -36,6 +36,9 @@ type layer struct {
 	plain bool
 	kind  string // for people
 
+	pullMu    sync.Mutex
+	repulling *attempt // to fetch a plain layer again, or nil
+
 	mu      sync.Mutex
 	have    []bool // streams of which all chunks were in the cache once
 	missing int
@@ -405,6 +408,12 @@ func (l *layer) lead(ctx context.Context, k flightKey, s, index uint32) (*os.Fil
 	if l.plain {
 		return l.pullChunk(ctx, index)
 	}
+	select {
+	case l.img.asking <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	defer func() { <-l.img.asking }()
 	var got *os.File
 	err = l.fetch(ctx, fetchJob{streams: []uint32{s}, take: func(i uint32, f *os.File) bool {
 		if i != index || got != nil {
