@@ -22,7 +22,6 @@ import (
 	"github.com/sluicefs/sluice/fsbackend/passthrough"
 	"github.com/sluicefs/sluice/fuseproto"
 	"github.com/sluicefs/sluice/internal/program"
-	"github.com/sluicefs/sluice/internal/sandbox"
 	"github.com/sluicefs/sluice/seccomp"
 )
 
@@ -83,7 +82,7 @@ type given struct {
 var fileCaps = capSet(unix.CAP_CHOWN, unix.CAP_DAC_OVERRIDE, unix.CAP_DAC_READ_SEARCH, unix.CAP_FOWNER, unix.CAP_FSETID,
 	unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_SETFCAP)
 
-func capSet(numbers ...int) (s sandbox.CapSet) {
+func capSet(numbers ...int) (s uint64) {
 	for _, n := range numbers {
 		s |= 1 << n
 	}
