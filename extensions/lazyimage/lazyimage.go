@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -80,6 +81,9 @@ func (e *Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m 
 	o, err := parse(m.Options)
 	if err != nil {
 		return nil, err
+	}
+	if o.cacheDir == "" && !o.inMemory && out.StateDir != "" {
+		o.cacheDir = filepath.Join(out.StateDir, Name)
 	}
 	data, err := json.Marshal(o.inside)
 	if err != nil {

@@ -366,7 +366,6 @@ func TestBadOptions(t *testing.T) {
 		"timeout=-1s":              "duration",
 		"timeout=5":                "duration",
 		"cache-dir=x":              "absolute",
-		"cache-bytes=1G":           "cache-dir",
 		"cache-memory=8E":          "number of bytes",
 		"cache-memory=9999999999G": "number of bytes",
 		"prefetch=all":             "or off",

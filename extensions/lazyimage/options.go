@@ -1,6 +1,7 @@
 package lazyimage
 
 import (
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"maps"
@@ -21,6 +22,8 @@ type options struct {
 	inside insideOptions
 	// cacheDir is made where it is missing, and handed over as a descriptor.
 	cacheDir string
+	// inMemory says that no directory is wanted.
+	inMemory bool
 	// writable are the host's directories that the fetcher writes to, and visible what it reads.
 	writable, visible []string
 }
@@ -92,6 +95,7 @@ var known = map[string]struct {
 	read func(o *options, value string) error
 }{
 	"image":                  {read: (*options).image},
+	"data":                   {read: (*options).data},
 	"url":                    {read: (*options).url},
 	"file":                   {read: (*options).file},
 	"layer":                  {read: func(o *options, v string) error { return digest(&o.fetch.Layer, v) }},
@@ -154,11 +158,12 @@ func parse(list []string) (*options, error) {
 		}
 	}
 	sources := 0
-	for _, name := range []string{"image", "url", "file"} {
+	for _, name := range []string{"image", "data", "url", "file"} {
 		if seen[name] {
 			sources++
 		}
 	}
+	seen["image"] = seen["image"] || seen["data"]
 	switch {
 	case sources != 1:
 		return nil, fmt.Errorf("%d images are named: expected one of image=REGISTRY/REPO@sha256:DIGEST, url=http(s)://… and file=PATH", sources)
@@ -170,9 +175,10 @@ func parse(list []string) (*options, error) {
 		return nil, errors.New("options for prefetching beside prefetch=off: expected the one or the other")
 	case o.fetch.Background.Off && (seen["background-concurrency"] || seen["background-silence"] || seen["background-batch"]):
 		return nil, errors.New("options for the background beside background=off: expected the one or the other")
-	case seen["cache-bytes"] && !seen["cache-dir"]:
-		return nil, errors.New("option cache-bytes without cache-dir: expected both, or cache-memory")
+	case seen["cache-bytes"] && seen["cache-memory"] && !seen["cache-dir"]:
+		return nil, errors.New("options cache-bytes and cache-memory: expected the one for a cache on the disk or the other for one in memory, or cache-dir beside them")
 	}
+	o.inMemory = seen["cache-memory"] && !seen["cache-dir"]
 	// One layer is for an overlay to make something of: it shows what it hides.
 	o.inside.Merge = seen["image"] && !seen["layer"]
 	if seen["opaque"] && o.inside.Merge {
@@ -187,6 +193,16 @@ func (o *options) image(v string) error {
 	}
 	o.fetch.Reference = v
 	return nil
+}
+
+// data is image in base64, for //lazyimage/DATA/ in lowerdir, where a slash ends it.
+func (o *options) data(v string) error {
+	plain := strings.NewReplacer("-", "+", "_", "/").Replace(strings.TrimRight(v, "="))
+	name, err := base64.RawStdEncoding.DecodeString(plain)
+	if err != nil {
+		return fmt.Errorf("%w: expected the reference of an image in base64", err)
+	}
+	return o.image(strings.TrimPrefix(string(name), "docker://"))
 }
 
 func (o *options) url(v string) error {

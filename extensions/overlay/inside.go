@@ -54,6 +54,7 @@ func (Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *extens
 		return nil, options, err
 	}
 	if told.Upper {
+		options.Timeout = longer(options.Timeout, upperTimeout)
 		if cfg.Upper, err = i.upper(g.Files); err != nil {
 			return nil, options, err
 		}
@@ -69,9 +70,12 @@ func (Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *extens
 	return i.fs, options, nil
 }
 
+// upperTimeout is how long a call may take in an overlay that is isolated for its lower layers' sake: the upper one's disk may be slow.
+const upperTimeout = 5 * time.Minute
+
 // openLowers opens the layers, and says how calls of all of them together are to be made.
 func (i *inside) openLowers(cfg *overlay.Config, g *extensions.Given, names []lower) (extensions.Options, error) {
-	all := extensions.Options{Stock: true}
+	all := extensions.Options{Stock: true, Inline: true}
 	if len(names) != len(g.Parts) {
 		return all, fmt.Errorf("%d layers with %d names", len(g.Parts), len(names))
 	}
@@ -82,6 +86,7 @@ func (i *inside) openLowers(cfg *overlay.Config, g *extensions.Given, names []lo
 		}
 		if !o.Stock {
 			all.Stock = false
+			all.Inline = all.Inline && o.Inline
 			all.Timeout = longer(all.Timeout, o.Timeout)
 		}
 		layers := []fsbackend.Backend{b}

@@ -21,7 +21,7 @@ var rootKeys = []string{"dir", "image", "fuse", "lowerdir", "upperdir", "workdir
 const (
 	backendOverlay    = "overlay"
 	backendLazyImage  = "lazyimage"
-	backendFUSEBridge = "fusebridge"
+	backendFUSEBridge = "fuse"
 	backendCaseFold   = "casefold"
 )
 

@@ -74,4 +74,3 @@ func (s *steered) process(name string) int {
 	s.t.Fatalf("the daemon has no process %s", name)
 	return 0
 }
-

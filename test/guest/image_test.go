@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-
 	"github.com/sluicefs/sluice/imagefetch/imagetest"
 	"github.com/sluicefs/sluice/internal/testguest"
 )
@@ -81,9 +80,9 @@ func TestImage(t *testing.T) {
 	image.Server.Reset()
 	var shares []string
 	for _, tag := range []string{"one", "two"} {
-		shares = append(shares, "--share", fmt.Sprintf("tag=%s,socket=%s/%s.sock,image=%s,option=insecure,overlay=discard", tag, s.scratch, tag, image.Ref))
+		shares = append(shares, "--share", fmt.Sprintf("tag=%s,socket=%s/%s.sock,image=%s,option=background=off,option=prefetch=off,overlay=discard", tag, s.scratch, tag, image.Ref))
 	}
-	s.startSteered(testguest.DaemonConfig{Program: program, Shares: true, Args: append([]string{"--state-dir", filepath.Join(s.scratch, "state")}, shares...)})
+	s.startSteered(testguest.DaemonConfig{Program: program, Shares: true, Args: append([]string{"--lazyimage-fetcher", fetch, "--state-dir", filepath.Join(s.scratch, "state")}, shares...)})
 	const prompt = `cat /etc/os-release; echo $((6*7)) >/root/answer; cat /root/answer; ls /usr/share/doc 2>/dev/null; ls -l /usr/bin/bash >/dev/null; id -u`
 	start := time.Now()
 	g := s.on("one")

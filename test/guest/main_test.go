@@ -42,6 +42,7 @@ var (
 	initrd  string
 	program string // the daemon
 	extd    string // the same with extensions for tests
+	fetch   string // what fetches images for the daemon
 )
 
 func TestMain(m *testing.M) {
@@ -90,6 +91,7 @@ func runTests(m *testing.M) (code int, err error) {
 	if program = os.Getenv("SLUICED"); program == "" {
 		build(&program, testguest.BuildDaemon, "github.com/sluicefs/sluice/cmd/sluiced")
 	}
+	build(&fetch, testguest.BuildProgram, "github.com/sluicefs/sluice/cmd/sluice-fetch")
 	build(&extd, testguest.BuildDaemon, "github.com/sluicefs/sluice/test/guest/extd")
 	if err != nil {
 		return 1, err
