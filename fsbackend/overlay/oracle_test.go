@@ -381,8 +381,13 @@ func run(root string, s script) (err error) {
 	}
 	for i, o := range s.ops {
 		k, u := kernel.do(o), ours.do(o)
-		if k != u && !deliberate(o, k, u) {
-			return &difference{i + 1, fmt.Sprintf("%s\n\tours:   %s\n\tkernel: %s", o, u, k)}
+		if k != u {
+			if !deliberate(o, k, u) {
+				return &difference{i + 1, fmt.Sprintf("%s\n\tours:   %s\n\tkernel: %s", o, u, k)}
+			}
+			for _, s := range []side{kernel, ours} {
+				s.do(op{what: "close", slot: o.slot})
+			}
 		}
 		if (i+1)%s.every == 0 || i == len(s.ops)-1 {
 			if tree, text = sameTree("merged", ours, kernel); text != "" {
@@ -490,9 +495,12 @@ func (st *stack) crossed(tree map[string]string, upper, work, ourUpper, ourWork 
 	return ""
 }
 
-// deliberate says that ours and the kernel's answers to an operation differ on purpose. Nothing else may.
+// deliberate says that ours and the kernel's answers to an operation differ on purpose. Nothing else may; what the oracle leaves out
+// from the start is at xattrNames. The open file that it was about is closed then, so that nothing comes of it.
 func deliberate(o op, kernel, ours string) bool {
-	return false
+	// A lower file that is open and has been removed cannot be changed any more in the kernel's overlay, which would have to copy it up
+	// to the name that it had and finds a whiteout there. Ours copies it up without a name.
+	return o.what == "fchmod" && kernel == "EEXIST" && ours == "OK"
 }
 
 // shrink makes a script that differs as short as it can be, and still differ.
