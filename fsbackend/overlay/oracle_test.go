@@ -579,14 +579,7 @@ func TestOracleAgain(t *testing.T) {
 			s.ops = append(s.ops, o)
 		}
 		if err := run(root, s); err != nil {
-			t.Errorf("%v: %v", s, err)
+			t.Errorf("%s: %v: %v", past.what, s, err)
 		}
 	}
 }
-
-// pastDifferences are scripts that once made a difference, as TestOracle prints them.
-var pastDifferences = []struct {
-	seed uint64
-	fill int
-	ops  []string
-}{}
