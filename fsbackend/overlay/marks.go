@@ -13,8 +13,9 @@ import (
 	"github.com/sluicefs/sluice/internal/sys"
 )
 
-// Marks are extended attributes: a prefix and one of these (fs/overlayfs/overlayfs.h, OVL_XATTR_*). The last is the overlay's own:
-// the kernel's origin holds a file handle, which no backend can be asked for.
+// Marks are extended attributes: a prefix and one of these (fs/overlayfs/overlayfs.h, OVL_XATTR_*). The last two are the overlay's
+// own: the kernel's origin holds a file handle, which no backend can be asked for, and where the kernel finds none it takes its own
+// mark of an impure directory away.
 const (
 	markOpaque   = "opaque"
 	markRedirect = "redirect"
@@ -22,6 +23,7 @@ const (
 	markMetacopy = "metacopy"
 	markOrigin   = "origin"
 	markIno      = "sluice.ino"
+	markOurs     = "sluice.impure"
 )
 
 // Names that are marks (fuse-overlayfs, and the OCI image specification's "layer.md", whiteouts).
@@ -137,7 +139,7 @@ func (fs *FS) marks(c *fsbackend.Context, l *layer, id uint64) (m marks, e errno
 			m.origin = true
 			continue
 		}
-		if suffix != markOpaque && suffix != markRedirect && suffix != markImpure && suffix != markIno {
+		if suffix != markOpaque && suffix != markRedirect && suffix != markImpure && suffix != markIno && suffix != markOurs {
 			continue
 		}
 		value, e := l.getxattr(c, id, fsbackend.MakeName(name), s)
@@ -151,7 +153,7 @@ func (fs *FS) marks(c *fsbackend.Context, l *layer, id uint64) (m marks, e errno
 		switch suffix {
 		case markOpaque:
 			m.opaque = m.opaque || yes
-		case markImpure:
+		case markImpure, markOurs:
 			m.impure = m.impure || yes
 		case markRedirect:
 			m.redirect = string(value)
@@ -202,7 +204,7 @@ func (fs *FS) markImpureDir(c *fsbackend.Context, n *node) errno {
 	if known.Load() == impureYes {
 		return 0
 	}
-	if e := fs.mark(c, n.upper.Load(), markImpure, "y"); e != 0 && e != unix.EOPNOTSUPP && e != unix.ENOSYS {
+	if e := fs.mark(c, n.upper.Load(), markOurs, "y"); e != 0 && e != unix.EOPNOTSUPP && e != unix.ENOSYS {
 		return e
 	}
 	known.Store(impureYes)
