@@ -63,7 +63,8 @@ var kinds = []struct {
 	{"stat", 3, 1, false},
 }
 
-// xattrNames are the attributes that operations are about; a mark is the guest's own overlay's, which ours has to keep apart.
+// xattrNames are the attributes that operations are about. Names of marks are not among them: the kernel gives a guest that sets
+// trusted.overlay.NAME another name behind its back, and leaves those of other overlays to it; ours refuses all of them.
 var xattrNames = []string{"user.x", "trusted.x", "user.y", "security.x"}
 
 // nodes are what mknod makes. The last is a whiteout, which a guest must not make.

@@ -549,6 +549,10 @@ func (s *ourSide) tree() (map[string]string, error) {
 		return nil, e
 	}
 	v.visit("", root)
+	// Until now, so that nodes keep their numbers.
+	for _, node := range v.seen {
+		s.fs.Forget(node, 1)
+	}
 	return v.all, errors.Join(v.errs...)
 }
 
@@ -556,6 +560,7 @@ type visitor struct {
 	s     *ourSide
 	all   map[string]string
 	links map[uint64]name // by inode number in the upper layer
+	seen  []uint64        // nodes looked up
 	errs  []error
 }
 
@@ -627,10 +632,10 @@ func (v *visitor) visit(path string, f fuseproto.EntryOut) {
 			v.wrong("%s/%s is listed, but: %w", path, d.Name, e)
 			continue
 		}
+		v.seen = append(v.seen, child.NodeId)
 		if child.Ino != d.Ino || child.Mode>>12 != d.Type {
 			v.wrong("%s/%s is listed with inode %d, type %d, and has %d, %d", path, d.Name, d.Ino, d.Type, child.Ino, child.Mode>>12)
 		}
 		v.visit(strings.TrimPrefix(path+"/"+d.Name, "/"), child)
-		s.fs.Forget(child.NodeId, 1)
 	}
 }

@@ -195,7 +195,8 @@ func (st *stack) addLower(i int, r *rand.Rand, n int) error {
 
 // marksAsFiles replaces whiteouts and opaque marks in a layer by files whose names say the same.
 func marksAsFiles(dir string) error {
-	return filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
+	times := make(map[string][]unix.Timespec) // of directories, which are not to show it
+	if err := filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
 		if err != nil {
 			return err
 		}
@@ -203,39 +204,33 @@ func marksAsFiles(dir string) error {
 		if err := unix.Lstat(path, &st); err != nil {
 			return err
 		}
-		parent := filepath.Dir(path)
 		switch {
 		case st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0:
 			if err := os.Remove(path); err != nil {
 				return err
 			}
-			if err := os.WriteFile(parent+"/.wh."+info.Name(), nil, 0o600); err != nil {
-				return err
-			}
+			return os.WriteFile(filepath.Dir(path)+"/.wh."+info.Name(), nil, 0o600)
 		case info.IsDir():
+			times[path] = []unix.Timespec{st.Atim, st.Mtim}
 			value := make([]byte, 16)
-			n, _ := unix.Lgetxattr(path, "trusted.overlay.opaque", value)
-			if n != 1 || value[0] != 'y' {
+			if n, _ := unix.Lgetxattr(path, "trusted.overlay.opaque", value); n != 1 || value[0] != 'y' {
 				return nil
 			}
-			parent = path
 			if err := unix.Lremovexattr(path, "trusted.overlay.opaque"); err != nil {
 				return err
 			}
-			if err := os.WriteFile(path+"/.wh..wh..opq", nil, 0o600); err != nil {
-				return err
-			}
-			// Its own times are to be put back, too.
-			parent = path
-			if err := unix.UtimesNanoAt(unix.AT_FDCWD, path, []unix.Timespec{st.Atim, st.Mtim}, 0); err != nil {
-				return err
-			}
-			return nil
-		default:
-			return nil
+			return os.WriteFile(path+"/.wh..wh..opq", nil, 0o600)
 		}
 		return nil
-	})
+	}); err != nil {
+		return err
+	}
+	for path, t := range times {
+		if err := unix.UtimesNanoAt(unix.AT_FDCWD, path, t, 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (st *stack) mountAt(name string, lowers []string, upper, work string) (string, error) {
@@ -386,8 +381,13 @@ func run(root string, s script) (err error) {
 	}
 	for i, o := range s.ops {
 		k, u := kernel.do(o), ours.do(o)
-		if k != u && !deliberate(o, k, u) {
-			return &difference{i + 1, fmt.Sprintf("%s\n\tours:   %s\n\tkernel: %s", o, u, k)}
+		if k != u {
+			if !deliberate(o, k, u) {
+				return &difference{i + 1, fmt.Sprintf("%s\n\tours:   %s\n\tkernel: %s", o, u, k)}
+			}
+			for _, s := range []side{kernel, ours} {
+				s.do(op{what: "close", slot: o.slot})
+			}
 		}
 		if (i+1)%s.every == 0 || i == len(s.ops)-1 {
 			if tree, text = sameTree("merged", ours, kernel); text != "" {
@@ -495,9 +495,12 @@ func (st *stack) crossed(tree map[string]string, upper, work, ourUpper, ourWork 
 	return ""
 }
 
-// deliberate says that ours and the kernel's answers to an operation differ on purpose. Nothing else may.
+// deliberate says that ours and the kernel's answers to an operation differ on purpose. Nothing else may; what the oracle leaves out
+// from the start is at xattrNames. The open file that it was about is closed then, so that nothing comes of it.
 func deliberate(o op, kernel, ours string) bool {
-	return false
+	// A lower file that is open and has been removed cannot be changed any more in the kernel's overlay, which would have to copy it up
+	// to the name that it had and finds a whiteout there. Ours copies it up without a name.
+	return o.what == "fchmod" && kernel == "EEXIST" && ours == "OK"
 }
 
 // shrink makes a script that differs as short as it can be, and still differ.
@@ -576,14 +579,7 @@ func TestOracleAgain(t *testing.T) {
 			s.ops = append(s.ops, o)
 		}
 		if err := run(root, s); err != nil {
-			t.Errorf("%v: %v", s, err)
+			t.Errorf("%s: %v: %v", past.what, s, err)
 		}
 	}
 }
-
-// pastDifferences are scripts that once made a difference, as TestOracle prints them.
-var pastDifferences = []struct {
-	seed uint64
-	fill int
-	ops  []string
-}{}
