@@ -624,7 +624,7 @@ func snap(t *testing.T, what string, tr tree) map[string]string {
 // compares answers, trees, and what each makes of the other's upper layer.
 func TestAsTheKernel(t *testing.T) {
 	needRoot(t)
-	rounds := uint64(12)
+	rounds := uint64(4)
 	for seed := range rounds {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			compareWithKernel(t, seed)
