@@ -3,8 +3,8 @@ package overlay
 import (
 	"encoding/base64"
 	"fmt"
-	"os"
 	"maps"
+	"os"
 	"reflect"
 	"regexp"
 	"slices"
