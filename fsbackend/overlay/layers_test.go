@@ -23,7 +23,7 @@ import (
 const root = fsbackendtest.Root
 
 // put makes files below dir: "name/" is a directory, "name" a file that holds its layer's number, "name>target" a symbolic link,
-// "name!" a device 0:0, "name=mark" sets the mark of a directory that is there.
+// "name!" a device 0:0, "name%" an empty file with the mark of a whiteout, "name=mark" sets the mark of a directory that is there.
 func put(t *testing.T, dir string, layer int, files ...string) {
 	t.Helper()
 	for _, f := range files {
@@ -32,6 +32,10 @@ func put(t *testing.T, dir string, layer int, files ...string) {
 			err = os.MkdirAll(dir+"/"+path, 0o755)
 		} else if path, ok := strings.CutSuffix(f, "!"); ok {
 			err = unix.Mknod(dir+"/"+path, unix.S_IFCHR, 0)
+		} else if path, ok := strings.CutSuffix(f, "%"); ok {
+			if err = os.WriteFile(dir+"/"+path, nil, 0o644); err == nil {
+				err = unix.Lsetxattr(dir+"/"+path, "trusted.overlay.whiteout", nil, 0)
+			}
 		} else if path, target, ok := strings.Cut(f, ">"); ok {
 			err = os.Symlink(target, dir+"/"+path)
 		} else if path, mark, ok := strings.Cut(f, "="); ok {
@@ -87,6 +91,7 @@ func TestMarks(t *testing.T) {
 		{"user.overlay.opaque", []string{"d/", "d/g", "d=user.overlay.opaque:y"}, []string{"d/", "d/f"}, []string{"d/", "d/g"}},
 		{"user.fuseoverlayfs.opaque", []string{"d/", "d/g", "d=user.fuseoverlayfs.opaque:y"}, []string{"d/", "d/f"}, []string{"d/", "d/g"}},
 		{"opaque, but not y", []string{"d/", "d/g", "d=user.overlay.opaque:n"}, []string{"d/", "d/f"}, []string{"d/", "d/f", "d/g"}},
+		{"whiteout by mark", []string{"d/", "d=trusted.overlay.opaque:x", "d/f%", "d/g"}, []string{"d/", "d/f", "d/h"}, []string{"d/", "d/g", "d/h"}},
 		{"file over a directory", []string{"d"}, []string{"d/", "d/f"}, []string{"d"}},
 		{"directory over a file", []string{"f/", "f/g"}, []string{"f"}, []string{"f/", "f/g"}},
 		{"redirect by name", []string{"new/", "old!", "new=trusted.overlay.redirect:old"}, []string{"old/", "old/f"}, []string{"new/", "new/f"}},

@@ -161,6 +161,10 @@ func (fs *FS) take(c *fsbackend.Context, dir real, name fsbackend.Name, out *fus
 			return "", false, e
 		}
 	}
+	if m.whiteout && out.Mode&unix.S_IFMT == unix.S_IFREG && out.Size == 0 {
+		l.r.Forget(out.NodeId, 1)
+		return "", false, 0
+	}
 	if m.metacopy && out.Mode&unix.S_IFMT == unix.S_IFREG {
 		l.r.Forget(out.NodeId, 1)
 		fs.metacopy.Do(func() {

@@ -22,6 +22,7 @@ const (
 	markImpure   = "impure"
 	markMetacopy = "metacopy"
 	markOrigin   = "origin"
+	markWhiteout = "whiteout"
 	markIno      = "sluice.ino"
 	markOurs     = "sluice.impure"
 )
@@ -106,6 +107,8 @@ func (l *layer) getxattr(c *fsbackend.Context, id uint64, name fsbackend.Name, s
 // marks are what the marks of a file say.
 type marks struct {
 	opaque, impure, metacopy bool
+	// whiteout says that the file stands for none, as a layer has it that could not have devices.
+	whiteout bool
 	// origin says that the file was copied up, by the kernel too.
 	origin   bool
 	redirect string
@@ -139,6 +142,10 @@ func (fs *FS) marks(c *fsbackend.Context, l *layer, id uint64) (m marks, e errno
 			m.origin = true
 			continue
 		}
+		if suffix == markWhiteout {
+			m.whiteout = true
+			continue
+		}
 		if suffix != markOpaque && suffix != markRedirect && suffix != markImpure && suffix != markIno && suffix != markOurs {
 			continue
 		}
@@ -153,6 +160,9 @@ func (fs *FS) marks(c *fsbackend.Context, l *layer, id uint64) (m marks, e errno
 		switch suffix {
 		case markOpaque:
 			m.opaque = m.opaque || yes
+			// An "x" announces whiteouts that are files with a mark (fs/overlayfs/namei.c, ovl_lookup_single): they are looked for in
+			// the same way.
+			m.impure = m.impure || len(value) == 1 && value[0] == 'x'
 		case markImpure, markOurs:
 			m.impure = m.impure || yes
 		case markRedirect:
