@@ -72,4 +72,9 @@ var pastDifferences = []struct {
 		`open "a" "" 1 19126`,
 		`linkslot "e/e" "" 1 25329`,
 	}},
+	{"the kernel copies up what it then does not rename", 1000473, 40, []string{
+		`mkdir "e" "" -1 2257`,
+		`create "e/a" "" 3 1919`,
+		`rename "a" "e" -1 54263`,
+	}},
 }
