@@ -3,7 +3,11 @@ package overlay
 import (
 	"encoding/base64"
 	"fmt"
+	"maps"
+	"os"
 	"reflect"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -184,6 +188,24 @@ func TestTables(t *testing.T) {
 	for name := range ignored {
 		if refused[name] != "" {
 			t.Errorf("%s is ignored and refused", name)
+		}
+	}
+}
+
+// TestDocumented finds every option that is taken or refused on its page.
+func TestDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/overlay-options.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range [][]string{slices.Collect(maps.Keys(known)), slices.Collect(maps.Keys(refused))} {
+		for _, name := range table {
+			if name == "rbind" {
+				continue
+			}
+			if !regexp.MustCompile("`" + regexp.QuoteMeta(name) + "[`=]").Match(page) {
+				t.Errorf("%s is not in docs/overlay-options.md", name)
+			}
 		}
 	}
 }

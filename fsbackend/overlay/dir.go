@@ -3,6 +3,7 @@ package overlay
 import (
 	"bytes"
 	"encoding/binary"
+	"slices"
 	"sort"
 
 	"golang.org/x/sys/unix"
@@ -539,13 +540,22 @@ func (fs *FS) merge(c *fsbackend.Context, n *node, before *listing) (*listing, e
 			}
 		}
 	}
+	gone := false
 	for _, s := range names {
 		if s.hidden || s.parts < 2 {
 			continue
 		}
-		if e := fs.trueIno(c, n, &list.entries[s.at]); e != 0 {
+		l := &list.entries[s.at]
+		switch e := fs.trueIno(c, n, l); e {
+		case 0:
+		case unix.ENOENT:
+			l.name, gone = "", true // a whiteout that looks like a file
+		default:
 			return nil, e
 		}
+	}
+	if gone {
+		list.entries = slices.DeleteFunc(list.entries, func(l listed) bool { return l.name == "" })
 	}
 	sort.Slice(list.entries, func(i, j int) bool { return list.entries[i].cookie < list.entries[j].cookie })
 	return list, 0
@@ -562,7 +572,7 @@ func (fs *FS) trueIno(c *fsbackend.Context, n *node, l *listed) errno {
 	case 0:
 		l.ino = f.ino
 		fs.release(&f)
-	case unix.ENOENT, unix.EIO: // gone, or what cannot be read: it keeps what it was listed with
+	case unix.EIO: // what cannot be read keeps the number that it was listed with
 	default:
 		return e
 	}

@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -23,7 +24,7 @@ import (
 const root = fsbackendtest.Root
 
 // put makes files below dir: "name/" is a directory, "name" a file that holds its layer's number, "name>target" a symbolic link,
-// "name!" a device 0:0, "name=mark" sets the mark of a directory that is there.
+// "name!" a device 0:0, "name%" an empty file with the mark of a whiteout, "name=mark" sets the mark of a directory that is there.
 func put(t *testing.T, dir string, layer int, files ...string) {
 	t.Helper()
 	for _, f := range files {
@@ -32,6 +33,10 @@ func put(t *testing.T, dir string, layer int, files ...string) {
 			err = os.MkdirAll(dir+"/"+path, 0o755)
 		} else if path, ok := strings.CutSuffix(f, "!"); ok {
 			err = unix.Mknod(dir+"/"+path, unix.S_IFCHR, 0)
+		} else if path, ok := strings.CutSuffix(f, "%"); ok {
+			if err = os.WriteFile(dir+"/"+path, nil, 0o644); err == nil {
+				err = unix.Lsetxattr(dir+"/"+path, "trusted.overlay.whiteout", nil, 0)
+			}
 		} else if path, target, ok := strings.Cut(f, ">"); ok {
 			err = os.Symlink(target, dir+"/"+path)
 		} else if path, mark, ok := strings.Cut(f, "="); ok {
@@ -87,6 +92,7 @@ func TestMarks(t *testing.T) {
 		{"user.overlay.opaque", []string{"d/", "d/g", "d=user.overlay.opaque:y"}, []string{"d/", "d/f"}, []string{"d/", "d/g"}},
 		{"user.fuseoverlayfs.opaque", []string{"d/", "d/g", "d=user.fuseoverlayfs.opaque:y"}, []string{"d/", "d/f"}, []string{"d/", "d/g"}},
 		{"opaque, but not y", []string{"d/", "d/g", "d=user.overlay.opaque:n"}, []string{"d/", "d/f"}, []string{"d/", "d/f", "d/g"}},
+		{"whiteout by mark", []string{"d/", "d=trusted.overlay.opaque:x", "d/f%", "d/g"}, []string{"d/", "d/f", "d/h"}, []string{"d/", "d/g", "d/h"}},
 		{"file over a directory", []string{"d"}, []string{"d/", "d/f"}, []string{"d"}},
 		{"directory over a file", []string{"f/", "f/g"}, []string{"f"}, []string{"f/", "f/g"}},
 		{"redirect by name", []string{"new/", "old!", "new=trusted.overlay.redirect:old"}, []string{"old/", "old/f"}, []string{"new/", "new/f"}},
@@ -327,7 +333,7 @@ func TestLinkCounts(t *testing.T) {
 
 // TestACL is row B10: one layer without access control lists switches them off for all, and the log names it.
 func TestACL(t *testing.T) {
-	acl := func(t *testing.T) fsbackend.Backend {
+	with := func(t *testing.T) fsbackend.Backend {
 		fs, err := passthrough.New(passthrough.Config{Dir: t.TempDir(), PosixACL: true})
 		if err != nil {
 			t.Fatal(err)
@@ -341,11 +347,11 @@ func TestACL(t *testing.T) {
 		acl    bool
 		log    string
 	}{
-		{"all have them", []Layer{{Name: "one", Backend: acl(t)}, {Name: "two", Backend: acl(t)}}, Config{}, true, ""},
-		{"one says that it has none", []Layer{{Name: "one", Backend: acl(t)}, {Name: "two", Backend: acl(t), NoACL: true}}, Config{}, false, "two"},
-		{"one cannot", []Layer{{Name: "one", Backend: newMem(t)}, {Name: "two", Backend: acl(t)}}, Config{}, false, "one"},
-		{"noacl", []Layer{{Name: "one", Backend: acl(t)}}, Config{NoACL: true}, false, ""},
-		{"owners are translated", []Layer{{Name: "one", Backend: acl(t)}}, Config{SquashToRoot: true}, false, ""},
+		{"all have them", []Layer{{Name: "one", Backend: with(t)}, {Name: "two", Backend: with(t)}}, Config{}, true, ""},
+		{"one says that it has none", []Layer{{Name: "one", Backend: with(t)}, {Name: "two", Backend: with(t), NoACL: true}}, Config{}, false, "two"},
+		{"one cannot", []Layer{{Name: "one", Backend: newMem(t)}, {Name: "two", Backend: with(t)}}, Config{}, false, "one"},
+		{"noacl", []Layer{{Name: "one", Backend: with(t)}}, Config{NoACL: true}, false, ""},
+		{"owners are translated", []Layer{{Name: "one", Backend: with(t)}}, Config{SquashToRoot: true}, false, ""},
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			var log bytes.Buffer
@@ -364,6 +370,62 @@ func TestACL(t *testing.T) {
 				t.Errorf("SETXATTR of an access control list in a session without them: %v, expected ENOTSUP", e)
 			}
 		})
+	}
+}
+
+// acl is an access control list as an extended attribute has it (include/uapi/linux/posix_acl_xattr.h): the owner and user 1000 may
+// read and write, others read.
+func acl() []byte {
+	b := binary.LittleEndian.AppendUint32(nil, 2)
+	for _, e := range [][3]uint32{{1, 6, ^uint32(0)}, {2, 6, 1000}, {4, 4, ^uint32(0)}, {0x10, 6, ^uint32(0)}, {0x20, 4, ^uint32(0)}} {
+		b = binary.LittleEndian.AppendUint16(b, uint16(e[0]))
+		b = binary.LittleEndian.AppendUint16(b, uint16(e[1]))
+		b = binary.LittleEndian.AppendUint32(b, e[2])
+	}
+	return b
+}
+
+// TestACLKept has copies keep their access control lists also where the guest has none, and what is made over a whiteout inherit its
+// directory's.
+func TestACLKept(t *testing.T) {
+	s := newStack(t, 1)
+	put(t, s.lowers[0], 0, "f", "d/", "d/x", "d/y")
+	for path, name := range map[string]string{"f": "system.posix_acl_access", "d": "system.posix_acl_default"} {
+		if err := unix.Setxattr(s.lowers[0]+"/"+path, name, acl(), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cfg := s.config(t)
+	_ = cfg.Upper.Close()
+	_ = cfg.Lowers[0].Backend.Close()
+	work, err := unix.Open(s.work, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(work)
+	open := func(cfg passthrough.Config) fsbackend.Backend {
+		cfg.PosixACL = true
+		fs, err := passthrough.New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fs
+	}
+	cfg.Upper, cfg.Lowers[0].Backend = open(passthrough.Config{Dir: s.upper, WorkDirFD: work}), open(passthrough.Config{Dir: s.lowers[0]})
+	o := newOurTree(newOverlay(t, cfg))
+	defer o.fs.Close()
+	o.fs.Init(fsbackend.Features{Minor: fuseproto.FUSE_KERNEL_MINOR_VERSION})
+	for _, err := range []error{o.write("f", 0, "F"), o.unlink("d/x"), o.create("d/x", 0o666), o.unlink("d/y"), o.mkdir("d/y", 0o777)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	buf := make([]byte, 100)
+	for path, name := range map[string]string{"f": "system.posix_acl_access", "d": "system.posix_acl_default", "d/x": "system.posix_acl_access", "d/y": "system.posix_acl_default"} {
+		n, err := unix.Getxattr(s.upper+"/"+path, name, buf)
+		if err != nil || path != "d/x" && !bytes.Equal(buf[:n], acl()) {
+			t.Errorf("%s of %s in the upper layer is %x, %v", name, path, buf[:max(n, 0)], err)
+		}
 	}
 }
 

@@ -115,6 +115,12 @@ func (fs *FS) search(c *fsbackend.Context, p *node, first int, name fsbackend.Na
 			}
 			continue
 		}
+		if i == 0 {
+			if n := fs.holdUpper(out.NodeId, out.Mode&unix.S_IFMT); n != nil {
+				f.attr, f.upper, f.ino, f.node = out.Attr, out.NodeId, n.ino.Load(), n
+				return 0
+			}
+		}
 		impure, e := fs.impure(c, p, i)
 		if e != 0 {
 			dir.l.r.Forget(out.NodeId, 1)
@@ -160,6 +166,10 @@ func (fs *FS) take(c *fsbackend.Context, dir real, name fsbackend.Name, out *fus
 			l.r.Forget(out.NodeId, 1)
 			return "", false, e
 		}
+	}
+	if m.whiteout && out.Mode&unix.S_IFMT == unix.S_IFREG && out.Size == 0 {
+		l.r.Forget(out.NodeId, 1)
+		return "", false, 0
 	}
 	if m.metacopy && out.Mode&unix.S_IFMT == unix.S_IFREG {
 		l.r.Forget(out.NodeId, 1)

@@ -13,15 +13,18 @@ import (
 	"github.com/sluicefs/sluice/internal/sys"
 )
 
-// Marks are extended attributes: a prefix and one of these (fs/overlayfs/overlayfs.h, OVL_XATTR_*). The last is the overlay's own:
-// the kernel's origin holds a file handle, which no backend can be asked for.
+// Marks are extended attributes: a prefix and one of these (fs/overlayfs/overlayfs.h, OVL_XATTR_*). The last two are the overlay's
+// own: the kernel's origin holds a file handle, which no backend can be asked for, and where the kernel finds none it takes its own
+// mark of an impure directory away.
 const (
 	markOpaque   = "opaque"
 	markRedirect = "redirect"
 	markImpure   = "impure"
 	markMetacopy = "metacopy"
 	markOrigin   = "origin"
+	markWhiteout = "whiteout"
 	markIno      = "sluice.ino"
+	markOurs     = "sluice.impure"
 )
 
 // Names that are marks (fuse-overlayfs, and the OCI image specification's "layer.md", whiteouts).
@@ -104,6 +107,8 @@ func (l *layer) getxattr(c *fsbackend.Context, id uint64, name fsbackend.Name, s
 // marks are what the marks of a file say.
 type marks struct {
 	opaque, impure, metacopy bool
+	// whiteout says that the file stands for none, as a layer has it that could not have devices.
+	whiteout bool
 	// origin says that the file was copied up, by the kernel too.
 	origin   bool
 	redirect string
@@ -137,7 +142,11 @@ func (fs *FS) marks(c *fsbackend.Context, l *layer, id uint64) (m marks, e errno
 			m.origin = true
 			continue
 		}
-		if suffix != markOpaque && suffix != markRedirect && suffix != markImpure && suffix != markIno {
+		if suffix == markWhiteout {
+			m.whiteout = true
+			continue
+		}
+		if suffix != markOpaque && suffix != markRedirect && suffix != markImpure && suffix != markIno && suffix != markOurs {
 			continue
 		}
 		value, e := l.getxattr(c, id, fsbackend.MakeName(name), s)
@@ -151,7 +160,10 @@ func (fs *FS) marks(c *fsbackend.Context, l *layer, id uint64) (m marks, e errno
 		switch suffix {
 		case markOpaque:
 			m.opaque = m.opaque || yes
-		case markImpure:
+			// An "x" announces whiteouts that are files with a mark (fs/overlayfs/namei.c, ovl_lookup_single): they are looked for in
+			// the same way.
+			m.impure = m.impure || len(value) == 1 && value[0] == 'x'
+		case markImpure, markOurs:
 			m.impure = m.impure || yes
 		case markRedirect:
 			m.redirect = string(value)
@@ -202,7 +214,7 @@ func (fs *FS) markImpureDir(c *fsbackend.Context, n *node) errno {
 	if known.Load() == impureYes {
 		return 0
 	}
-	if e := fs.mark(c, n.upper.Load(), markImpure, "y"); e != 0 && e != unix.EOPNOTSUPP && e != unix.ENOSYS {
+	if e := fs.mark(c, n.upper.Load(), markOurs, "y"); e != 0 && e != unix.EOPNOTSUPP && e != unix.ENOSYS {
 		return e
 	}
 	known.Store(impureYes)

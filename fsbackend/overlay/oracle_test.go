@@ -384,6 +384,10 @@ func run(root string, s script) (err error) {
 		if k != u && !deliberate(o, k, u) {
 			return &difference{i + 1, fmt.Sprintf("%s\n\tours:   %s\n\tkernel: %s", o, u, k)}
 		}
+		for _, o := range after(o, k, u) {
+			kernel.do(o)
+			ours.do(o)
+		}
 		if (i+1)%s.every == 0 || i == len(s.ops)-1 {
 			if tree, text = sameTree("merged", ours, kernel); text != "" {
 				return &difference{i + 1, text}
@@ -490,9 +494,36 @@ func (st *stack) crossed(tree map[string]string, upper, work, ourUpper, ourWork 
 	return ""
 }
 
-// deliberate says that ours and the kernel's answers to an operation differ on purpose. Nothing else may.
+// deliberate says that ours and the kernel's answers to an operation differ on purpose. Nothing else may; what the oracle leaves out
+// from the start is at xattrNames.
 func deliberate(o op, kernel, ours string) bool {
+	switch {
+	case o.what == "fchmod" && kernel == "EEXIST" && ours == "OK":
+		// A lower file that is open and has been removed cannot be changed any more in the kernel's overlay, which would have to copy
+		// it up to the name that it had and finds a whiteout there. Ours copies it up without a name.
+		return true
+	case o.what == "rename" && kernel == "ESTALE" && ours == "OK":
+		// A lower file with several links that gets one in the upper layer is known to the kernel by its old inode as well, and it is
+		// confused when one is renamed to the other. To ours they are one file, and nothing is to be done.
+		return true
+	}
 	return false
+}
+
+// after is what is done on both sides once an operation has ended as the kernel's did, for what is left different on purpose.
+func after(o op, kernel, ours string) []op {
+	switch {
+	case kernel != ours && o.slot >= 0:
+		return []op{{what: "close", slot: o.slot}} // so that nothing comes of it
+	case o.what == "rename" && kernel == "ENOTEMPTY":
+		// The kernel has copied up by then what was to be renamed, and where to; ours has not, and so shows other link counts.
+		touch := []op{{what: "utimens", a: o.a}}
+		if i := strings.LastIndexByte(o.b, '/'); i >= 0 {
+			touch = append(touch, op{what: "utimens", a: o.b[:i]})
+		}
+		return touch
+	}
+	return nil
 }
 
 // shrink makes a script that differs as short as it can be, and still differ.
@@ -571,14 +602,7 @@ func TestOracleAgain(t *testing.T) {
 			s.ops = append(s.ops, o)
 		}
 		if err := run(root, s); err != nil {
-			t.Errorf("%v: %v", s, err)
+			t.Errorf("%s: %v: %v", past.what, s, err)
 		}
 	}
 }
-
-// pastDifferences are scripts that once made a difference, as TestOracle prints them.
-var pastDifferences = []struct {
-	seed uint64
-	fill int
-	ops  []string
-}{}

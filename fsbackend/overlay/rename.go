@@ -161,7 +161,7 @@ func (fs *FS) resolve(c *fsbackend.Context, p *node, cname fsbackend.Name) (x na
 	if n := fs.at(p, cname); n != nil && n.upper.Load() != 0 {
 		fs.mu.Lock()
 		if !n.dead {
-			n.lookups++
+			n.count()
 			x.n = n
 		}
 		fs.mu.Unlock()
@@ -184,7 +184,7 @@ func (fs *FS) resolve(c *fsbackend.Context, p *node, cname fsbackend.Name) (x na
 // hold counts a lookup of n.
 func (fs *FS) hold(n *node) {
 	fs.mu.Lock()
-	n.lookups++
+	n.count()
 	fs.mu.Unlock()
 }
 
@@ -384,7 +384,9 @@ func (fs *FS) setRedirect(c *fsbackend.Context, n *node, sameDir bool) errno {
 // replace gives src the new name, in one step, and leaves a whiteout for what is below the old one.
 func (fs *FS) replace(c *fsbackend.Context, r *rename, src, dst *name) errno {
 	below := false
-	if len(r.from.lowers) > 0 && src.n.below.Load() != belowNothing {
+	// What the node knows is of one name, and the file may have others.
+	nothing := src.n.below.Load() == belowNothing && fs.at(r.from, r.oldName) == src.n
+	if len(r.from.lowers) > 0 && !nothing {
 		var e errno
 		if below, e = fs.isBelow(c, r.from, r.oldName); e != 0 {
 			return e
