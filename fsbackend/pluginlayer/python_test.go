@@ -2,6 +2,8 @@ package pluginlayer
 
 import (
 	"archive/tar"
+	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -15,6 +17,8 @@ import (
 
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fsbackend/fsbackendtest"
+	"github.com/sluicefs/sluice/fuseproto"
+	"github.com/sluicefs/sluice/internal/sys"
 )
 
 // tarPlugin is the example in Python, started with Debian's package python3.
@@ -52,7 +56,7 @@ func writeTar(t *testing.T, path string, headers ...tar.Header) {
 func TestPython(t *testing.T) {
 	dir := t.TempDir()
 	var headers []tar.Header
-	for name, f := range fsbackendtest.Tree() {
+	for name, f := range suiteTree() {
 		h := tar.Header{Name: name, Mode: int64(f.Mode.Perm()), ModTime: f.ModTime, Uname: string(f.Data), Format: tar.FormatPAX}
 		if f.Mode.Type() == fs.ModeSymlink {
 			h.Typeflag, h.Linkname, h.Uname = tar.TypeSymlink, string(f.Data), ""
@@ -75,6 +79,63 @@ func TestPython(t *testing.T) {
 		},
 		Strict: true,
 	})
+}
+
+// TestReadsPassThePluginBy is seed row B5: 100 MiB are read without a read, a write or a message of the plug-in, another process.
+func TestReadsPassThePluginBy(t *testing.T) {
+	const size = 100 << 20
+	path := filepath.Join(t.TempDir(), "large.tar")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tar.NewWriter(f).WriteHeader(&tar.Header{Name: "file", Mode: 0o644, Size: size}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString("start"); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Truncate(512+size+1024), f.Close()); err != nil { // the rest are zeros, and the archive's end
+		t.Fatal(err)
+	}
+	c := tarPlugin(t)
+	layers, err := c.Layers(t.Context(), "", strings.TrimPrefix(path, "/"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := layers.Open(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	client := &fsbackendtest.Client{R: fsbackend.Resolve(l)}
+	node, fh := mustOpen(t, client, "file")
+	calls := func() string {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", c.cfg.Source.(*process).running().Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		own, _, _ := strings.Cut(string(b), "read_bytes")
+		c.current.mu.Lock()
+		defer c.current.mu.Unlock()
+		return fmt.Sprintf("%srequests: %d", own, c.current.lastID)
+	}
+	before := calls()
+	total, buf := 0, make([]byte, 1<<20)
+	for total < size {
+		dst := fsbackendtest.NewSink(buf, 0)
+		in := &fuseproto.ReadIn{InHeader: fuseproto.InHeader{NodeId: node}, Fh: fh, Offset: uint64(total)}
+		if errno := l.(*tree).Read(&fsbackend.Context{}, in, dst); errno != 0 || dst.Written() == 0 {
+			t.Fatalf("READ at %d: %d bytes, %v", total, dst.Written(), errno)
+		}
+		if total == 0 && !bytes.HasPrefix(buf, []byte("start\x00")) {
+			t.Errorf("the file begins %q", buf[:10])
+		}
+		total += dst.Written()
+	}
+	if after := calls(); after != before {
+		t.Errorf("the plug-in did something while the file was read:\n%s\nexpected as before:\n%s", after, before)
+	}
 }
 
 // TestThreeLayers is seed row B3: one entry is three layers. The first has a whiteout of each kind for files of the third; to merge
@@ -144,6 +205,31 @@ func TestThreeLayers(t *testing.T) {
 	node, fh := mustOpen(t, clients[2], "hidden")
 	if b, errno := clients[2].Read(node, fh, 0, 10); string(b) != "third" || errno != 0 {
 		t.Errorf("READ: %q, %v", b, errno)
+	}
+	// What another guest opens of the layer are the same pages.
+	again, err := layers.Open(t.Context(), 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	node2, fh2 := mustOpen(t, &fsbackendtest.Client{R: fsbackend.Resolve(again)}, "hidden")
+	var st [2]unix.Stat_t
+	for i, h := range []struct {
+		t        *tree
+		node, fh uint64
+	}{{clients[2].R.Backend.(*tree), node, fh}, {again.(*tree), node2, fh2}} {
+		open, errno := h.t.pin(h.node, h.fh)
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+		errno = sys.Fstat(open.file.Int(), &st[i])
+		h.t.unpin(open)
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+	}
+	if st[0].Ino != st[1].Ino || st[0].Dev != st[1].Dev {
+		t.Errorf("two backends read files %d:%d and %d:%d, expected one", st[0].Dev, st[0].Ino, st[1].Dev, st[1].Ino)
 	}
 	for path, want := range map[string]string{"nowhere": "no such file", strings.TrimPrefix(dir, "/") + "/none.tar": "no such file"} {
 		l, err := c.Layers(t.Context(), "", path)
