@@ -217,9 +217,9 @@ func (m *Image) fetchNow(ctx context.Context, a *ahead) error {
 			m.fetcher.flights.land(a.l.key(s), fl, nil)
 		}
 	}
-	j := fetchJob{
-		pace:   func(n int) error { return m.limit.wait(ctx, n, hurry) },
-		landed: land,
+	j := fetchJob{landed: land}
+	if m.limit != nil {
+		j.pace = func(n int) error { return m.limit.wait(ctx, n, hurry) }
 	}
 	for _, s := range a.streams {
 		if a.l.mark(s); a.l.has(s) {

@@ -407,10 +407,10 @@ func TestRefused(t *testing.T) {
 		says  string
 	}{
 		{"wrong digest", wrong, "not what the manifest says"},
-		{"no annotation", imagetest.Build(t, someFiles(), imagetest.Options{NoAnnotation: true}), "no table of contents"},
-		{"gzip", imagetest.Build(t, someFiles(), imagetest.Options{Format: imagetest.PlainGzip}), "no table of contents"},
-		{"zstd", imagetest.Build(t, someFiles(), imagetest.Options{Format: imagetest.PlainZstd}), "no table of contents"},
-		{"tar", imagetest.Build(t, someFiles(), imagetest.Options{Format: imagetest.PlainTar}), "no table of contents"},
+		{"no annotation", imagetest.Build(t, someFiles(), imagetest.Options{NoAnnotation: true}), "it has no table of contents"},
+		{"gzip", imagetest.Build(t, someFiles(), imagetest.Options{Format: imagetest.PlainGzip}), "it has no table of contents"},
+		{"zstd", imagetest.Build(t, someFiles(), imagetest.Options{Format: imagetest.PlainZstd}), "it has no table of contents"},
+		{"tar", imagetest.Build(t, someFiles(), imagetest.Options{Format: imagetest.PlainTar}), "it has no table of contents"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			img := imagetest.NewServer(t).Push(t, "a/b", good, tt.layer)
@@ -656,7 +656,7 @@ func TestOneLayer(t *testing.T) {
 		{"that the image has not", func(c *Config) { c.Layer = registry.DigestOf(nil) }, "has no layer"},
 		{"in a file", func(c *Config) { c.Reference, c.TOCDigest = "file="+file, l.TOCDigest }, ""},
 		{"in a file, taken for right", func(c *Config) { c.Reference, c.SkipVerify = "file="+file, true }, ""},
-		{"in a file of unknown digest", func(c *Config) { c.Reference = "file=" + file }, "nobody says what its digest is"},
+		{"in a file of unknown digest", func(c *Config) { c.Reference = "file=" + file }, "toc_digest says"},
 		{"in no file", func(c *Config) { c.Reference, c.TOCDigest = "file="+file+"x", l.TOCDigest }, "no such file"},
 		{"at an address", func(c *Config) { c.Reference, c.TOCDigest = url, l.TOCDigest }, ""},
 		{"at an address, something else", func(c *Config) { c.Reference, c.TOCDigest = url, registry.DigestOf(nil) }, "not what the manifest says"},

@@ -124,7 +124,7 @@ func (c Config) withDefaults() Config {
 		c.Background.Batch = 1 << 20
 	}
 	if c.Registry.Timeout == 0 {
-		c.Registry.Timeout = registry.Duration(time.Minute)
+		c.Registry.Timeout = registry.Duration(registry.DefaultTimeout)
 	}
 	return c
 }

@@ -96,7 +96,9 @@ func TestFailures(t *testing.T) {
 		{name: "stall always", fault: ofBlobs(-1, hang), want: store.ErrUnavailable, requests: 3, says: "nothing came for too long"},
 		{
 			name: "a byte at a time", want: store.ErrUnavailable, requests: 1, says: "gave up",
-			cfg: func(c *Config) { c.Registry.Timeout, c.Registry.Stall = registry.Duration(500*time.Millisecond), registry.Duration(5*time.Second) },
+			cfg: func(c *Config) {
+				c.Registry.Timeout, c.Registry.Stall = registry.Duration(500*time.Millisecond), registry.Duration(5*time.Second)
+			},
 			fault: ofBlobs(-1, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 				rec := httptest.NewRecorder()
 				next.ServeHTTP(rec, r)

@@ -109,11 +109,8 @@ type limiter struct {
 // burst is for how long what was not used may be used later.
 const burst = 50 * time.Millisecond
 
-// wait returns when n more bytes may pass, or hurry is closed. A nil limiter lets everything pass.
+// wait returns when n more bytes may pass, or hurry is closed.
 func (l *limiter) wait(ctx context.Context, n int, hurry <-chan struct{}) error {
-	if l == nil || n == 0 {
-		return nil
-	}
 	l.mu.Lock()
 	now := time.Now()
 	if oldest := now.Add(-burst); l.next.Before(oldest) {

@@ -94,6 +94,8 @@ type Image struct {
 	gate    *gate
 	limit   *limiter
 	trace   *trace
+	// asking has an element for each chunk that is being fetched because it was asked for: what they take of memory is bounded.
+	asking chan struct{}
 
 	// ctx ends with the image; tasks are its goroutines.
 	ctx    context.Context
@@ -114,7 +116,10 @@ type Image struct {
 
 var _ store.Store = (*Image)(nil)
 
-// attempt is at opening the layers.
+// maxAsking is how many that may be.
+const maxAsking = 16
+
+// attempt is at opening the layers, or at fetching one whole.
 type attempt struct {
 	done chan struct{}
 	err  error
@@ -132,7 +137,7 @@ func (f *Fetcher) Open(cfg Config) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Image{cfg: cfg, fetcher: f, ref: ref, pinned: ref, prefetched: make(chan struct{})}
+	m := &Image{cfg: cfg, fetcher: f, ref: ref, pinned: ref, prefetched: make(chan struct{}), asking: make(chan struct{}, maxAsking)}
 	m.logger = f.log.With("image", ref.String())
 	m.log = ratelog.New(m.logger, 10*time.Second, 10)
 	cfg.Registry.Log = m.logger
@@ -188,20 +193,6 @@ func (m *Image) beginLocked(f func()) bool {
 	}
 	m.tasks.Go(f)
 	return true
-}
-
-// detached has f run with the image's context, and waits for it until ctx ends.
-func (m *Image) detached(ctx context.Context, f func(ctx context.Context) error) error {
-	done := make(chan error, 1)
-	if !m.begin(func() { done <- f(m.ctx) }) {
-		return errClosed
-	}
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }
 
 // Layers implements store.Store. After an error, calling it again tries again.
@@ -344,9 +335,15 @@ func (m *Image) wait(ctx context.Context, index int) (*layer, error) {
 
 // Chunk implements store.Store.
 func (m *Image) Chunk(ctx context.Context, index int, chunk uint32) (*os.File, error) {
+	// Close waits for those who fetch.
+	m.mu.Lock()
 	if m.ctx.Err() != nil {
+		m.mu.Unlock()
 		return nil, store.ErrUnavailable
 	}
+	m.tasks.Add(1)
+	m.mu.Unlock()
+	defer m.tasks.Done()
 	limited, cancel := context.WithTimeoutCause(ctx, time.Duration(m.cfg.Registry.Timeout), errors.New("gave up waiting for it"))
 	defer cancel()
 	stop := context.AfterFunc(m.ctx, cancel)

@@ -36,6 +36,9 @@ type layer struct {
 	plain bool
 	kind  string // for people
 
+	pullMu    sync.Mutex
+	repulling *attempt // to fetch a plain layer again, or nil
+
 	mu      sync.Mutex
 	have    []bool // streams of which all chunks were in the cache once
 	missing int
@@ -115,7 +118,7 @@ func (l *layer) cached(s uint32) bool {
 }
 
 // errNoTOC is of a layer that cannot be fetched in pieces.
-var errNoTOC = errors.New("it has no table of contents, so that it cannot be fetched in pieces")
+var errNoTOC = errors.New("it cannot be fetched in pieces")
 
 // load gets the table of contents and verifies it.
 func (l *layer) load(ctx context.Context) error {
@@ -126,8 +129,11 @@ func (l *layer) load(ctx context.Context) error {
 	if ctx.Err() != nil || !errors.Is(err, errNoTOC) && !errors.Is(err, registry.ErrContent) {
 		return fmt.Errorf("open layer %s: %w", l.digest, err)
 	}
+	if l.img.ref.Image == nil && l.img.cfg.TOCDigest == "" && !l.img.cfg.SkipVerify {
+		return fmt.Errorf("open layer %s: %w (toc_digest says what it is)", l.digest, err)
+	}
 	if l.img.cfg.Fallback != "pull" {
-		return fmt.Errorf("open layer %s: %w: convert the image (to eStargz or zstd:chunked), or fetch the layer whole with fallback=pull", l.digest, err)
+		return fmt.Errorf("open layer %s: %w (convert the image to eStargz or zstd:chunked, or have the layer fetched whole with fallback=pull)", l.digest, err)
 	}
 	if err := l.loadPlain(ctx); err != nil {
 		return fmt.Errorf("fetch layer %s whole: %w", l.digest, err)
@@ -160,7 +166,7 @@ func (l *layer) loadTOC(ctx context.Context) error {
 	}
 	if at.packed == "" && at.unpacked == "" {
 		if !l.img.cfg.SkipVerify {
-			return fmt.Errorf("%w, or nobody says what its digest is", errNoTOC)
+			return fmt.Errorf("%w: it has no table of contents, or nobody says what the digest of that is", errNoTOC)
 		}
 		at.skip = true
 	}
@@ -220,13 +226,18 @@ func (l *layer) annotated(at *tocAt) error {
 		if sum == "" || position == "" {
 			continue
 		}
+		// Offset, size, size unpacked, and the format: 1 is the only one there is.
 		var n [4]int64
-		for i, s := range strings.Split(position, ":") {
-			v, err := strconv.ParseInt(s, 10, 63)
-			if err != nil || i >= len(n) || v < 0 {
-				return fmt.Errorf("%w that the manifest says the place of: it says %.80q", errNoTOC, position)
+		fields := strings.Split(position, ":")
+		for i := range min(len(fields), len(n)) {
+			v, err := strconv.ParseInt(fields[i], 10, 63)
+			if err != nil {
+				v = -1
 			}
 			n[i] = v
+		}
+		if len(fields) != len(n) || min(n[0], n[1], n[2]) < 0 || n[3] != 1 {
+			return fmt.Errorf("%w: the manifest says that its table of contents is at %.80q, expected OFFSET:SIZE:UNPACKED:1", errNoTOC, position)
 		}
 		at.Range, at.packing, at.packed, at.kind = registry.Range{Off: n[0], Len: n[1]}, packedZstd, sum, "zstd:chunked"
 		at.end = at.Off
@@ -238,10 +249,10 @@ func (l *layer) annotated(at *tocAt) error {
 // check says whether the table of contents can be where it is said to be.
 func (at *tocAt) check(size int64) error {
 	if at.Off < 0 || at.Len <= 0 || at.Len > size || at.Off > size-at.Len {
-		return fmt.Errorf("%w in the blob: it is said to be at %d+%d of %d bytes", errNoTOC, at.Off, at.Len, size)
+		return fmt.Errorf("%w: its table of contents is said to be at %d+%d of %d bytes", errNoTOC, at.Off, at.Len, size)
 	}
 	if at.Len > maxPackedTOC {
-		return fmt.Errorf("%w that is not too large: it has %d bytes, expected at most %d", errNoTOC, at.Len, maxPackedTOC)
+		return fmt.Errorf("%w: its table of contents has %d bytes, expected at most %d", errNoTOC, at.Len, maxPackedTOC)
 	}
 	return nil
 }
@@ -268,7 +279,7 @@ func (at *tocAt) decodeFooter(footer []byte, size int64) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("%w: it does not end as one with a table of contents does", errNoTOC)
+		return fmt.Errorf("%w: it has no table of contents at its end", errNoTOC)
 	}
 	at.Range, at.end = registry.Range{Off: off, Len: n}, end
 	return at.check(size)
@@ -311,7 +322,7 @@ func (at *tocAt) read(b []byte) (*contents, error) {
 		return nil, fmt.Errorf("its table of contents is not what the manifest says: %w", registry.ErrContent)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%w that can be used: %w", errNoTOC, err)
+		return nil, fmt.Errorf("%w: %w", errNoTOC, err)
 	}
 	return c, nil
 }
@@ -319,7 +330,7 @@ func (at *tocAt) read(b []byte) (*contents, error) {
 // fetchRange gets a part of the blob that is small.
 func (l *layer) fetchRange(ctx context.Context, r registry.Range) ([]byte, error) {
 	if r.Off < 0 {
-		return nil, errNoTOC
+		return nil, fmt.Errorf("%w: it is too small to have a table of contents", errNoTOC)
 	}
 	b := make([]byte, r.Len)
 	err := l.blob.Fetch(ctx, []registry.Range{r}, func(_ int, in io.Reader) error {
@@ -397,6 +408,12 @@ func (l *layer) lead(ctx context.Context, k flightKey, s, index uint32) (*os.Fil
 	if l.plain {
 		return l.pullChunk(ctx, index)
 	}
+	select {
+	case l.img.asking <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	defer func() { <-l.img.asking }()
 	var got *os.File
 	err = l.fetch(ctx, fetchJob{streams: []uint32{s}, take: func(i uint32, f *os.File) bool {
 		if i != index || got != nil {

@@ -71,14 +71,12 @@ func (l *layer) pull(ctx context.Context) ([]byte, error) {
 	count := &countReader{r: io.TeeReader(in, sum), f: l.setPulled}
 	buffered := bufio.NewReaderSize(count, 64<<10)
 	start, _ := buffered.Peek(4)
-	out, release, err := unpack(packingOf(start), buffered)
+	out, err := unpackAll(packingOf(start), buffered)
 	if err != nil {
 		return nil, err
 	}
 	p := puller{cache: l.img.cache.Cache, limit: l.img.cache.Capacity()}
-	err = p.tar(ctx, out)
-	release()
-	if err != nil {
+	if err := p.tar(ctx, out); err != nil {
 		return nil, err
 	}
 	if _, err := io.Copy(io.Discard, buffered); err != nil {
@@ -109,15 +107,27 @@ func (c *countReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// pullChunk fetches all of the layer again, for a chunk that the cache has not kept.
+// pullChunk fetches all of the layer again, for a chunk that the cache has not kept. That goes on when ctx ends, so that what has come
+// serves the next one who asks.
 func (l *layer) pullChunk(ctx context.Context, index uint32) (*os.File, error) {
-	// It goes on when ctx ends, so that what has come serves the next one who asks.
-	err := l.img.detached(ctx, func(ctx context.Context) error {
-		_, err := l.pull(ctx)
-		return err
-	})
-	if err != nil {
-		return nil, err
+	l.pullMu.Lock()
+	a := l.repulling
+	if a == nil {
+		a = &attempt{done: make(chan struct{})}
+		if !l.img.begin(func() { l.repull(a) }) {
+			l.pullMu.Unlock()
+			return nil, errClosed
+		}
+		l.repulling = a
+	}
+	l.pullMu.Unlock()
+	select {
+	case <-a.done:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if a.err != nil {
+		return nil, a.err
 	}
 	for s := range l.streams {
 		l.mark(uint32(s))
@@ -127,6 +137,14 @@ func (l *layer) pullChunk(ctx context.Context, index uint32) (*os.File, error) {
 		return f, nil
 	}
 	return nil, errors.New("the layer has been fetched again, and the cache has not kept the chunk: its budget is too small for the image")
+}
+
+func (l *layer) repull(a *attempt) {
+	_, a.err = l.pull(l.img.ctx)
+	l.pullMu.Lock()
+	l.repulling = nil
+	l.pullMu.Unlock()
+	close(a.done)
 }
 
 // puller takes a tar apart.

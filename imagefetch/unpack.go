@@ -1,6 +1,7 @@
 package imagefetch
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -33,20 +34,27 @@ func packingOf(start []byte) packing {
 	return packedNot
 }
 
-// maxWindow is how much of what was unpacked zstd may refer back to, in bytes: --long of the zstd program takes as much.
-const maxWindow = 128 << 20
+// How much of what was unpacked zstd may refer back to, in bytes, and keeps in memory for that.
+const (
+	maxWindow     = 32 << 20  // of chunks, several of which are unpacked at once
+	maxPullWindow = 128 << 20 // of a layer: --long of the zstd program takes as much
+)
 
 var (
 	gzipReaders = sync.Pool{New: func() any { return new(gzip.Reader) }}
 	zstdReaders = sync.Pool{New: func() any {
-		// With one it starts no goroutines, which a pool could not end.
-		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+		d, err := newZstd(nil, maxWindow)
 		if err != nil {
 			return err
 		}
 		return d
 	}}
 )
+
+// newZstd makes a decoder without goroutines, so that it need not be closed.
+func newZstd(r io.Reader, window uint64) (*zstd.Decoder, error) {
+	return zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(window))
+}
 
 // unpack reads what was packed into r, until release is called.
 func unpack(p packing, r io.Reader) (out io.Reader, release func(), err error) {
@@ -67,5 +75,16 @@ func unpack(p packing, r io.Reader) (out io.Reader, release func(), err error) {
 		}
 		return z, func() { _ = z.Reset(nil); zstdReaders.Put(z) }, nil
 	}
-	return r, func() {}, nil
+	return nil, nil, errors.New("unpack: it is not packed")
+}
+
+// unpackAll is unpack for a whole layer.
+func unpackAll(p packing, r io.Reader) (io.Reader, error) {
+	switch p {
+	case packedGzip:
+		return gzip.NewReader(r)
+	case packedZstd:
+		return newZstd(r, maxPullWindow)
+	}
+	return r, nil
 }

@@ -3,6 +3,8 @@ package main
 import (
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/extensions/casefold"
+	"github.com/sluicefs/sluice/extensions/fusebridge"
+	"github.com/sluicefs/sluice/extensions/lazyimage"
 	"github.com/sluicefs/sluice/extensions/overlay"
 	"github.com/sluicefs/sluice/extensions/permshift"
 	"github.com/sluicefs/sluice/extensions/plugins"
@@ -12,6 +14,8 @@ import (
 // of your own: see docs/extensions.md.
 var builtin = []extensions.Extension{
 	overlay.Extension{},
+	&lazyimage.Extension{},
+	fusebridge.Extension{},
 	permshift.Extension{},
 	casefold.Extension{},
 	&plugins.Extension{},

@@ -26,7 +26,8 @@ type Lower struct {
 	Plugin, Data, Path string
 }
 
-// Redirect is what becomes of a directory of a lower layer that is renamed.
+// Redirect is what becomes of a directory of a lower layer that is renamed. Without redirect_dir=, a given upper has RedirectFollow,
+// as the kernel's default is, for whoever may mount it next; what the daemon makes has RedirectOn.
 type Redirect int
 
 const (
@@ -303,8 +304,11 @@ func (p *parser) finish() error {
 		o.Work = ""
 		p.note("workdir is ignored: without upperdir= nothing is written")
 	}
-	if made := o.UpperKind == UpperDiscard || o.UpperKind == UpperKeep; !made && o.From != "" {
+	if o.From != "" && o.UpperKind != UpperDiscard && o.UpperKind != UpperKeep {
 		return errors.New("from= needs upper=discard or upper=keep, which makes the directory that starts as the checkpoint was")
+	}
+	if !p.seen["redirect_dir"] && o.UpperKind != UpperNone && o.UpperKind != UpperDir {
+		o.Redirect = RedirectOn
 	}
 	if p.volatile {
 		o.NoFsync = true

@@ -133,7 +133,7 @@ func config(out *extensions.Outside, path string, needs plugin.Needs) program.Co
 	c.Confine.Seccomp, c.Confine.Network = true, needs.Network
 	for _, name := range needs.Caps {
 		if caps, err := sandbox.ParseCap(name); err == nil {
-			c.Confine.Caps |= caps
+			c.Confine.Caps |= uint64(caps)
 		}
 	}
 	return c

@@ -120,6 +120,7 @@ type Bridge struct {
 
 	current atomic.Pointer[conn]
 	guest   atomic.Uint64 // the INIT flags that the guest has in force
+	first   uint64        // those agreed on with the first program, which the guest relies on
 
 	// what a program is known not to do, of which it need not be asked again
 	noOpen, noOpendir, noFlush atomic.Bool
@@ -129,7 +130,6 @@ type Bridge struct {
 	mu       sync.Mutex
 	closed   bool
 	arrival  chan struct{} // closed when current changes
-	first    uint64        // flags agreed on with the first program, which the guest relies on
 	nodes    map[uint64]*node
 	root     *node
 	handles  map[uint64]*handle

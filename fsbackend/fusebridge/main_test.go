@@ -25,10 +25,17 @@ import (
 // role is the environment variable that makes this binary a FUSE program: go-fuse's loopback on the directory that is its value.
 const role = "FUSEBRIDGE_TEST_LOOPBACK"
 
+// mountRole is where it mounts, if not on the descriptor.
+const mountRole = "FUSEBRIDGE_TEST_MOUNT"
+
 func TestMain(m *testing.M) {
 	program.MaybeConfine()
 	if dir, ok := os.LookupEnv(role); ok {
-		if err := loopback(dir, "/dev/fd/3"); err != nil {
+		mount := "/dev/fd/3"
+		if m := os.Getenv(mountRole); m != "" {
+			mount = m
+		}
+		if err := loopback(dir, mount); err != nil {
 			fmt.Println(err)
 			os.Exit(1)
 		}

@@ -62,12 +62,7 @@ const never = fuseproto.FUSE_WRITEBACK_CACHE |
 
 // WantFlags implements fsbackend.Wanter: the guest gets what the program has agreed to.
 func (b *Bridge) WantFlags(defaults uint64) uint64 {
-	b.mu.Lock()
-	lacks := relied &^ b.first
-	b.mu.Unlock()
-	if lacks&fuseproto.FUSE_DO_READDIRPLUS != 0 {
-		lacks |= fuseproto.FUSE_READDIRPLUS_AUTO
-	}
+	lacks := relied &^ b.first &^ fuseproto.FUSE_DO_READDIRPLUS // in whose place there is READDIR
 	return defaults &^ never &^ lacks
 }
 

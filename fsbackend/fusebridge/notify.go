@@ -1,9 +1,9 @@
 package fusebridge
 
 import (
-	"golang.org/x/sys/unix"
+	"structs"
 
-	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fuseproto"
 )
@@ -55,16 +55,32 @@ func word(b []byte) (v uint64) {
 	return v
 }
 
+// notifyRetrieveOut is fuse_notify_retrieve_out.
+type notifyRetrieveOut struct {
+	_                            structs.HostLayout
+	NotifyUnique, Nodeid, Offset uint64
+	Size, Padding                uint32
+}
+
+// notifyRetrieveIn is fuse_notify_retrieve_in; the data follow.
+type notifyRetrieveIn struct {
+	_ structs.HostLayout
+	fuseproto.InHeader
+	Dummy1, Offset uint64
+	Size, Dummy2   uint32
+	Dummy3, Dummy4 uint64
+}
+
 // retrieve answers that there are no cached data.
 func (c *conn) retrieve(payload []byte) {
-	var in fuse.NotifyRetrieveOut
-	if len(payload) != sizeOf[fuse.NotifyRetrieveOut]() {
+	var in notifyRetrieveOut
+	if len(payload) != sizeOf[notifyRetrieveOut]() {
 		return
 	}
 	decode(payload, &in)
-	out := fuse.NotifyRetrieveIn{Offset: in.Offset}
+	out := notifyRetrieveIn{Offset: in.Offset}
 	out.InHeader = fuseproto.InHeader{
-		Length: uint32(sizeOf[fuse.NotifyRetrieveIn]()), Opcode: uint32(fuseproto.FUSE_NOTIFY_REPLY),
+		Length: uint32(sizeOf[notifyRetrieveIn]()), Opcode: uint32(fuseproto.FUSE_NOTIFY_REPLY),
 		Unique: in.NotifyUnique, NodeId: in.Nodeid,
 	}
 	_ = sendTo(c.fd, bytesOf(&out))

@@ -14,17 +14,28 @@ func (b *Bridge) Readdir(ctx *fsbackend.Context, in *fuseproto.ReadIn, out *fsba
 		return errno
 	}
 	defer b.unpinHandle(h)
+	return b.readdir(ctx, h, in, out)
+}
+
+// readdir lists names, for READDIRPLUS too: an entry without a node is one that the guest has yet to look up.
+func (b *Bridge) readdir(ctx *fsbackend.Context, h *handle, in *fuseproto.ReadIn, out *fsbackend.DirList) fsbackend.Errno {
 	r, errno := b.list(ctx, fuseproto.FUSE_READDIR, h, in, out)
 	if errno != 0 {
 		return errno
 	}
 	defer r.end()
 	var d dirent
+	add := func() bool { return out.Add(or(d.head.Ino, h.node.id), d.head.Off, d.head.Type&0xf, d.name) }
+	if out.Plus {
+		add = func() bool {
+			return out.AddPlus(&fuseproto.EntryOut{}, or(d.head.Ino, h.node.id), d.head.Off, d.head.Type&0xf, d.name)
+		}
+	}
 	for reply, ok, bad := r.reply, true, false; ok; {
 		if reply, ok, bad = d.next(reply, false); bad && out.Written() == 0 {
 			return unix.EIO
 		}
-		if ok && !out.Add(or(d.head.Ino, h.node.id), d.head.Off, d.head.Type&0xf, d.name) {
+		if ok && !add() {
 			break
 		}
 	}
@@ -39,7 +50,7 @@ func (b *Bridge) list(ctx *fsbackend.Context, op fuseproto.Opcode, h *handle, in
 	}
 	// What the program fits into so many bytes fits into as many of the guest's.
 	size := min(out.Len(), r.c.maxRead)
-	defer h.node.look(r.c)()
+	defer h.node.unlook(h.node.look(r.c))
 	req := put(r, op, in)
 	req.Fh, req.Size = fh, uint32(size)
 	if errno := r.call(ctx, size, true); errno != 0 {
@@ -56,6 +67,9 @@ func (b *Bridge) Readdirplus(ctx *fsbackend.Context, in *fuseproto.ReadIn, out *
 		return errno
 	}
 	defer b.unpinHandle(h)
+	if b.first&fuseproto.FUSE_DO_READDIRPLUS == 0 {
+		return b.readdir(ctx, h, in, out)
+	}
 	before := b.version(h.node)
 	r, errno := b.list(ctx, fuseproto.FUSE_READDIRPLUS, h, in, out)
 	if errno != 0 {

@@ -31,7 +31,7 @@ func (b *Bridge) Lookup(ctx *fsbackend.Context, parent uint64, name fsbackend.Na
 		return errno
 	}
 	defer r.end()
-	defer p.look(r.c)()
+	defer p.unlook(p.look(r.c))
 	known, version, names := b.child(p, name)
 	put(r, fuseproto.FUSE_LOOKUP, &fuseproto.InHeader{})
 	r.name(name)
@@ -58,14 +58,23 @@ func (b *Bridge) Lookup(ctx *fsbackend.Context, parent uint64, name fsbackend.Na
 	return fsbackend.OK
 }
 
-// look locks the names of directory n against changes and, unless c's program can look at several at once, against that too.
-func (n *node) look(c *conn) (unlock func()) {
-	if c.flags&fuseproto.FUSE_PARALLEL_DIROPS != 0 {
+// look locks the names of directory n against changes and, unless c's program can look at several at once, against that too. It
+// returns what unlook is to be told.
+func (n *node) look(c *conn) (shared bool) {
+	if shared = c.flags&fuseproto.FUSE_PARALLEL_DIROPS != 0; shared {
 		n.names.RLock()
-		return n.names.RUnlock
+	} else {
+		n.names.Lock()
 	}
-	n.names.Lock()
-	return n.names.Unlock
+	return shared
+}
+
+func (n *node) unlook(shared bool) {
+	if shared {
+		n.names.RUnlock()
+	} else {
+		n.names.Unlock()
+	}
 }
 
 // child returns the node that name in p is known to be, its version and p's.

@@ -336,14 +336,14 @@ func copyOut(t *testing.T, i *image, root string) {
 }
 
 // randomLayers are tar files that follow each other, as a build makes them: directories are in every layer that touches something
-// below them.
-func randomLayers(t *testing.T, rnd *rand.Rand) [][]byte {
+// below them. Their times are at most nsec ns into a second.
+func randomLayers(t *testing.T, rnd *rand.Rand, nsec int) [][]byte {
 	t.Helper()
 	names := []string{"a", "b", "c", "d", "e"}
 	var packed [][]byte
 	for n := range 3 {
 		header := func(typ byte, mode int64) tar.Header {
-			return tar.Header{Typeflag: typ, Mode: mode, Uid: rnd.IntN(3), Gid: rnd.IntN(3), ModTime: time.Unix(int64(rnd.IntN(1<<30)), int64(rnd.IntN(1e9)))}
+			return tar.Header{Typeflag: typ, Mode: mode, Uid: rnd.IntN(3), Gid: rnd.IntN(3), ModTime: time.Unix(int64(rnd.IntN(1<<30)), int64(rnd.IntN(nsec)))}
 		}
 		dir := func(p string) file {
 			h := header(tar.TypeDir, 0o700|int64(rnd.IntN(0o100)))
@@ -401,7 +401,7 @@ func TestMergeIsWhatUnpackingGives(t *testing.T) {
 	}
 	for seed := range uint64(12) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			packed := randomLayers(t, rand.New(rand.NewPCG(seed, 9)))
+			packed := randomLayers(t, rand.New(rand.NewPCG(seed, 9)), 1e9)
 			build := func() *fake {
 				s := new(fake)
 				for _, p := range packed {

@@ -241,3 +241,34 @@ func (f *FS) readdirState(in *fuseproto.ReadIn, out *fsbackend.DirList) fsbacken
 	}
 	return fsbackend.OK
 }
+
+// Progress is how far an image has come, for operators.
+type Progress struct {
+	// Prefetched says that what is fetched at once is here.
+	Prefetched bool `json:"prefetched"`
+	// Layers are as the files of the state directory have them.
+	Layers []json.RawMessage `json:"layers"`
+}
+
+// Check waits, at most for limit, for what is fetched at once, and returns how far each layer has come. It is an error if the fetcher
+// does not answer, or has something to say against it.
+func (f *FS) Check(limit time.Duration) (*Progress, error) {
+	ctx, cancel := context.WithTimeout(f.ctx, limit)
+	defer cancel()
+	err := f.store.Prefetched(ctx)
+	if err != nil && ctx.Err() == nil {
+		return nil, fmt.Errorf("check the image: %w", err)
+	}
+	p := &Progress{Prefetched: err == nil}
+	for i := range f.state.files {
+		s := &f.state.files[i]
+		ctx, cancel := context.WithTimeout(f.ctx, statusLimit)
+		_, err := f.store.Status(ctx, s.layer)
+		cancel()
+		if err != nil {
+			return nil, fmt.Errorf("check layer %s: %w", s.digest, err)
+		}
+		p.Layers = append(p.Layers, json.RawMessage(f.progress(s)))
+	}
+	return p, nil
+}

@@ -17,7 +17,7 @@ func (fs *FS) finish(n *node, a *fuseproto.Attr) {
 
 // nlink is what the kernel's overlayfs shows: of a merged directory, nobody counts the subdirectories.
 func (fs *FS) nlink(n *node, links uint32) uint32 {
-	if n.dir != nil && (fs.cfg.StaticNlink || n.merged()) || links == 0 {
+	if n.dir != nil && (fs.cfg.StaticNlink || n.merged()) {
 		return 1
 	}
 	return links
@@ -70,10 +70,16 @@ func (fs *FS) openFile(c *fsbackend.Context, id, fh uint64) (*handle, *file, err
 func (fs *FS) Getattr(c *fsbackend.Context, in *fuseproto.GetattrIn, out *fuseproto.AttrOut) fsbackend.Errno {
 	if in.Flags()&fuseproto.FUSE_GETATTR_FH == 0 {
 		n, e := fs.node(in.NodeId)
-		if e == 0 {
-			e = fs.realAttr(c, n, out)
+		if e != 0 {
+			return e
 		}
-		if e == 0 {
+		r := n.top(fs)
+		if !r.l.may(c) {
+			return fsbackend.ErrMayBlock
+		}
+		in.NodeId = r.node
+		e = r.l.r.Getattr(c, in, out)
+		if in.NodeId = n.id; e == 0 {
 			fs.finish(n, &out.Attr)
 		}
 		return e

@@ -491,6 +491,7 @@ func (fs *FS) adopt(c *fsbackend.Context, n *node, m *made) errno {
 		return unix.ESTALE
 	}
 	n.upper.Store(m.node)
+	n.origin.Store(true)
 	fs.byUpper[m.node] = n
 	if n.dir != nil {
 		n.dir.parts[0].impure.Store(impureNot)

@@ -102,11 +102,20 @@ func (fs *FS) doneIn(c *fsbackend.Context, p *node) {
 	fs.end(c)
 }
 
+// kind is what is made.
+type kind int
+
+const (
+	kindFile kind = iota
+	kindDir
+	kindLink // another name of a file
+)
+
 // maker makes something as name in a directory of the upper layer: what is there is EEXIST.
 type maker func(c *fsbackend.Context, dir uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno
 
 // make makes what do does as name in p, over a whiteout if there is one, and fills out. p's lock is held.
-func (fs *FS) make(c *fsbackend.Context, epoch uint64, p *node, name fsbackend.Name, isDir bool, out *fuseproto.EntryOut, do maker) (*node, errno) {
+func (fs *FS) make(c *fsbackend.Context, epoch uint64, p *node, name fsbackend.Name, kind kind, out *fuseproto.EntryOut, do maker) (*node, errno) {
 	as, e := fs.as(c)
 	if e != 0 {
 		return nil, e
@@ -137,7 +146,7 @@ func (fs *FS) make(c *fsbackend.Context, epoch uint64, p *node, name fsbackend.N
 		if !c.MayBlock {
 			return nil, fsbackend.ErrMayBlock
 		}
-		e = fs.makeOver(c, as, p, name, f.whiteout, isDir, out, do)
+		e = fs.makeOver(c, as, p, name, f.whiteout, kind, out, do)
 	}
 	if e != 0 {
 		return nil, e
@@ -150,20 +159,25 @@ func (fs *FS) make(c *fsbackend.Context, epoch uint64, p *node, name fsbackend.N
 
 // makeOver makes something in the place of a whiteout: of a device, or else of a file .wh.NAME. It appears in one step, with
 // what the directory has it inherit.
-func (fs *FS) makeOver(c, as *fsbackend.Context, p *node, name fsbackend.Name, device, isDir bool, out *fuseproto.EntryOut, do maker) errno {
+func (fs *FS) makeOver(c, as *fsbackend.Context, p *node, name fsbackend.Name, device bool, kind kind, out *fuseproto.EntryOut, do maker) errno {
+	isDir := kind == kindDir
 	r, up, c := fs.upper.r, p.upper.Load(), own(c)
-	at := name
-	if device || isDir {
+	at, dir := name, up
+	switch {
+	case !device && !isDir:
+	case kind == kindLink: // it inherits nothing
+		at, dir = fs.tempName(), fs.work
+	default:
 		at = fsbackend.MakeName(tempPrefix + strconv.FormatUint(fs.temp.Add(1), 16))
 	}
-	if e := do(as, up, at, out); e != 0 {
+	if e := do(as, dir, at, out); e != 0 {
 		return e
 	}
 	undo := func(e errno) errno {
 		if isDir {
-			_ = r.Rmdir(c, up, at)
+			_ = r.Rmdir(c, dir, at)
 		} else {
-			_ = r.Unlink(c, up, at)
+			_ = r.Unlink(c, dir, at)
 		}
 		r.Forget(out.NodeId, 1)
 		*out = fuseproto.EntryOut{}
@@ -175,7 +189,7 @@ func (fs *FS) makeOver(c, as *fsbackend.Context, p *node, name fsbackend.Name, d
 		}
 	}
 	if device || isDir {
-		in := fuseproto.Rename2In{InHeader: header(up), Newdir: up}
+		in := fuseproto.Rename2In{InHeader: header(dir), Newdir: up}
 		if device && isDir {
 			in.Flags = unix.RENAME_EXCHANGE
 		}
@@ -224,7 +238,7 @@ func (fs *FS) Mknod(c *fsbackend.Context, in *fuseproto.MknodIn, name fsbackend.
 		return e
 	}
 	defer fs.doneIn(c, p)
-	_, e = fs.make(c, epoch, p, name, false, out, func(c *fsbackend.Context, dir uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno {
+	_, e = fs.make(c, epoch, p, name, kindFile, out, func(c *fsbackend.Context, dir uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno {
 		id := in.NodeId
 		in.NodeId = dir
 		e := fs.upper.r.Mknod(c, in, name, out)
@@ -242,7 +256,7 @@ func (fs *FS) Mkdir(c *fsbackend.Context, in *fuseproto.MkdirIn, name fsbackend.
 		return e
 	}
 	defer fs.doneIn(c, p)
-	_, e = fs.make(c, epoch, p, name, true, out, func(c *fsbackend.Context, dir uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno {
+	_, e = fs.make(c, epoch, p, name, kindDir, out, func(c *fsbackend.Context, dir uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno {
 		id := in.NodeId
 		in.NodeId = dir
 		e := fs.upper.r.Mkdir(c, in, name, out)
@@ -260,7 +274,7 @@ func (fs *FS) Symlink(c *fsbackend.Context, parent uint64, name, target fsbacken
 		return e
 	}
 	defer fs.doneIn(c, p)
-	_, e = fs.make(c, epoch, p, name, false, out, func(c *fsbackend.Context, dir uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno {
+	_, e = fs.make(c, epoch, p, name, kindFile, out, func(c *fsbackend.Context, dir uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno {
 		return fs.upper.r.Symlink(c, dir, name, target, out)
 	})
 	return e
@@ -300,12 +314,12 @@ func (fs *FS) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Na
 		return e
 	}
 	defer fs.doneIn(c, p)
-	if n.ino.Load() != 0 && fs.marked(n) {
+	if n.marked() {
 		if e := fs.markImpureIn(c, p); e != 0 {
 			return e
 		}
 	}
-	_, e = fs.make(c, epoch, p, name, false, out, func(c *fsbackend.Context, dir uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno {
+	_, e = fs.make(c, epoch, p, name, kindLink, out, func(c *fsbackend.Context, dir uint64, name fsbackend.Name, out *fuseproto.EntryOut) errno {
 		saved := *in
 		in.NodeId, in.Oldnodeid = dir, n.upper.Load()
 		e := fs.upper.r.Link(c, in, name, out)
@@ -315,10 +329,9 @@ func (fs *FS) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Na
 	return e
 }
 
-// marked says whether a file in the upper layer may have marks: a directory that it is put in is impure then. Of one that was
-// made there nothing is known to be below.
-func (fs *FS) marked(n *node) bool {
-	return n.below.Load() != belowNothing || len(n.lowers) > 0
+// marked says whether a file in the upper layer has marks that a lookup must see: a directory that it is put in is impure then.
+func (n *node) marked() bool {
+	return n.origin.Load() || len(n.lowers) > 0
 }
 
 // markImpureIn is markImpureDir for a call that may not sleep.
@@ -350,7 +363,7 @@ func (fs *FS) Create(c *fsbackend.Context, in *fuseproto.CreateIn, name fsbacken
 		return e
 	}
 	var opened file
-	n, e := fs.make(c, epoch, p, name, false, &out.EntryOut, func(c *fsbackend.Context, dir uint64, name fsbackend.Name, _ *fuseproto.EntryOut) errno {
+	n, e := fs.make(c, epoch, p, name, kindFile, &out.EntryOut, func(c *fsbackend.Context, dir uint64, name fsbackend.Name, _ *fuseproto.EntryOut) errno {
 		id, flags := in.NodeId, in.Flags
 		in.NodeId, in.Flags = dir, flags|unix.O_EXCL
 		e := fs.upper.r.Create(c, in, name, out)

@@ -432,9 +432,16 @@ func (o *ourTree) snapshot() (map[string]string, error) {
 			return
 		}
 		defer o.Releasedir(n.NodeId, fh)
-		entries, e := o.Readdir(n.NodeId, fh, 0, 1<<16, false)
-		if e != 0 {
-			errs = append(errs, fmt.Errorf("list %s: %w", path, e))
+		var entries []fsbackendtest.Dirent
+		for off := uint64(0); ; {
+			more, e := o.Readdir(n.NodeId, fh, off, 1<<16, false)
+			if e != 0 {
+				errs = append(errs, fmt.Errorf("list %s: %w", path, e))
+			}
+			if len(more) == 0 {
+				break
+			}
+			entries, off = append(entries, more...), more[len(more)-1].Off
 		}
 		for _, d := range entries {
 			if d.Name == "." || d.Name == ".." {

@@ -179,7 +179,7 @@ func (fs *FS) take(c *fsbackend.Context, dir real, name fsbackend.Name, out *fus
 	}
 	if l == fs.upper {
 		f.upper = out.NodeId
-		f.redirect = m.redirect
+		f.redirect, f.origin = m.redirect, m.origin
 		if looked {
 			f.impure = impureOf(m)
 		}

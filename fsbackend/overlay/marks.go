@@ -20,6 +20,7 @@ const (
 	markRedirect = "redirect"
 	markImpure   = "impure"
 	markMetacopy = "metacopy"
+	markOrigin   = "origin"
 	markIno      = "sluice.ino"
 )
 
@@ -103,8 +104,10 @@ func (l *layer) getxattr(c *fsbackend.Context, id uint64, name fsbackend.Name, s
 // marks are what the marks of a file say.
 type marks struct {
 	opaque, impure, metacopy bool
-	redirect                 string
-	ino                      uint64 // 0: the file was made where it is
+	// origin says that the file was copied up, by the kernel too.
+	origin   bool
+	redirect string
+	ino      uint64 // 0: the file was made where it is
 }
 
 // marks reads those of a layer's file: one call where it has no attributes.
@@ -130,6 +133,10 @@ func (fs *FS) marks(c *fsbackend.Context, l *layer, id uint64) (m marks, e errno
 			m.metacopy = true
 			continue
 		}
+		if suffix == markOrigin {
+			m.origin = true
+			continue
+		}
 		if suffix != markOpaque && suffix != markRedirect && suffix != markImpure && suffix != markIno {
 			continue
 		}
@@ -150,6 +157,7 @@ func (fs *FS) marks(c *fsbackend.Context, l *layer, id uint64) (m marks, e errno
 			m.redirect = string(value)
 		case markIno:
 			m.ino, _ = strconv.ParseUint(string(value), 16, 64)
+			m.origin = m.origin || m.ino != 0
 		}
 	}
 	return m, 0

@@ -22,8 +22,9 @@ type node struct {
 	lowers []real // a directory's parts, the uppermost first, or the one file; never change
 	ino    atomic.Uint64
 	upper  atomic.Uint64 // nodeid in the upper layer; 0: there is none, yet
+	origin atomic.Bool   // its upper file was copied up, and has marks
 	gone   atomic.Bool   // its name has been removed, and it has no other that the overlay knows of
-	// below says whether a lower layer has something of the name that this file, in the upper layer, hides.
+	// below says whether a lower layer has something of the node's name that its file, in the upper layer, hides.
 	below atomic.Uint32
 
 	// copyMu is held while the file is copied up.
@@ -133,6 +134,7 @@ type found struct {
 	ino      uint64
 	redirect string
 	impure   uint32 // of upper
+	origin   bool   // upper was copied up
 	below    uint32
 	// whiteout says that the upper layer has a device there that hides the name.
 	whiteout bool
@@ -192,8 +194,8 @@ func (fs *FS) enter(epoch uint64, p *node, name []byte, f *found, out *fuseproto
 			dying = fs.place(n, p, string(name), dying)
 		}
 	}
-	if f.below != belowUnknown {
-		n.below.Store(f.below)
+	if f.below != belowUnknown && n.parent == p && n.name == string(name) {
+		n.below.Store(f.below) // it is of this name, and the file may have others
 	}
 	if n.lookups++; n.lookups == 0 {
 		n.lookups = math.MaxUint64
@@ -237,6 +239,7 @@ func (fs *FS) newNode(f *found) *node {
 		n.lowers = append(n.lowers, f.lowers...)
 	}
 	n.ino.Store(f.ino)
+	n.origin.Store(f.origin)
 	if f.isDir() {
 		n.dir = newDir(len(n.lowers))
 		n.dir.parts[0].impure.Store(f.impure)
@@ -271,6 +274,7 @@ func (fs *FS) place(n, p *node, name string, dying []*node) []*node {
 	}
 	n.parent, n.name = p, name
 	n.gone.Store(false)
+	n.below.Store(belowUnknown)
 	fs.byName[nameKey{p.id, name}] = n
 	return fs.reap(from, dying)
 }

@@ -161,13 +161,21 @@ func (fs *FS) openUpper() error {
 		return errors.New("the upper layer's backend cannot be changed: expected one that makes, removes, renames and writes files")
 	}
 	fs.work = fs.cfg.Work
-	if w, ok := fs.cfg.Upper.(interface{ WorkNode() uint64 }); ok && fs.work == 0 {
-		fs.work = w.WorkNode()
+	if fs.work == 0 {
+		fs.work = workNode(fs.cfg.Upper)
 	}
 	if fs.work == 0 {
 		return errors.New("no work directory: expected one on the upper layer's file system")
 	}
 	return fs.cleanWork()
+}
+
+// workNode returns the nodeid of the work directory that a backend has for good, 0 if it has none.
+func workNode(b fsbackend.Backend) uint64 {
+	if w, ok := b.(interface{ WorkNode() uint64 }); ok {
+		return w.WorkNode()
+	}
+	return 0
 }
 
 // chooseACL finds out whether the whole tree has access control lists, and says which layer is the reason if not.
@@ -293,7 +301,7 @@ func (fs *FS) resettable(i int) bool {
 			return false
 		}
 	}
-	return fs.layers[i] != fs.upper || fs.cfg.Work == 0
+	return fs.layers[i] != fs.upper || fs.work == workNode(fs.cfg.Upper)
 }
 
 // Close implements fsbackend.Backend.

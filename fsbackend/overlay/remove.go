@@ -2,7 +2,6 @@ package overlay
 
 import (
 	"bytes"
-	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -101,15 +100,15 @@ func (fs *FS) Unlink(c *fsbackend.Context, parent uint64, name fsbackend.Name) f
 func (fs *FS) whiteout(c *fsbackend.Context, p *node, name fsbackend.Name, replace bool) errno {
 	r, up := fs.upper.r, p.upper.Load()
 	if !fs.noMknod.Load() {
-		at := name
+		at, dir := name, up
 		if replace {
-			at = fsbackend.MakeName(tempPrefix + strconv.FormatUint(fs.temp.Add(1), 16))
+			at, dir = fs.tempName(), fs.work
 		}
-		e := fs.makeDevice(c, up, at)
+		e := fs.makeDevice(c, dir, at)
 		if e == 0 && replace {
-			in := fuseproto.Rename2In{InHeader: header(up), Newdir: up}
+			in := fuseproto.Rename2In{InHeader: header(dir), Newdir: up}
 			if e = r.Rename(c, &in, at, name); e != 0 {
-				_ = r.Unlink(c, up, at)
+				_ = r.Unlink(c, dir, at)
 			}
 		}
 		if !fs.noDevices(e) {
@@ -169,19 +168,8 @@ func (fs *FS) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) fs
 		return e
 	}
 	defer fs.doneIn(c, p)
-	up := p.upper.Load()
-	if len(p.lowers) == 0 {
-		child := fs.at(p, name)
-		if child == nil || len(child.lowers) == 0 {
-			e := fs.upper.r.Rmdir(c, up, name)
-			if e == 0 {
-				fs.removed(p, name)
-			}
-			if e != unix.ENOTEMPTY && e != unix.EEXIST {
-				return e
-			}
-			// Perhaps nothing but whiteouts is in it.
-		}
+	if e, done := fs.rmdirOwn(c, p, name); done {
+		return e
 	}
 	var t there
 	if e := fs.find(c, p, name, &t.found); e != 0 {
@@ -202,6 +190,35 @@ func (fs *FS) Rmdir(c *fsbackend.Context, parent uint64, name fsbackend.Name) fs
 	}
 	defer child.unlock()
 	return fs.rmdir(c, p, child, name)
+}
+
+// rmdirOwn removes a directory that only the upper layer has, and says whether it was one and empty there, too.
+func (fs *FS) rmdirOwn(c *fsbackend.Context, p *node, name fsbackend.Name) (errno, bool) {
+	child := fs.at(p, name)
+	if len(p.lowers) > 0 {
+		if child == nil || child.dir == nil || child.upper.Load() == 0 {
+			return 0, false
+		}
+		if child.below.Load() != belowNothing {
+			if below, e := fs.isBelow(c, p, name); e != 0 || below {
+				return e, e != 0
+			}
+		}
+	}
+	if child == nil {
+		// One that was moved here may have parts in lower layers.
+		if impure, e := fs.impure(c, p, 0); e != 0 || impure {
+			return e, e != 0
+		}
+	} else if len(child.lowers) > 0 {
+		return 0, false
+	}
+	e := fs.upper.r.Rmdir(c, p.upper.Load(), name)
+	if e == 0 {
+		fs.removed(p, name)
+	}
+	// It may have nothing but whiteouts in it.
+	return e, e != unix.ENOTEMPTY && e != unix.EEXIST
 }
 
 // childDir returns the node of a directory that has been found as name in p, with a lookup counted, which is the caller's.

@@ -122,7 +122,7 @@ func (fs *FS) renamePure(c *fsbackend.Context, r *rename) (errno, bool) {
 	switch {
 	case n == nil || n.upper.Load() == 0 || len(n.lowers) > 0:
 		return 0, false
-	case r.from != r.to && fs.marked(n) && r.to.dir.parts[0].impure.Load() != impureYes:
+	case r.from != r.to && n.marked() && r.to.dir.parts[0].impure.Load() != impureYes:
 		return 0, false
 	case target != nil && (target.dir != nil || target.upper.Load() == 0):
 		return 0, false
@@ -233,17 +233,28 @@ func (fs *FS) renameMerged(c *fsbackend.Context, r *rename) errno {
 		return 0
 	}
 	if dst.n != nil && !exchange {
-		if e := fs.replaceable(c, r, &src, &dst); e != 0 {
-			return e
+		switch {
+		case src.n.dir == nil && dst.n.dir != nil:
+			return unix.EISDIR
+		case src.n.dir != nil && dst.n.dir == nil:
+			return unix.ENOTDIR
 		}
 	}
-	for _, x := range []*name{&src, &dst} {
-		if x.n == nil || x == &dst && !exchange {
-			continue
-		}
+	move := []*name{&src, &dst}
+	if !exchange {
+		move = move[:1]
+	}
+	for _, x := range move {
 		if x.n.dir != nil && len(x.n.lowers) > 0 && fs.cfg.RedirectDir != RedirectOn {
 			return unix.EXDEV
 		}
+	}
+	if dst.n != nil && dst.n.dir != nil && !exchange {
+		if e := fs.replaceable(c, r, &dst); e != 0 {
+			return e
+		}
+	}
+	for _, x := range move {
 		if x.n.upper.Load() == 0 {
 			r.copy, x.n = x.n, nil
 			return errAgain
@@ -291,16 +302,8 @@ func (fs *FS) above(n, p *node) bool {
 	return false
 }
 
-// replaceable says whether what has the new name may lose it.
-func (fs *FS) replaceable(c *fsbackend.Context, r *rename, src, dst *name) errno {
-	switch {
-	case src.n.dir == nil && dst.n.dir == nil:
-		return 0
-	case src.n.dir == nil:
-		return unix.EISDIR
-	case dst.n.dir == nil:
-		return unix.ENOTDIR
-	}
+// replaceable says whether the directory that has the new name may lose it.
+func (fs *FS) replaceable(c *fsbackend.Context, r *rename, dst *name) errno {
 	if r.also != dst.n {
 		if r.also != nil {
 			fs.Forget(r.also.id, 1)
@@ -327,7 +330,7 @@ func (fs *FS) prepareMove(c *fsbackend.Context, n, from, to *node) errno {
 			return e
 		}
 	}
-	if from != to && (fs.marked(n) || n.dir != nil) {
+	if from != to && n.marked() {
 		return fs.markImpureDir(c, to)
 	}
 	return 0
@@ -387,48 +390,72 @@ func (fs *FS) replace(c *fsbackend.Context, r *rename, src, dst *name) errno {
 			return e
 		}
 	}
-	from := r.from.upper.Load()
-	isDir := src.n.dir != nil
-	switch {
-	case isDir && dst.n != nil && dst.n.upper.Load() != 0:
-		if !below && len(dst.n.lowers) == 0 {
-			if e := fs.renameUpper(c, r, 0); e != unix.ENOTEMPTY && e != unix.EEXIST {
-				dst.n.gone.Store(e == 0)
-				return e
-			}
-		}
-		// The other directory has whiteouts in it, or is to leave one: it goes to the old name first, where nothing is to come to
-		// light through it.
-		if len(r.from.lowers) > 0 {
-			if e := fs.markOpaqueDir(c, dst.n.upper.Load()); e != 0 {
-				return e
-			}
-		}
-		if e := fs.renameUpper(c, r, unix.RENAME_EXCHANGE); e != 0 {
-			return e
-		}
-		dst.n.gone.Store(true)
-		if below {
-			return fs.whiteoutDir(c, r.from, r.oldName)
-		}
-		return fs.moveOut(c, from, r.oldName, 0)
-	case isDir && dst.whiteout:
+	if src.n.dir != nil && dst.whiteout {
 		if e := fs.renameUpper(c, r, unix.RENAME_EXCHANGE); e != 0 || below {
 			return e
 		}
-		return fs.upper.r.Unlink(c, from, r.oldName)
+		return fs.upper.r.Unlink(c, r.from.upper.Load(), r.oldName)
 	}
-	if below {
-		if e := fs.renameOver(c, r); e != 0 {
-			return e
+	move := func() errno {
+		if below {
+			return fs.renameOver(c, r)
 		}
-	} else if e := fs.renameUpper(c, r, 0); e != 0 {
+		return fs.renameUpper(c, r, 0)
+	}
+	e := move()
+	if (e == unix.ENOTEMPTY || e == unix.EEXIST) && dst.n != nil && dst.n.dir != nil && dst.n.upper.Load() != 0 {
+		if e = fs.emptyOut(c, r.to, r.newName, dst.n); e == 0 {
+			e = move()
+		}
+	}
+	if e != 0 {
 		return e
 	}
 	if dst.n != nil && dst.n.dir != nil {
 		dst.n.gone.Store(true)
 	}
 	return fs.unhide(c, r.to, r.newName)
+}
+
+// emptyOut puts an opaque directory in the place of one of the upper layer with nothing but whiteouts in it, so that a rename can
+// replace it (fs/overlayfs/dir.c, ovl_clear_empty).
+func (fs *FS) emptyOut(c *fsbackend.Context, p *node, cname fsbackend.Name, n *node) errno {
+	old := real{fs.upper, n.upper.Load()}
+	var attr fuseproto.AttrOut
+	in := fuseproto.GetattrIn{InHeader: header(old.node)}
+	if e := fs.upper.r.Getattr(c, &in, &attr); e != 0 {
+		return e
+	}
+	m, e := fs.makeCopy(c, n, old, &attr.Attr, 0)
+	if e == 0 {
+		e = fs.markOpaqueDir(c, m.node)
+	}
+	if e == 0 {
+		swap := fuseproto.Rename2In{InHeader: header(fs.work), Newdir: p.upper.Load(), Flags: unix.RENAME_EXCHANGE}
+		e = fs.upper.r.Rename(c, &swap, m.name, cname)
+	}
+	if e != 0 {
+		fs.discard(c, &m)
+		return e
+	}
+	fs.mu.Lock()
+	dead := n.dead
+	if !dead {
+		delete(fs.byUpper, old.node)
+		n.upper.Store(m.node)
+		fs.byUpper[m.node] = n
+	}
+	fs.mu.Unlock()
+	if dead {
+		fs.upper.r.Forget(m.node, 1)
+	}
+	if e := fs.clearOut(c, old.node); e == 0 {
+		_ = fs.upper.r.Rmdir(c, fs.work, m.name)
+	}
+	if !dead {
+		old.forget()
+	}
+	return 0
 }
 
 // renameOver renames and leaves a whiteout.

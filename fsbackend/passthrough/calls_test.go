@@ -3,16 +3,14 @@ package passthrough
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"runtime"
-	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fsbackend"
+	"github.com/sluicefs/sluice/fsbackend/fsbackendtest"
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
@@ -113,13 +111,6 @@ func (fatal) Fatal(args ...any)         { panic(fmt.Sprint(args...)) }
 func (fatal) Fatalf(f string, a ...any) { panic(fmt.Sprintf(f, a...)) }
 func (fatal) Cleanup(func())            {}
 
-// marker is the first argument of a getpriority(2) that says, in its second, which operation begins; len(counted) ends one.
-const marker = 0x51CE
-
-func mark(op int) {
-	_, _, _ = unix.RawSyscall(unix.SYS_GETPRIORITY, marker, uintptr(op), 0)
-}
-
 // countedMain runs every operation of counted between marks.
 func countedMain() {
 	runtime.LockOSThread()
@@ -134,16 +125,10 @@ func countedMain() {
 		c.small.lookup(fmt.Sprint("a", i)) // the last evicts a0: the clock's hand comes to it first
 	}
 	for i, op := range counted {
-		mark(i)
+		fsbackendtest.MarkCalls(i)
 		op.run(c)
-		mark(len(counted))
+		fsbackendtest.MarkCalls(len(counted))
 	}
-}
-
-// runtimeCalls are the Go runtime's own: locks of its own and memory.
-var runtimeCalls = []uint64{
-	unix.SYS_FUTEX, unix.SYS_NANOSLEEP, unix.SYS_SCHED_YIELD, unix.SYS_MMAP, unix.SYS_MUNMAP, unix.SYS_MADVISE,
-	unix.SYS_RT_SIGRETURN, unix.SYS_RT_SIGPROCMASK, unix.SYS_TGKILL, unix.SYS_GETPID, unix.SYS_CLONE, unix.SYS_GETTID,
 }
 
 func TestSystemCalls(t *testing.T) {
@@ -161,24 +146,9 @@ func TestSystemCalls(t *testing.T) {
 	writeAt(t, dir+"/small/b0")
 	writeAt(t, dir+"/small/c0")
 
-	// Only the thread that started it may trace a process.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), callsEnv+"="+dir)
-	var stderr strings.Builder
-	cmd.Stderr = &stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	calls, err := trace(cmd.Process.Pid)
-	_ = cmd.Process.Release()
-	if err != nil {
-		t.Fatalf("%v\n%s", err, stderr.String())
-	}
+	calls := fsbackendtest.CountCalls(t, len(counted), callsEnv+"="+dir)
 	for i, op := range counted {
-		made := slices.DeleteFunc(calls[i], func(nr uint64) bool { return slices.Contains(runtimeCalls, nr) })
+		made := calls[i]
 		t.Logf("%-34s %d calls %v", op.name, len(made), made)
 		if len(made) == 0 || len(made) > op.max {
 			t.Errorf("%s: %d system calls %v, expected 1 to %d", op.name, len(made), made, op.max)
@@ -193,53 +163,5 @@ func writeAt(t *testing.T, path string) {
 	}
 	if err := os.WriteFile(path, []byte(path), 0o644); err != nil {
 		t.Fatal(err)
-	}
-}
-
-// trace follows a process to its end and returns the system calls it made within each operation.
-func trace(pid int) (map[int][]uint64, error) {
-	var ws unix.WaitStatus
-	if _, err := unix.Wait4(pid, &ws, 0, nil); err != nil {
-		return nil, fmt.Errorf("wait for the process to start: %w", err)
-	}
-	if err := unix.PtraceSetOptions(pid, unix.PTRACE_O_TRACESYSGOOD|unix.PTRACE_O_TRACECLONE|unix.PTRACE_O_EXITKILL); err != nil {
-		return nil, fmt.Errorf("trace: %w", err)
-	}
-	if err := unix.PtraceSyscall(pid, 0); err != nil {
-		return nil, fmt.Errorf("trace: %w", err)
-	}
-	calls := map[int][]uint64{}
-	op, thread := len(counted), 0
-	for {
-		tid, err := unix.Wait4(-1, &ws, unix.WALL, nil)
-		if err != nil {
-			return nil, fmt.Errorf("wait: %w", err)
-		}
-		if ws.Exited() || ws.Signaled() {
-			if tid != pid {
-				continue
-			}
-			if ws.ExitStatus() != 0 {
-				return nil, fmt.Errorf("the process ended with %#x", int(ws))
-			}
-			return calls, nil
-		}
-		signal := 0
-		switch stop := ws.StopSignal(); {
-		case stop == unix.SIGTRAP|0x80:
-			if nr, args, entry := syscallInfo(tid); entry {
-				switch {
-				case nr == unix.SYS_GETPRIORITY && args[0] == marker:
-					op, thread = int(args[1]), tid
-				case tid == thread && op < len(counted):
-					calls[op] = append(calls[op], nr)
-				}
-			}
-		case stop != unix.SIGTRAP && stop != unix.SIGSTOP:
-			signal = int(stop)
-		}
-		if err := unix.PtraceSyscall(tid, signal); err != nil && err != unix.ESRCH {
-			return nil, fmt.Errorf("go on: %w", err)
-		}
 	}
 }

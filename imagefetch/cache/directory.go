@@ -46,6 +46,7 @@ const (
 // directory is a cache on disk.
 type directory struct {
 	root     *os.Root
+	at       *os.File // the same directory, for what is done for every read
 	budget   int64
 	log      *ratelog.Logger
 	count    *os.File // usage
@@ -67,7 +68,12 @@ func openDirectory(name string, budget int64, log *ratelog.Logger) (*directory, 
 	if err != nil {
 		return nil, fmt.Errorf("open the cache's directory: %w", err)
 	}
-	d := &directory{root: root, budget: budget, log: log, verified: map[Key]uint64{}, patience: lockWait}
+	at, err := root.Open(".")
+	if err != nil {
+		root.Close()
+		return nil, fmt.Errorf("open the cache's directory: %w", err)
+	}
+	d := &directory{root: root, at: at, budget: budget, log: log, verified: map[Key]uint64{}, patience: lockWait}
 	if err := d.prepare(); err != nil {
 		// What is there can still be read.
 		log.Warn("cannot write to the cache: what is fetched is kept in memory", "err", err)
@@ -96,7 +102,7 @@ func (d *directory) prepare() (err error) {
 
 func (d *directory) close() error {
 	d.closeFiles()
-	return d.root.Close()
+	return errors.Join(d.at.Close(), d.root.Close())
 }
 
 func (d *directory) closeFiles() {
@@ -386,16 +392,18 @@ func chunkName(k Key) string {
 }
 
 func (d *directory) has(k Key, size int64) bool {
-	fi, err := d.root.Lstat(chunkName(k))
-	return err == nil && fi.Mode().IsRegular() && fi.Size() == size
+	var st unix.Stat_t
+	err := unix.Fstatat(int(d.at.Fd()), chunkName(k), &st, unix.AT_SYMLINK_NOFOLLOW)
+	return err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == size
 }
 
 func (d *directory) get(k Key, size int64) *os.File {
 	name := chunkName(k)
-	f, err := d.root.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	fd, err := unix.Openat(int(d.at.Fd()), name, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil
 	}
+	f := os.NewFile(uintptr(fd), "chunk")
 	fi, err := f.Stat()
 	if err == nil && !d.isVerified(k, fi) {
 		err = verify(f, fi, k, size)

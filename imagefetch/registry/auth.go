@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -234,7 +235,13 @@ func parameters(s string) map[string]string {
 func loginFailure(ctx context.Context, host string, err error) error {
 	var refused *transport.Error
 	if !errors.As(err, &refused) {
-		return netFailure(ctx, host, err)
+		var u *url.Error
+		if errors.As(err, &u) || ctx.Err() != nil {
+			return netFailure(ctx, host, err)
+		}
+		// What the service has said begins in the second line, if it is there.
+		line, _, _ := strings.Cut(err.Error(), "\n")
+		return &failure{kind: elsewhere, err: fmt.Errorf("log in at %s: %.200s", host, line)}
 	}
 	// Its text has the address in it, and what the service has said.
 	f := &failure{kind: elsewhere, err: fmt.Errorf("log in at %s: refused with status %d: the docker config should have credentials for it", host, refused.StatusCode)}

@@ -25,7 +25,7 @@ type Config struct {
 	// Backoff is the pause after the first try, which doubles with each further one up to MaxBackoff; 0 are 30 ms and 5 s.
 	Backoff    Duration `json:"backoff,omitempty"`
 	MaxBackoff Duration `json:"max_backoff,omitempty"`
-	// Timeout is for one call, with all tries and pauses; 0 is 60 s. Stall is how long a host may stay silent in it; 0 is 10 s.
+	// Timeout is for one call, with all tries and pauses; 0 is DefaultTimeout. Stall is how long a host may stay silent in it; 0 is 10 s.
 	Timeout Duration `json:"timeout,omitempty"`
 	Stall   Duration `json:"stall,omitempty"`
 	// MaxSkip is how many bytes that are not wanted are read to get at those that are, from a server that ignores ranges; 0 is 4 MiB.
@@ -35,6 +35,10 @@ type Config struct {
 	// Log is for what goes wrong on the way and is tried again; nil is for nobody.
 	Log *slog.Logger `json:"-"`
 }
+
+// DefaultTimeout is Config.Timeout's: less than those who wait for a chunk wait (store.DefaultTimeout), so that they hear what was
+// wrong.
+const DefaultTimeout = 40 * time.Second
 
 // HostConfig is what is particular about a host.
 type HostConfig struct {
@@ -99,7 +103,7 @@ func (c Config) withDefaults() Config {
 	}{
 		{&c.Backoff, 30 * time.Millisecond},
 		{&c.MaxBackoff, 5 * time.Second},
-		{&c.Timeout, time.Minute},
+		{&c.Timeout, DefaultTimeout},
 		{&c.Stall, 10 * time.Second},
 	} {
 		if *d.v == 0 {

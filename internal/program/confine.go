@@ -194,7 +194,7 @@ func (p *plan) identity() error {
 	if errno != 0 {
 		return fmt.Errorf("read the capabilities: %w", errno)
 	}
-	keep := caps.Permitted & uint64(p.Confine.Caps)
+	keep := caps.Permitted & p.Confine.Caps
 	if p.Confine.Mount {
 		keep |= caps.Permitted & (1 << unix.CAP_SYS_ADMIN)
 	}

@@ -19,8 +19,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/sluicefs/sluice/internal/sandbox"
 )
 
 // FD is the descriptor at which a program finds its socket. Config.Files follow.
@@ -75,8 +73,8 @@ type Confinement struct {
 	Seccomp bool
 	// Mount lets it mount in its own mount namespace: it keeps CAP_SYS_ADMIN, and Seccomp leaves mount(2) and umount2(2).
 	Mount bool
-	// Caps are the capabilities that it keeps of those that this process has, where it runs as root.
-	Caps sandbox.CapSet
+	// Caps are the capabilities that it keeps of those that this process has: bit N is number N of linux/capability.h.
+	Caps uint64
 	// Rlimits are its limits by unix.RLIMIT_*.
 	Rlimits map[int]unix.Rlimit
 }

@@ -17,8 +17,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/sluicefs/sluice/internal/sandbox"
 )
 
 // gone fails the test unless the process ends soon.
@@ -410,7 +408,7 @@ func TestConfinement(t *testing.T) {
 func TestRootKeepsWhatItIsGiven(t *testing.T) {
 	dir := publicDir(t)
 	c := self("report", "WRITE="+dir)
-	c.Confine = Confinement{Caps: sandbox.CapSet(1 << unix.CAP_FOWNER)}
+	c.Confine = Confinement{Caps: 1 << unix.CAP_FOWNER}
 	_, line := start(t, c)
 	r := reported(t, receive(t, next(t, line)))
 	if r.UID != 0 || r.Status["CapEff"] != "0000000000000008" || r.Status["CapBnd"] != "0000000000000008" || r.Status["Seccomp"] != "0" {

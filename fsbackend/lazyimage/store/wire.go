@@ -135,30 +135,49 @@ func (c *conn) isClosed() bool {
 
 // send sends a message, with a copy of fd unless that is negative.
 func (c *conn) send(message []byte, fd int) error {
-	var oob []byte
-	if fd >= 0 {
-		oob = unix.UnixRights(fd)
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := c.file.SetWriteDeadline(time.Now().Add(sendTimeout)); err != nil {
 		return err
+	}
+	return c.sendAs(message, fd, true)
+}
+
+// sendNow is send that does not wait: EAGAIN says that the other side does not read.
+func (c *conn) sendNow(message []byte, fd int) error { return c.sendAs(message, fd, false) }
+
+func (c *conn) sendAs(message []byte, fd int, wait bool) error {
+	var oob []byte
+	if fd >= 0 {
+		oob = unix.UnixRights(fd)
 	}
 	var sent error
 	err := c.raw.Write(func(raw uintptr) bool {
 		for {
 			_, sent = unix.SendmsgN(int(raw), message, oob, nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
 			if sent != unix.EINTR {
-				return sent != unix.EAGAIN
+				return !wait || sent != unix.EAGAIN
 			}
 		}
 	})
-	return errors.Join(err, sent)
+	if err != nil {
+		return err
+	}
+	return sent
 }
 
 // receive returns the next message, in b, and the descriptor that came with it. Where files is not set, none is taken. lost says
 // that the process had no room for one that came. io.EOF says that the other side is gone.
 func (c *conn) receive(b []byte, files bool) (message []byte, file *os.File, lost bool, err error) {
+	return c.receiveAs(b, files, true)
+}
+
+// receiveNow is receive that does not wait: EAGAIN says that there is none.
+func (c *conn) receiveNow(b []byte, files bool) (message []byte, file *os.File, lost bool, err error) {
+	return c.receiveAs(b, files, false)
+}
+
+func (c *conn) receiveAs(b []byte, files, wait bool) (message []byte, file *os.File, lost bool, err error) {
 	var oob []byte
 	if files {
 		oob = make([]byte, unix.CmsgSpace(4))
@@ -169,7 +188,7 @@ func (c *conn) receive(b []byte, files bool) (message []byte, file *os.File, los
 		for {
 			n, oobn, flags, _, failed = unix.Recvmsg(int(raw), b, oob, unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT)
 			if failed != unix.EINTR {
-				return failed != unix.EAGAIN
+				return !wait || failed != unix.EAGAIN
 			}
 		}
 	})

@@ -1,4 +1,4 @@
-package passthrough
+package fsbackendtest
 
 import (
 	"unsafe"
