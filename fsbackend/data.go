@@ -280,14 +280,13 @@ type DirList struct {
 	// Translate, unless nil, changes each entry of READDIRPLUS before it is written: a share's nodeids and owners are not
 	// those of its parts.
 	Translate func(*fuseproto.EntryOut)
-	// Type, unless nil, changes the DT_* of each entry of READDIR. That of READDIRPLUS is its mode's, after Translate.
-	Type func(uint32) uint32
 
 	// Lookups are the nodeids that entries count a lookup of, kept only behind a Gate: the reply may never be seen.
 	Lookups []uint64
 	// Looked counts the entries that have been added with a nodeid, ever.
 	Looked uint64
 
+	raw   bool               // validities stay as they are
 	entry fuseproto.EntryOut // of the entry being added, here so that Translate costs no allocation
 	buf   [direntplusSize + 256 + 8]byte
 }
@@ -334,17 +333,14 @@ func (l *DirList) add(entry *fuseproto.EntryOut, ino, off uint64, typ uint32, na
 		*e = *entry
 		if l.Translate != nil {
 			l.Translate(e)
-			if kind := e.Mode & unix.S_IFMT; kind != 0 {
-				typ = kind >> 12
-			}
 		}
-		if e.NodeId != 0 {
+		if e.NodeId != 0 && !l.raw {
 			FillValid(&e.EntryValid, &e.EntryValidNsec, l.EntryValid)
 		}
-		FillValid(&e.AttrValid, &e.AttrValidNsec, l.AttrValid)
+		if !l.raw {
+			FillValid(&e.AttrValid, &e.AttrValidNsec, l.AttrValid)
+		}
 		at, node = copy(b, entryBytes(e)), e.NodeId
-	} else if l.Type != nil {
-		typ = l.Type(typ)
 	}
 	at += copy(b[at:], direntBytes(&fuseproto.Dirent{Ino: ino, Off: off, Namelen: uint32(len(name)), Type: typ}))
 	copy(b[at:], name)

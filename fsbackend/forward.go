@@ -319,6 +319,14 @@ func (f Forward) CopyFileRange(c *Context, in *fuseproto.CopyFileRangeIn) (uint6
 	return f.Inner.CopyFileRange(c, in)
 }
 
+// FileOf implements Filer.
+func (f Forward) FileOf(node, fh uint64, use func(fd int) Errno) Errno {
+	if f.Inner.Filer == nil {
+		return unix.EOPNOTSUPP
+	}
+	return f.Inner.FileOf(node, fh, use)
+}
+
 // Statx implements Statxer.
 func (f Forward) Statx(c *Context, in *fuseproto.StatxIn, out *fuseproto.StatxOut) Errno {
 	if f.Inner.Statxer == nil {
@@ -357,4 +365,12 @@ func (f Forward) Stats() Stats {
 		return Stats{}
 	}
 	return f.Inner.Stats()
+}
+
+// WorkNode returns the nodeid of a directory for what is on its way into the tree, if Inner has one; 0 if not.
+func (f Forward) WorkNode() uint64 {
+	if w, ok := f.Inner.Backend.(interface{ WorkNode() uint64 }); ok {
+		return w.WorkNode()
+	}
+	return 0
 }

@@ -124,6 +124,9 @@ func TestForwardWithout(t *testing.T) {
 		if name == "Open" || name == "Statfs" {
 			want = fsbackend.OK
 		}
+		if name == "FileOf" {
+			want = unix.EOPNOTSUPP
+		}
 		if ok && errno != want {
 			t.Errorf("%s without a backend that has it: %v, expected %v", name, errno, want)
 		}
@@ -132,6 +135,9 @@ func TestForwardWithout(t *testing.T) {
 				t.Errorf("Statfs: %+v, expected no blocks of a size, and names of 255 bytes", out)
 			}
 		}
+	}
+	if got := (fsbackend.Forward{Inner: fsbackend.Resolve(tree)}).WorkNode(); got == 0 || (fsbackend.Forward{Inner: fsbackend.Resolve(bare{tree})}).WorkNode() != 0 {
+		t.Errorf("work directory %d, expected the backend's, and none without", got)
 	}
 	if got := (fsbackend.Forward{Inner: &fsbackend.Resolved{}}).WantFlags(5); got != 5 {
 		t.Errorf("WantFlags(5) is %d without a Wanter, expected 5", got)

@@ -2,7 +2,6 @@ package casefold
 
 import (
 	"container/list"
-	"encoding/binary"
 	"slices"
 	"sync"
 	"time"
@@ -11,7 +10,6 @@ import (
 
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fuseproto"
-	"github.com/sluicefs/sluice/internal/sys"
 )
 
 // stamp is what changes with a directory's names.
@@ -283,25 +281,16 @@ func (f *FS) resolve(c *fsbackend.Context, dir uint64, name fsbackend.Name) (hos
 	return host, found, s, fsbackend.OK
 }
 
+// listSize is how much of a directory is read at a time, in bytes.
+const listSize = 64 << 10
+
 func (f *FS) key(name []byte) string { return string(f.norm.appendKey(nil, name)) }
 
-const (
-	direntHeader = 24 // fuse_dirent
-	listSize     = 64 << 10
-)
-
-// listing is room for a directory's entries.
-type listing struct {
-	fsbackend.DirList
-	iov [1]unix.Iovec
-	buf [listSize]byte
-}
-
-var listings = sync.Pool{New: func() any { return new(listing) }}
+var listings = sync.Pool{New: func() any { return new(fsbackend.Listing) }}
 
 // list reads a directory and calls each with its names.
 func (f *FS) list(c *fsbackend.Context, dir uint64, each func(name []byte)) fsbackend.Errno {
-	l := listings.Get().(*listing)
+	l := listings.Get().(*fsbackend.Listing)
 	defer listings.Put(l)
 	var open fuseproto.OpenIn
 	var opened fuseproto.OpenOut
@@ -313,25 +302,20 @@ func (f *FS) list(c *fsbackend.Context, dir uint64, each func(name []byte)) fsba
 	default:
 		return errno
 	}
-	in := fuseproto.ReadIn{InHeader: open.InHeader, Fh: opened.Fh, Size: listSize}
+	in := fuseproto.ReadIn{InHeader: open.InHeader, Fh: opened.Fh}
 	for {
-		l.iov[0] = sys.MakeIovec(l.buf[:])
-		l.Reset(l.iov[:], 0, listSize)
+		in.Size = l.Begin(false, listSize)
 		if errno := f.Forward.Readdir(c, &in, &l.DirList); l.Written() == 0 {
 			return errno
 		}
 		from := in.Offset
-		for rest := l.buf[:l.Written()]; len(rest) >= direntHeader; {
-			length := int(binary.NativeEndian.Uint32(rest[16:]))
-			size := (direntHeader + length + 7) &^ 7
-			if length > unix.NAME_MAX || size > len(rest) {
-				return unix.EIO // the backend has not used DirList.Add
-			}
-			in.Offset = binary.NativeEndian.Uint64(rest[8:])
-			if name := rest[direntHeader : direntHeader+length]; string(name) != "." && string(name) != ".." {
+		if !l.Each(func(_ *fuseproto.EntryOut, d fuseproto.Dirent, name []byte) bool {
+			if in.Offset = d.Off; string(name) != "." && string(name) != ".." {
 				each(name)
 			}
-			rest = rest[size:]
+			return true
+		}) {
+			return unix.EIO
 		}
 		if in.Offset == from {
 			return unix.EIO

@@ -41,7 +41,8 @@ func (fs *FS) Getxattr(_ *fsbackend.Context, in *fuseproto.GetxattrIn, name fsba
 	}
 	buf := getBuffer()
 	defer putBuffer(buf)
-	n, errno := fs.xattr.Get(r.fd, name.CString(), buf[:])
+	// The kernel clears as much memory as it is given room, whatever the value takes.
+	n, errno := fs.xattr.Get(r.fd, name.CString(), buf[:min(uint64(in.Size), uint64(len(buf)))])
 	return copyOut(dst, in.Size, buf, n, errno)
 }
 
