@@ -160,6 +160,13 @@ func TestKinds(t *testing.T) {
 			}
 			mustPut(t, c, data)
 			mustPut(t, c, data)
+			if dir != "" {
+				// The second took the first one's place.
+				before := c.Usage()
+				if err := c.dir.locked(func() error { return c.dir.makeRoom(0) }); err != nil || c.Usage() != before {
+					t.Errorf("usage says %d, counting %d, %v", before, c.Usage(), err)
+				}
+			}
 			expect(t, c.Get(k, int64(len(data))), data)
 			if !c.Has(k, int64(len(data))) {
 				t.Error("a chunk that is there is not")
