@@ -166,6 +166,9 @@ func TestFailures(t *testing.T) {
 			img := someImage(t)
 			cfg := quick(img)
 			cfg.Cache = cacheDir(t)
+			if strings.HasPrefix(tt.name, "stall") {
+				cfg.Registry.Stall = registry.Duration(200 * time.Millisecond)
+			}
 			if tt.cfg != nil {
 				tt.cfg(&cfg)
 			}
@@ -378,6 +381,7 @@ func TestMirrors(t *testing.T) {
 	}
 	run := func(t *testing.T, mirrors ...*imagetest.Server) *Image {
 		cfg := quick(img)
+		cfg.Registry.Stall = registry.Duration(time.Second)
 		var list []registry.Mirror
 		for _, s := range mirrors {
 			list = append(list, registry.Mirror{Host: s.Host()})
