@@ -294,7 +294,7 @@ func (m *Image) findLayers(ctx context.Context) ([]*layer, error) {
 		m.mu.Unlock()
 		return []*layer{{img: m, digest: m.anonymous(), blob: blob}}, nil
 	}
-	descs, err := m.manifest(ctx)
+	descs, err := m.manifest(ctx, &m.pinned)
 	if err != nil {
 		return nil, err
 	}
