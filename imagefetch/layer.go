@@ -368,12 +368,20 @@ func (k flightKey) lockKey() cache.Key {
 	return sha256.Sum256(binary.LittleEndian.AppendUint64([]byte(k.blob), uint64(k.off)))
 }
 
+// fromCache is a chunk that is there, or nil.
+func (l *layer) fromCache(index uint32) *os.File {
+	c := &l.chunks[index]
+	f := l.img.cache.Get(c.Digest, int64(c.Size))
+	if f != nil {
+		l.mark(l.at[index].stream)
+	}
+	return f
+}
+
 // chunk gets one chunk, within ctx.
 func (l *layer) chunk(ctx context.Context, index uint32) (*os.File, error) {
-	c := &l.chunks[index]
 	s := l.at[index].stream
-	if f := l.img.cache.Get(c.Digest, int64(c.Size)); f != nil {
-		l.mark(s)
+	if f := l.fromCache(index); f != nil {
 		return f, nil
 	}
 	defer l.img.gate.ask()()
@@ -398,7 +406,7 @@ func (l *layer) chunk(ctx context.Context, index uint32) (*os.File, error) {
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
-		if f := l.img.cache.Get(c.Digest, int64(c.Size)); f != nil {
+		if f := l.fromCache(index); f != nil {
 			return f, nil
 		}
 		if fl.err != nil {
@@ -409,7 +417,6 @@ func (l *layer) chunk(ctx context.Context, index uint32) (*os.File, error) {
 
 // lead fetches a chunk for all who want it.
 func (l *layer) lead(ctx context.Context, k flightKey, s, index uint32) (*os.File, error) {
-	c := &l.chunks[index]
 	// Another process may fetch it. One that takes too long is not waited for.
 	lockCtx, cancel := context.WithTimeout(ctx, l.lockTime())
 	unlock, err := l.img.cache.Lock(lockCtx, k.lockKey())
@@ -420,8 +427,7 @@ func (l *layer) lead(ctx context.Context, k flightKey, s, index uint32) (*os.Fil
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if f := l.img.cache.Get(c.Digest, int64(c.Size)); f != nil {
-		l.mark(s)
+	if f := l.fromCache(index); f != nil {
 		return f, nil
 	}
 	if l.plain {
