@@ -460,7 +460,7 @@ func TestRefused(t *testing.T) {
 		})
 	}
 	t.Run("too large", func(t *testing.T) {
-		img := imagetest.NewServer(t).Push(t, "a/b", imagetest.Build(t, []imagetest.File{{Name: "zeros", Data: make([]byte, 20<<20)}}, imagetest.Options{Format: imagetest.PlainGzip}))
+		img := imagetest.NewServer(t).Push(t, "a/b", imagetest.Build(t, []imagetest.File{{Name: "zeros", Data: make([]byte, 4<<20)}}, imagetest.Options{Format: imagetest.PlainGzip}))
 		cfg := quick(img)
 		cfg.Fallback, cfg.Cache.MemoryBudget = "pull", 1<<20
 		if _, err := open(t, cfg).Layers(within(t)); err == nil || !strings.Contains(err.Error(), "unpacks to more") {

@@ -26,6 +26,9 @@ type Config struct {
 	Platform string `json:"platform,omitempty"`
 	// TOCDigest is the digest of the table of contents of a layer that no manifest speaks of: one at a URL or in a file.
 	TOCDigest string `json:"toc_digest,omitempty"`
+	// TOCImage is the image that has the tables of contents of layers that do not have them themselves; "" is the reference's tag with
+	// "-esgztoc" behind it.
+	TOCImage string `json:"toc_image,omitempty"`
 	// SkipVerify takes tables of contents for what they should be where no digest of them is known.
 	SkipVerify bool `json:"skip_verify,omitempty"`
 	// Fallback is what is done with a layer that cannot be fetched in pieces: "" is an error, "pull" fetches it whole.
@@ -93,6 +96,11 @@ func (c *Config) Validate() error {
 	}
 	if c.TOCDigest != "" && ref.Image != nil {
 		return errors.New("toc_digest= is for a layer without a manifest: an image's says it itself")
+	}
+	if c.TOCImage != "" {
+		if ref, err := registry.ParseReference(c.TOCImage); err != nil || ref.Image == nil {
+			return fmt.Errorf("toc_image=%q is no image: expected REGISTRY/REPO:TAG or REGISTRY/REPO@sha256:DIGEST", c.TOCImage)
+		}
 	}
 	if c.Fallback != "" && c.Fallback != "pull" {
 		return fmt.Errorf("fallback=%q is none: expected pull, or nothing", c.Fallback)

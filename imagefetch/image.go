@@ -294,7 +294,7 @@ func (m *Image) findLayers(ctx context.Context) ([]*layer, error) {
 		m.mu.Unlock()
 		return []*layer{{img: m, digest: m.anonymous(), blob: blob}}, nil
 	}
-	descs, err := m.manifest(ctx)
+	descs, err := m.manifest(ctx, &m.pinned)
 	if err != nil {
 		return nil, err
 	}
@@ -342,8 +342,15 @@ func (m *Image) Chunk(ctx context.Context, index int, chunk uint32) (*os.File, e
 		return nil, store.ErrUnavailable
 	}
 	m.tasks.Add(1)
+	layers := m.layers
 	m.mu.Unlock()
 	defer m.tasks.Done()
+	// Most are in the cache: they need no time limit.
+	if index >= 0 && index < len(layers) && uint64(chunk) < uint64(len(layers[index].chunks)) {
+		if f := layers[index].fromCache(chunk); f != nil {
+			return f, nil
+		}
+	}
 	limited, cancel := context.WithTimeoutCause(ctx, time.Duration(m.cfg.Registry.Timeout), errors.New("gave up waiting for it"))
 	defer cancel()
 	stop := context.AfterFunc(m.ctx, cancel)

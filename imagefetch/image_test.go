@@ -148,10 +148,47 @@ func TestPodmanLayer(t *testing.T) {
 			t.Errorf("a table of contents at %q: %v", bad, err)
 		}
 	}
-	layer.Annotations["io.github.containers.zstd-chunked.manifest-position"] = fmt.Sprintf("%d:%d:%d:1", at-8, len(packed), 1000)
+	layer.Annotations["io.github.containers.zstd-chunked.manifest-position"] = fmt.Sprintf("%d:%d:%d:1", at, len(packed), 1000)
+	layer.Annotations["io.github.containers.zstd-chunked.manifest-checksum"] = registry.DigestOf(nil)
 	if _, err := open(t, quick(imagetest.NewServer(t).Push(t, "a/b", layer))).Layers(within(t)); !errors.Is(err, registry.ErrContent) {
-		t.Errorf("a table of contents elsewhere: %v", err)
+		t.Errorf("a table of contents of another digest: %v", err)
 	}
+}
+
+// TestExternalTOC is of layers whose tables of contents are in another image.
+func TestExternalTOC(t *testing.T) {
+	l := imagetest.Build(t, someFiles(), imagetest.Options{Format: imagetest.ExternalTOC})
+	other := imagetest.Build(t, someFiles()[:3], imagetest.Options{Format: imagetest.ExternalTOC})
+	swapped := other
+	swapped.TOC = l.TOC
+	s := imagetest.NewServer(t)
+	img := s.Push(t, "a/b:v1", l, other)
+	cfg := quick(img)
+	cfg.Reference = img.Tag
+	cfg.Cache = cacheDir(t)
+	if _, err := open(t, cfg).Layers(within(t)); err == nil || !strings.Contains(err.Error(), "status 404") {
+		t.Errorf("without the other image: %v", err)
+	}
+	s.Push(t, "a/b:v1-esgztoc", l.TOCLayer(t))
+	if _, err := open(t, cfg).Layers(within(t)); !errors.Is(err, errNoTOC) {
+		t.Errorf("with one table of two: %v", err)
+	}
+	s.Push(t, "a/b:v1-esgztoc", l.TOCLayer(t), swapped.TOCLayer(t))
+	if _, err := open(t, cfg).Layers(within(t)); !errors.Is(err, registry.ErrContent) {
+		t.Errorf("with another layer's table: %v", err)
+	}
+	tocs := s.Push(t, "a/b:v1-esgztoc", other.TOCLayer(t), l.TOCLayer(t))
+	check(t, open(t, cfg), img)
+	cfg.Reference, cfg.Cache = img.Ref, cacheDir(t)
+	if _, err := open(t, cfg).Layers(within(t)); !errors.Is(err, errNoTOC) || !strings.Contains(err.Error(), "toc_image") {
+		t.Errorf("by digest: %v", err)
+	}
+	cfg.TOCImage = tocs.Ref
+	m := open(t, cfg)
+	check(t, m, img)
+	shut(t, m)
+	s.Close()
+	check(t, open(t, cfg), img)
 }
 
 // TestRandomReads is T-D2: reading somewhere fetches the bytes of one chunk, exactly.

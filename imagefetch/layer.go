@@ -150,10 +150,19 @@ type tocAt struct {
 	// packed is the digest of it as it is, unpacked that of the JSON in it; one of them at least is known, unless skip.
 	packed, unpacked string
 	skip             bool
-	kind             string
+	// external says that it is not in the blob but in another image.
+	external bool
+	kind     string
 }
 
 const footerSize = estargz.FooterSize
+
+// The footer of a layer whose table of contents is in another image is an empty gzip stream with this as its extra field. It is shorter
+// than the others. (estargz/externaltoc)
+const (
+	externalMark   = "SG\x11\x00STARGZEXTERNALTOC"
+	externalMarkAt = footerSize - 46 + 12
+)
 
 // loadTOC does it for a layer that has one.
 func (l *layer) loadTOC(ctx context.Context) error {
@@ -170,9 +179,9 @@ func (l *layer) loadTOC(ctx context.Context) error {
 		}
 		at.skip = true
 	}
-	if at.Len == 0 {
+	if at.kind == "" {
 		if at.skip || l.cachedFooter() == nil || at.decodeFooter(l.cachedFooter(), l.blob.Size()) != nil {
-			footer, err := l.fetchRange(ctx, registry.Range{Off: l.blob.Size() - footerSize, Len: footerSize})
+			footer, err := fetchRange(ctx, l.blob, registry.Range{Off: l.blob.Size() - footerSize, Len: footerSize})
 			if err != nil {
 				return err
 			}
@@ -190,7 +199,13 @@ func (l *layer) loadTOC(ctx context.Context) error {
 			}
 		}
 	}
-	b, err := l.fetchRange(ctx, at.Range)
+	var b []byte
+	var err error
+	if at.external {
+		b, err = l.img.externalTOC(ctx, l.digest)
+	} else {
+		b, err = fetchRange(ctx, l.blob, at.Range)
+	}
 	if err != nil {
 		return err
 	}
@@ -263,6 +278,10 @@ func (at *tocAt) decodeFooter(footer []byte, size int64) error {
 		end, off, n int64
 		err         error
 	)
+	if bytes.Equal(footer[externalMarkAt:externalMarkAt+len(externalMark)], []byte(externalMark)) {
+		at.packing, at.kind, at.external, at.end = packedGzip, "eStargz with its table of contents elsewhere", true, size
+		return nil
+	}
 	if tail := footer[footerSize-zstdchunked.FooterSize:]; bytes.HasSuffix(tail, []byte("GNUlInUx")) {
 		at.packing, at.kind = packedZstd, "zstd:chunked"
 		_, off, n, err = (&zstdchunked.Decompressor{}).ParseFooter(tail)
@@ -327,13 +346,13 @@ func (at *tocAt) read(b []byte) (*contents, error) {
 	return c, nil
 }
 
-// fetchRange gets a part of the blob that is small.
-func (l *layer) fetchRange(ctx context.Context, r registry.Range) ([]byte, error) {
+// fetchRange gets a part of a blob that is small.
+func fetchRange(ctx context.Context, blob registry.Blob, r registry.Range) ([]byte, error) {
 	if r.Off < 0 {
 		return nil, fmt.Errorf("%w: it is too small to have a table of contents", errNoTOC)
 	}
 	b := make([]byte, r.Len)
-	err := l.blob.Fetch(ctx, []registry.Range{r}, func(_ int, in io.Reader) error {
+	err := blob.Fetch(ctx, []registry.Range{r}, func(_ int, in io.Reader) error {
 		_, err := io.ReadFull(in, b)
 		return err
 	})
@@ -349,12 +368,20 @@ func (k flightKey) lockKey() cache.Key {
 	return sha256.Sum256(binary.LittleEndian.AppendUint64([]byte(k.blob), uint64(k.off)))
 }
 
+// fromCache is a chunk that is there, or nil.
+func (l *layer) fromCache(index uint32) *os.File {
+	c := &l.chunks[index]
+	f := l.img.cache.Get(c.Digest, int64(c.Size))
+	if f != nil {
+		l.mark(l.at[index].stream)
+	}
+	return f
+}
+
 // chunk gets one chunk, within ctx.
 func (l *layer) chunk(ctx context.Context, index uint32) (*os.File, error) {
-	c := &l.chunks[index]
 	s := l.at[index].stream
-	if f := l.img.cache.Get(c.Digest, int64(c.Size)); f != nil {
-		l.mark(s)
+	if f := l.fromCache(index); f != nil {
 		return f, nil
 	}
 	defer l.img.gate.ask()()
@@ -379,7 +406,7 @@ func (l *layer) chunk(ctx context.Context, index uint32) (*os.File, error) {
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
-		if f := l.img.cache.Get(c.Digest, int64(c.Size)); f != nil {
+		if f := l.fromCache(index); f != nil {
 			return f, nil
 		}
 		if fl.err != nil {
@@ -390,7 +417,6 @@ func (l *layer) chunk(ctx context.Context, index uint32) (*os.File, error) {
 
 // lead fetches a chunk for all who want it.
 func (l *layer) lead(ctx context.Context, k flightKey, s, index uint32) (*os.File, error) {
-	c := &l.chunks[index]
 	// Another process may fetch it. One that takes too long is not waited for.
 	lockCtx, cancel := context.WithTimeout(ctx, l.lockTime())
 	unlock, err := l.img.cache.Lock(lockCtx, k.lockKey())
@@ -401,8 +427,7 @@ func (l *layer) lead(ctx context.Context, k flightKey, s, index uint32) (*os.Fil
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if f := l.img.cache.Get(c.Digest, int64(c.Size)); f != nil {
-		l.mark(s)
+	if f := l.fromCache(index); f != nil {
 		return f, nil
 	}
 	if l.plain {

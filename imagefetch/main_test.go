@@ -31,7 +31,7 @@ func quick(img *imagetest.Image) Config {
 		Registry: registry.Config{
 			DockerConfig: "/nonexistent",
 			Tries:        3, Backoff: registry.Duration(time.Millisecond), MaxBackoff: registry.Duration(5 * time.Millisecond),
-			Timeout: registry.Duration(5 * time.Second), Stall: registry.Duration(200 * time.Millisecond),
+			Timeout: registry.Duration(10 * time.Second), Stall: registry.Duration(3 * time.Second),
 		},
 		Background: BackgroundConfig{Off: true},
 	}

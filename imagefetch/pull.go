@@ -132,8 +132,7 @@ func (l *layer) pullChunk(ctx context.Context, index uint32) (*os.File, error) {
 	for s := range l.streams {
 		l.mark(uint32(s))
 	}
-	c := &l.chunks[index]
-	if f := l.img.cache.Get(c.Digest, int64(c.Size)); f != nil {
+	if f := l.fromCache(index); f != nil {
 		return f, nil
 	}
 	return nil, errors.New("the layer has been fetched again, and the cache has not kept the chunk: its budget is too small for the image")

@@ -45,7 +45,7 @@ func send(t *testing.T, line *os.File, message []byte, files ...*os.File) {
 }
 
 // start runs the program on a control line, and returns the other end and its exit status.
-func start(t *testing.T, stderr io.Writer) (line *os.File, status chan int) {
+func start(ctx context.Context, t *testing.T, stderr io.Writer) (line *os.File, status chan int) {
 	t.Helper()
 	line, theirs := pair(t)
 	// The program takes the descriptor over.
@@ -56,7 +56,7 @@ func start(t *testing.T, stderr io.Writer) (line *os.File, status chan int) {
 	theirs.Close()
 	status = make(chan int, 1)
 	go func() {
-		status <- run(context.Background(), []string{"--control-fd", itoa(fd), "--log-format=json"}, nil, io.Discard, stderr)
+		status <- run(ctx, []string{"--control-fd", itoa(fd), "--log-format=json"}, nil, io.Discard, stderr)
 	}()
 	t.Cleanup(func() { line.Close() })
 	return line, status
@@ -100,7 +100,7 @@ var files = []imagetest.File{{Name: "etc/"}, {Name: "etc/hostname", Data: []byte
 func TestServe(t *testing.T) {
 	img := imagetest.New(t, files)
 	var log bytes.Buffer
-	line, status := start(t, &log)
+	line, status := start(t.Context(), t, &log)
 	dir := t.TempDir()
 	cacheDir, err := os.Open(dir)
 	if err != nil {
@@ -185,7 +185,7 @@ func TestControlLine(t *testing.T) {
 		t.Errorf("no socket: %d, %s", got, &log)
 	}
 	log.Reset()
-	line, status := start(t, &log)
+	line, status := start(t.Context(), t, &log)
 	if err := unix.SetsockoptInt(int(line.Fd()), unix.SOL_SOCKET, unix.SO_SNDBUF, 1<<20); err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +194,7 @@ func TestControlLine(t *testing.T) {
 		t.Errorf("a message that is too long: %d, %s", got, &log)
 	}
 	log.Reset()
-	line, status = start(t, &log)
+	line, status = start(t.Context(), t, &log)
 	var many []*os.File
 	for range 4 {
 		a, b := pair(t)
@@ -203,6 +203,17 @@ func TestControlLine(t *testing.T) {
 	send(t, line, []byte(`{}`), many...)
 	if got := <-status; got != 1 || !strings.Contains(log.String(), "descriptors") {
 		t.Errorf("a message with too many descriptors: %d, %s", got, &log)
+	}
+}
+
+// TestSignal ends the program with its context, as a signal does.
+func TestSignal(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	var log bytes.Buffer
+	_, status := start(ctx, t, &log)
+	cancel()
+	if got := <-status; got != 0 {
+		t.Errorf("the exit status is %d: %s", got, &log)
 	}
 }
 

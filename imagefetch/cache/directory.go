@@ -229,56 +229,63 @@ func (d *directory) makeRoom(need int64) error {
 // scan lists what is there. Under the lock.
 func (d *directory) scan() (total int64, files []kept, err error) {
 	total = baseCharge
-	err = d.each("chunks", func(name string, fi fs.FileInfo) {
-		if fi.IsDir() {
-			total += dirCharge
-			err := d.each(name, func(name string, fi fs.FileInfo) {
-				files = append(files, kept{name, atime(fi), charge(fi)})
-			})
-			if err != nil {
-				d.log.Warn("cannot list a directory of the cache", "err", err)
-			}
+	err = d.each("chunks", func(name string, st *unix.Stat_t) error {
+		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			return nil
 		}
+		total += dirCharge
+		return d.each(name, func(name string, st *unix.Stat_t) error {
+			files = append(files, kept{name, atime(st), charge(st)})
+			return nil
+		})
 	})
 	if err != nil {
 		return 0, nil, err
 	}
-	if err := d.each("meta", func(name string, fi fs.FileInfo) {
-		files = append(files, kept{name, atime(fi).Add(metaBonus), charge(fi)})
+	if err := d.each("meta", func(name string, st *unix.Stat_t) error {
+		files = append(files, kept{name, atime(st).Add(metaBonus), charge(st)})
+		return nil
 	}); err != nil {
 		return 0, nil, err
 	}
 	for _, f := range files {
 		total += f.charge
 	}
-	err = d.each("tmp", func(name string, fi fs.FileInfo) {
+	err = d.each("tmp", func(name string, st *unix.Stat_t) error {
 		if d.abandoned(name) {
-			_ = d.root.Remove(name)
-			return
+			return d.root.Remove(name)
 		}
 		_, reserved, _ := strings.Cut(path.Base(name), ".")
 		n, _ := strconv.ParseInt(reserved, 10, 64)
-		total += max(n, charge(fi))
+		total += max(n, charge(st))
+		return nil
 	})
 	return total, files, err
 }
 
-func (d *directory) each(dir string, f func(name string, fi fs.FileInfo)) error {
+// each has f see what is in a directory.
+func (d *directory) each(dir string, f func(name string, st *unix.Stat_t) error) error {
 	in, err := d.root.Open(dir)
 	if err != nil {
 		return err
 	}
 	defer in.Close()
 	for {
-		list, err := in.Readdir(256)
-		for _, fi := range list {
-			f(dir+"/"+fi.Name(), fi)
-		}
+		names, err := in.Readdirnames(1024)
 		if err == io.EOF {
 			return nil
 		}
 		if err != nil {
 			return err
+		}
+		for _, name := range names {
+			var st unix.Stat_t
+			if err := unix.Fstatat(int(in.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+				continue // it is gone
+			}
+			if err := f(dir+"/"+name, &st); err != nil {
+				return err
+			}
 		}
 	}
 }
@@ -294,13 +301,21 @@ func (d *directory) abandoned(name string) bool {
 }
 
 // charge is what a file takes. The file system may not have decided yet how many blocks it needs.
-func charge(fi fs.FileInfo) int64 {
-	return max(fi.Sys().(*unixStat).Blocks*512, roundUp(fi.Size())) + entryCharge
+func charge(st *unix.Stat_t) int64 {
+	return max(st.Blocks*512, roundUp(st.Size)) + entryCharge
 }
 
-func atime(fi fs.FileInfo) time.Time {
-	ts := fi.Sys().(*unixStat).Atim
-	return time.Unix(ts.Sec, ts.Nsec)
+func atime(st *unix.Stat_t) time.Time { return time.Unix(st.Atim.Unix()) }
+
+// stat is of a name in the cache, fstat of a file that is open.
+func (d *directory) stat(name string) (st unix.Stat_t, err error) {
+	err = unix.Fstatat(int(d.at.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	return st, err
+}
+
+func fstat(f *os.File) (st unix.Stat_t, err error) {
+	err = unix.Fstat(int(f.Fd()), &st)
+	return st, err
 }
 
 // temp is a file that is being written.
@@ -347,8 +362,8 @@ func (t *temp) commit(k Key) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if fi, err := f.Stat(); err == nil {
-		t.d.setVerified(k, fi)
+	if st, err := fstat(f); err == nil {
+		t.d.setVerified(k, st.Ino)
 	}
 	return f, nil
 }
@@ -360,8 +375,8 @@ func (t *temp) rename(name string) (*os.File, error) {
 	}
 	err = t.d.locked(func() error {
 		used := t.d.used()
-		if fi, err := t.d.root.Lstat(name); err == nil {
-			used -= charge(fi) // somebody else was faster: theirs goes
+		if st, err := t.d.stat(name); err == nil {
+			used -= charge(&st) // somebody else was faster: theirs goes
 		}
 		err := t.d.root.Rename(t.name, name)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -373,8 +388,8 @@ func (t *temp) rename(name string) (*os.File, error) {
 		if err != nil {
 			return err
 		}
-		if fi, err := f.Stat(); err == nil {
-			used += charge(fi) - t.reserved
+		if st, err := fstat(f); err == nil {
+			used += charge(&st) - t.reserved
 		}
 		return t.d.setUsed(used)
 	})
@@ -392,8 +407,7 @@ func chunkName(k Key) string {
 }
 
 func (d *directory) has(k Key, size int64) bool {
-	var st unix.Stat_t
-	err := unix.Fstatat(int(d.at.Fd()), chunkName(k), &st, unix.AT_SYMLINK_NOFOLLOW)
+	st, err := d.stat(chunkName(k))
 	return err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == size
 }
 
@@ -404,11 +418,11 @@ func (d *directory) get(k Key, size int64) *os.File {
 		return nil
 	}
 	f := os.NewFile(uintptr(fd), "chunk")
-	fi, err := f.Stat()
-	if err == nil && !d.isVerified(k, fi) {
-		err = verify(f, fi, k, size)
+	st, err := fstat(f)
+	if err == nil && !d.isVerified(k, st.Ino) {
+		err = verify(f, &st, k, size)
 		if err == nil {
-			d.setVerified(k, fi)
+			d.setVerified(k, st.Ino)
 		}
 	}
 	if err != nil {
@@ -417,7 +431,7 @@ func (d *directory) get(k Key, size int64) *os.File {
 		d.remove(name)
 		return nil
 	}
-	if now := time.Now(); now.Sub(atime(fi)) > touchEvery {
+	if now := time.Now(); now.Sub(atime(&st)) > touchEvery {
 		// The zero time leaves the other one as it is.
 		_ = d.root.Chtimes(name, now, time.Time{})
 	}
@@ -426,20 +440,20 @@ func (d *directory) get(k Key, size int64) *os.File {
 
 func (d *directory) remove(name string) {
 	_ = d.locked(func() error {
-		fi, err := d.root.Lstat(name)
+		st, err := d.stat(name)
 		if err != nil {
 			return err
 		}
 		if err := d.root.Remove(name); err != nil {
 			return err
 		}
-		return d.setUsed(d.used() - charge(fi))
+		return d.setUsed(d.used() - charge(&st))
 	})
 }
 
-func verify(f *os.File, fi fs.FileInfo, k Key, size int64) error {
-	if !fi.Mode().IsRegular() || fi.Size() != size {
-		return fmt.Errorf("it has %d bytes and should have %d", fi.Size(), size)
+func verify(f *os.File, st *unix.Stat_t, k Key, size int64) error {
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != size {
+		return fmt.Errorf("it has %d bytes and should have %d", st.Size, size)
 	}
 	h := sha256.New()
 	if _, err := io.Copy(h, io.NewSectionReader(f, 0, size)); err != nil {
@@ -451,20 +465,20 @@ func verify(f *os.File, fi fs.FileInfo, k Key, size int64) error {
 	return nil
 }
 
-func (d *directory) isVerified(k Key, fi fs.FileInfo) bool {
+func (d *directory) isVerified(k Key, ino uint64) bool {
 	d.verifiedMu.Lock()
 	defer d.verifiedMu.Unlock()
-	ino, ok := d.verified[k]
-	return ok && ino == fi.Sys().(*unixStat).Ino
+	known, ok := d.verified[k]
+	return ok && known == ino
 }
 
-func (d *directory) setVerified(k Key, fi fs.FileInfo) {
+func (d *directory) setVerified(k Key, ino uint64) {
 	d.verifiedMu.Lock()
 	defer d.verifiedMu.Unlock()
 	if len(d.verified) >= maxVerified {
 		clear(d.verified) // they are verified again, that is all
 	}
-	d.verified[k] = fi.Sys().(*unixStat).Ino
+	d.verified[k] = ino
 }
 
 func (d *directory) meta(name string) []byte {

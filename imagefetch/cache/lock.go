@@ -4,12 +4,9 @@ import (
 	"context"
 	"encoding/binary"
 	"io"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
-
-type unixStat = syscall.Stat_t
 
 // Lock keeps other processes that use the same directory from fetching what k stands for, until unlock is called; those that want to
 // wait, and should look for it with Get after that. Within a process it keeps nobody from anything. Where locks cannot be had there

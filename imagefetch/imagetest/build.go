@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
+	"github.com/containerd/stargz-snapshotter/estargz/externaltoc"
 	"github.com/containerd/stargz-snapshotter/estargz/zstdchunked"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
@@ -43,6 +44,7 @@ type Format int
 const (
 	EStargz     Format = iota // gzip, with a table of contents
 	ZstdChunked               // zstd, with a table of contents
+	ExternalTOC               // eStargz whose table of contents is in another image
 	PlainGzip                 // as docker build makes them: nothing lazy about it
 	PlainZstd
 	PlainTar
@@ -70,6 +72,7 @@ type Layer struct {
 	MediaType   types.MediaType
 	Digest      string // of the blob
 	TOCDigest   string // of the table of contents' JSON; "" for a plain layer
+	TOC         []byte // as it is packed, of ExternalTOC only
 	Annotations map[string]string
 }
 
@@ -118,7 +121,7 @@ func Build(t testing.TB, files []File, o Options) Layer {
 	l := Layer{Files: files, Annotations: map[string]string{}, MediaType: types.OCILayer}
 	packed := Tar(t, files)
 	switch o.Format {
-	case EStargz, ZstdChunked:
+	case EStargz, ZstdChunked, ExternalTOC:
 		l.buildLazy(t, packed, o)
 	case PlainGzip:
 		var buf bytes.Buffer
@@ -163,6 +166,14 @@ func (l *Layer) buildLazy(t testing.TB, packed []byte, o Options) {
 			&zstdchunked.Decompressor{},
 		}
 	}
+	var elsewhere *externaltoc.GzipCompressor
+	if o.Format == ExternalTOC {
+		elsewhere = externaltoc.NewGzipCompressorWithLevel(gzip.BestSpeed)
+		c = struct {
+			*externaltoc.GzipCompressor
+			*estargz.GzipDecompressor
+		}{elsewhere, &estargz.GzipDecompressor{}}
+	}
 	if o.NoLandmark {
 		// Build puts one in whatever is asked for; the writer below it does not.
 		var buf bytes.Buffer
@@ -182,6 +193,20 @@ func (l *Layer) buildLazy(t testing.TB, packed []byte, o Options) {
 		must(t, b.Close())
 	}
 	l.Annotations[estargz.TOCJSONDigestAnnotation] = l.TOCDigest
+	if elsewhere != nil {
+		var buf bytes.Buffer
+		_, err := elsewhere.WriteTOCTo(&buf)
+		must(t, err)
+		l.TOC = buf.Bytes()
+	}
+}
+
+// TOCLayer is the layer of an image of tables of contents that has l's.
+func (l Layer) TOCLayer(t testing.TB) Layer {
+	t.Helper()
+	sum, _, err := v1.SHA256(bytes.NewReader(l.TOC))
+	must(t, err)
+	return Layer{Blob: l.TOC, MediaType: types.OCILayer, Digest: sum.String(), Annotations: map[string]string{"containerd.io/snapshot/stargz/layer.digest": l.Digest}}
 }
 
 func must(t testing.TB, err error) {

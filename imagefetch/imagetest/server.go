@@ -75,9 +75,13 @@ func NewServer(t testing.TB) *Server {
 // Host is the registry's, as references name it.
 func (s *Server) Host() string { return strings.TrimPrefix(s.URL, "http://") }
 
-// Push makes an image of layers and puts it in the registry. What this asks of it is not counted.
+// Push makes an image of layers and puts it in the registry, as REPO or REPO:TAG. What this asks of it is not counted.
 func (s *Server) Push(t testing.TB, repo string, layers ...Layer) *Image {
 	t.Helper()
+	repo, label, ok := strings.Cut(repo, ":")
+	if !ok {
+		label = "latest"
+	}
 	img := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
 	img, err := mutate.ConfigFile(img, &v1.ConfigFile{Architecture: "amd64", OS: "linux"})
 	must(t, err)
@@ -85,7 +89,7 @@ func (s *Server) Push(t testing.TB, repo string, layers ...Layer) *Image {
 		img, err = mutate.Append(img, mutate.Addendum{Layer: static.NewLayer(l.Blob, l.MediaType), Annotations: l.Annotations, MediaType: l.MediaType})
 		must(t, err)
 	}
-	tag, err := name.NewTag(s.Host() + "/" + repo + ":latest")
+	tag, err := name.NewTag(s.Host() + "/" + repo + ":" + label)
 	must(t, err)
 	must(t, remote.Write(tag, img, remote.WithTransport(direct{s.registry})))
 	sum, err := img.Digest()
