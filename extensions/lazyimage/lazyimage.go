@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -117,6 +118,7 @@ func (e *Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *ext
 	if err != nil {
 		return nil, extensions.Options{}, errors.Join(err, image.Close())
 	}
+	debug.FreeOSMemory() // putting a large image together takes several times the memory that it then needs
 	in.OnTell(func(method string, _ json.RawMessage, files []*os.File) (any, error) {
 		(&extensions.Given{Files: files}).Close()
 		if method != "check" {

@@ -574,3 +574,21 @@ func BenchmarkLookup(b *testing.B) {
 		b.Fatal("it is not found")
 	}
 }
+
+// A slot that has become another chunk's between the look and the pin is not the one that was looked for.
+func TestPinOfAnothersSlot(t *testing.T) {
+	i := chunked(t, 8192, 4096, Config{ReadAhead: -1})
+	node, fh := i.opened(t, "f")
+	if _, errno := i.Read(node, fh, 0, 1); errno != 0 {
+		t.Fatal(errno)
+	}
+	c := &i.fs.chunks
+	c.at[1].Store(c.at[0].Load())
+	if s := c.pin(1); s != nil {
+		t.Errorf("chunk 1 is the slot of chunk %d", s.chunk)
+	}
+	c.at[1].Store(0)
+	if n := c.slots[0].pins.Load(); n != 0 {
+		t.Errorf("%d pins are left", n)
+	}
+}
