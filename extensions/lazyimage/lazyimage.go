@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -28,6 +29,11 @@ const (
 
 	// openLimit is how long the tables of contents of an image's layers are waited for.
 	openLimit = 3 * time.Minute
+	// timeout is how long a request to the registry may take, with all tries, where no option says so. answerSlack more is waited for
+	// the fetcher's answer, and callSlack more for that to the guest.
+	timeout     = 45 * time.Second
+	answerSlack = 5 * time.Second
+	callSlack   = 15 * time.Second
 	// checkLimit is how long the action check waits for what is fetched at once.
 	checkLimit = 10 * time.Second
 )
@@ -71,6 +77,7 @@ type insideOptions struct {
 	Merge     bool             `json:"merge,omitempty"`
 	Opaque    lazyimage.Opaque `json:"opaque,omitempty"`
 	ReadAhead int              `json:"read_ahead,omitempty"`
+	Timeout   time.Duration    `json:"timeout"` // of a request to the registry, with all tries
 }
 
 // OpenOutside implements extensions.Hosted.
@@ -112,7 +119,7 @@ func (e *Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *ext
 	if err != nil {
 		return nil, extensions.Options{}, err
 	}
-	image := &image{Client: store.NewClient(store.ClientConfig{Line: line, Log: in.Log}), line: line}
+	image := &image{Client: store.NewClient(store.ClientConfig{Line: line, Timeout: o.Timeout + answerSlack, Log: in.Log}), line: line}
 	ctx, cancel := context.WithTimeout(context.Background(), openLimit)
 	defer cancel()
 	fs, err := lazyimage.New(ctx, lazyimage.Config{
@@ -121,6 +128,7 @@ func (e *Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *ext
 	if err != nil {
 		return nil, extensions.Options{}, errors.Join(err, image.Close())
 	}
+	debug.FreeOSMemory() // putting a large image together takes several times the memory that it then needs
 	in.OnTell(func(method string, _ json.RawMessage, files []*os.File) (any, error) {
 		(&extensions.Given{Files: files}).Close()
 		if method != "check" {
@@ -129,7 +137,7 @@ func (e *Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *ext
 		return fs.Check(checkLimit)
 	})
 	// What is here is read on the queue's own thread; the rest asks for another one by ErrMayBlock, of those that are the graft's own.
-	return fs, extensions.Options{ReadOnly: true, Inline: true}, nil
+	return fs, extensions.Options{ReadOnly: true, Inline: true, Timeout: o.Timeout + callSlack}, nil
 }
 
 // image is a client with its line.

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -133,7 +134,7 @@ func TestImage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !g.Options.ReadOnly || !g.Options.Inline || g.Options.Stock {
+		if o := (extensions.Options{ReadOnly: true, Inline: true, Timeout: time.Minute}); g.Options != o {
 			t.Errorf("options are %+v", g.Options)
 		}
 		c := g.Client()
@@ -323,11 +324,11 @@ func TestOptions(t *testing.T) {
 			t.Errorf("the fetcher is told\n%s, expected\n%s", b, want)
 		}
 	}
-	if o.inside.Merge || o.inside.Opaque != 2 || o.inside.ReadAhead != 2<<20 || o.cacheDir != "/var/cache/x" || fmt.Sprint(o.writable, o.visible) != "[/var/log/x] [/etc/docker /etc/list]" {
+	if o.inside.Merge || o.inside.Opaque != 2 || o.inside.ReadAhead != 2<<20 || o.inside.Timeout != 90*time.Second || o.cacheDir != "/var/cache/x" || fmt.Sprint(o.writable, o.visible) != "[/var/log/x] [/etc/docker /etc/list]" {
 		t.Errorf("inside %+v, %q, %q, %q", o.inside, o.cacheDir, o.writable, o.visible)
 	}
 	o, err = parse([]string{"url=https://h.example/l", "prefetch=off", "background=off", "read-ahead=0", "toc-digest=sha256:" + hex})
-	if err != nil || o.inside.Merge || o.inside.ReadAhead != -1 || !o.fetch.Prefetch.Off || !o.fetch.Background.Off || o.fetch.Reference != "https://h.example/l" {
+	if err != nil || o.inside.Merge || o.inside.ReadAhead != -1 || o.inside.Timeout != timeout || o.fetch.Registry.Timeout != "45s" || !o.fetch.Prefetch.Off || !o.fetch.Background.Off || o.fetch.Reference != "https://h.example/l" {
 		t.Errorf("%+v, %v", o, err)
 	}
 	if o, err := parse([]string{"image=x"}); err != nil || !o.inside.Merge {

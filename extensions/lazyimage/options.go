@@ -111,7 +111,7 @@ var known = map[string]struct {
 	"insecure":               {read: func(o *options, v string) error { return o.host(v, func(a *accessConfig) { a.Insecure = true }) }},
 	"header":                 {read: (*options).header},
 	"tries":                  {read: func(o *options, v string) error { return number(&o.fetch.Registry.Tries, v) }},
-	"timeout":                {read: func(o *options, v string) error { return duration(&o.fetch.Registry.Timeout, v) }},
+	"timeout":                {read: (*options).timeout},
 	"stall":                  {read: func(o *options, v string) error { return duration(&o.fetch.Registry.Stall, v) }},
 	"single-range":           {flag: true, read: func(o *options, _ string) error { o.fetch.Registry.SingleRange = true; return nil }},
 	"cache-dir":              {read: (*options).cache},
@@ -179,6 +179,11 @@ func parse(list []string) (*options, error) {
 		return nil, errors.New("options cache-bytes and cache-memory: expected the one for a cache on the disk or the other for one in memory, or cache-dir beside them")
 	}
 	o.inMemory = seen["cache-memory"] && !seen["cache-dir"]
+	if !seen["timeout"] {
+		if err := o.timeout(timeout.String()); err != nil {
+			return nil, err
+		}
+	}
 	// One layer is for an overlay to make something of: it shows what it hides.
 	o.inside.Merge = seen["image"] && !seen["layer"]
 	if seen["opaque"] && o.inside.Merge {
@@ -248,6 +253,13 @@ func (o *options) cache(v string) error {
 	}
 	o.cacheDir = filepath.Clean(v)
 	return nil
+}
+
+func (o *options) timeout(v string) (err error) {
+	if err = duration(&o.fetch.Registry.Timeout, v); err == nil {
+		o.inside.Timeout, err = time.ParseDuration(v)
+	}
+	return err
 }
 
 func (o *options) opaque(v string) error {
@@ -376,8 +388,8 @@ func number(to *int, v string) error {
 
 func duration(to *string, v string) error {
 	d, err := time.ParseDuration(v)
-	if err != nil || d <= 0 {
-		return errors.New("expected a duration, as 30s or 1m30s")
+	if err != nil || d <= 0 || d > 24*time.Hour {
+		return errors.New("expected a duration of at most a day, as 30s or 1m30s")
 	}
 	*to = d.String()
 	return nil

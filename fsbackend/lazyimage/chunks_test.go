@@ -465,7 +465,7 @@ func TestDoesNotAllocate(t *testing.T) {
 	xattrIn.NodeId = node
 	for what, call := range map[string]func() fsbackend.Errno{
 		"LOOKUP":            func() fsbackend.Errno { return i.fs.Lookup(ctx, dir, name, out) },
-		"LOOKUP of no name": func() fsbackend.Errno { return i.fs.Lookup(ctx, dir, missing, out) },
+		"LOOKUP of no name": func() fsbackend.Errno { return i.fs.Lookup(ctx, dir, missing, out) ^ unix.ENOENT },
 		"GETATTR":           func() fsbackend.Errno { return i.fs.Getattr(ctx, attrIn, attrOut) },
 		"LISTXATTR":         func() fsbackend.Errno { _, errno := i.fs.Listxattr(ctx, xattrIn, dst); return errno },
 		"READ over a border": func() fsbackend.Errno {
@@ -572,5 +572,23 @@ func BenchmarkLookup(b *testing.B) {
 	}
 	if out.NodeId == 0 {
 		b.Fatal("it is not found")
+	}
+}
+
+// A slot that has become another chunk's between the look and the pin is not the one that was looked for.
+func TestPinOfAnothersSlot(t *testing.T) {
+	i := chunked(t, 8192, 4096, Config{ReadAhead: -1})
+	node, fh := i.opened(t, "f")
+	if _, errno := i.Read(node, fh, 0, 1); errno != 0 {
+		t.Fatal(errno)
+	}
+	c := &i.fs.chunks
+	c.at[1].Store(c.at[0].Load())
+	if s := c.pin(1); s != nil {
+		t.Errorf("chunk 1 is the slot of chunk %d", s.chunk)
+	}
+	c.at[1].Store(0)
+	if n := c.slots[0].pins.Load(); n != 0 {
+		t.Errorf("%d pins are left", n)
 	}
 }

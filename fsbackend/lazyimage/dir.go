@@ -10,7 +10,7 @@ import (
 // dots are the entries "." and "..", which come first. An entry's offset is its number and 1, and stays it.
 const dots = 2
 
-// Opendir implements fsbackend.DirReader. The guest may keep what it has listed.
+// Opendir implements fsbackend.DirReader.
 func (f *FS) Opendir(_ *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) (errno fsbackend.Errno) {
 	switch n := f.at(in.NodeId); {
 	case f.isState(in.NodeId) && in.NodeId == f.stateRoot():
@@ -21,7 +21,6 @@ func (f *FS) Opendir(_ *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.
 	case !n.is(unix.S_IFDIR):
 		return unix.ENOTDIR
 	}
-	out.OpenFlags = fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR
 	out.Fh, errno = f.handles.insert(in.NodeId, nil)
 	return errno
 }

@@ -149,7 +149,7 @@ func (f *FS) lookupState(c *fsbackend.Context, parent uint64, name fsbackend.Nam
 		}
 		size = len(f.progress(s))
 	}
-	out.NodeId, out.EntryValid, out.AttrValidNsec = id, validity, fsbackend.Stale
+	out.NodeId, out.AttrValidNsec = id, fsbackend.Stale
 	f.stateAttr(id, size, &out.Attr)
 	return fsbackend.OK
 }

@@ -59,8 +59,8 @@ type tree struct {
 // xattr is an extended attribute. Its name has a NUL behind it.
 type xattr struct{ name, value []byte }
 
-// validity is how long a guest may trust what it is told, in seconds: the tree never changes. It is the longest that a share's own
-// policy has, so that a graft exchanged for another one is seen after that time, if not before by ESTALE.
+// validity is how long a guest may trust attributes, in seconds: the tree never changes. Names are up to the share, which may be told to
+// put something else in their place.
 const validity = 86400
 
 // at returns the node that the guest calls id, nil if there is none in the tree.
@@ -131,7 +131,7 @@ func (t *tree) attr(i uint32, out *fuseproto.Attr) {
 
 // entryOut fills out with node number i.
 func (t *tree) entryOut(i uint32, out *fuseproto.EntryOut) {
-	out.NodeId, out.EntryValid, out.AttrValid = uint64(i)+1, validity, validity
+	out.NodeId, out.AttrValid = uint64(i)+1, validity
 	t.attr(i, &out.Attr)
 }
 
@@ -143,7 +143,7 @@ func (t *tree) span(n *node, off uint64) uint32 {
 	}))
 }
 
-// Lookup implements fsbackend.Backend. That a name is missing is as true for ever as that one is there.
+// Lookup implements fsbackend.Backend.
 func (f *FS) Lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
 	if f.isState(parent) || parent == fuseproto.FUSE_ROOT_ID && string(name) == stateName {
 		return f.lookupState(c, parent, name, out)
@@ -157,8 +157,7 @@ func (f *FS) Lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name, ou
 	}
 	i, ok := f.find(dir, name)
 	if !ok {
-		out.EntryValid = validity
-		return fsbackend.OK
+		return unix.ENOENT
 	}
 	f.entryOut(i, out)
 	return fsbackend.OK

@@ -82,7 +82,7 @@ func TestAttributes(t *testing.T) {
 		if got := [3]uint64{uint64(e.Mode), uint64(e.Rdev), e.Size}; got != want {
 			t.Errorf("%s has mode, number and size %#x, expected %#x", p, got, want)
 		}
-		if e.Blksize != 4096 || e.AttrValid == 0 || e.EntryValid == 0 {
+		if e.Blksize != 4096 || e.AttrValid == 0 || e.EntryValid != 0 {
 			t.Errorf("%s is %+v", p, e)
 		}
 	}
