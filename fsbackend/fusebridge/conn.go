@@ -111,7 +111,7 @@ func newConn(b *Bridge, f *os.File) (*conn, error) {
 		byRaw:   map[uint64]*node{},
 		timeout: b.cfg.Timeout,
 		pending: map[uint64]*request{}, late: map[uint64]late{},
-		in:      make([]byte, b.cfg.MaxWrite+headroom),
+		in:      make([]byte, max(b.cfg.MaxWrite, xattrSizeMax)+headroom),
 		maxRead: pageSize, maxWrite: pageSize,
 	}
 	c.refs.Store(1)
@@ -390,7 +390,12 @@ func (c *conn) watch() {
 	defer c.unref()
 	fds := []unix.PollFd{{Fd: int32(c.fd), Events: unix.POLLIN}}
 	for {
-		_, _ = unix.Poll(fds, -1)
+		wait := -1
+		if c.backlog() {
+			wait = int(quiet / time.Millisecond) // and then there may be room
+		}
+		_, _ = unix.Poll(fds, wait)
+		c.flush()
 		for {
 			before := c.heard.Load()
 			if c.drain() {
@@ -627,16 +632,26 @@ func (c *conn) post(op fuseproto.Opcode, raw uint64, in *fuseproto.ReleaseIn) {
 
 // forget gives n lookups of a node back to the program. It does not wait.
 func (c *conn) forget(raw, n uint64) {
-	if raw == 0 || raw == fuseproto.FUSE_ROOT_ID || n == 0 {
-		return
+	if raw != 0 && raw != fuseproto.FUSE_ROOT_ID && n != 0 {
+		c.forgetAll(fuseproto.ForgetOne{Nodeid: raw, Nlookup: n})
 	}
+}
+
+// forgetAll is forget for many.
+func (c *conn) forgetAll(nodes ...fuseproto.ForgetOne) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.dead {
-		return
+	if !c.dead {
+		c.forgets = append(c.forgets, nodes...)
+		c.flushLocked()
 	}
-	c.forgets = append(c.forgets, fuseproto.ForgetOne{Nodeid: raw, Nlookup: n})
-	c.flushLocked()
+}
+
+// backlog says whether there is something that there was no room for.
+func (c *conn) backlog() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.dead && len(c.forgets)+len(c.posts) > 0
 }
 
 // flush sends what is to be forgotten, as far as there is room.
@@ -689,6 +704,8 @@ func (c *conn) flushLocked() {
 			c.forgets = nil // it has gone, and its nodes with it
 			return
 		}
-		c.forgets = append(c.forgets[:0], c.forgets[n:]...)
+		if c.forgets = c.forgets[n:]; len(c.forgets) == 0 {
+			c.forgets = nil // and what lies before it
+		}
 	}
 }

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -99,6 +101,16 @@ func (f *fake) seen() []fuseproto.Opcode {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return append([]fuseproto.Opcode(nil), f.ops...)
+}
+
+// await returns when the program has been sent an op.
+func (f *fake) await(op fuseproto.Opcode) {
+	f.t.Helper()
+	for end := time.Now().Add(30 * time.Second); !slices.Contains(f.seen(), op); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			f.t.Fatalf("it was not sent %v, but %v", op, f.seen())
+		}
+	}
 }
 
 // entryOf is an entry for a file of mode.

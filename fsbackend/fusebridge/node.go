@@ -141,11 +141,7 @@ func (b *Bridge) Forget(id, count uint64) {
 
 // Reset implements fsbackend.Backend.
 func (b *Bridge) Reset() {
-	type loss struct {
-		at   place
-		held uint64
-	}
-	var lost []loss
+	lost := map[*conn][]fuseproto.ForgetOne{}
 	var handles []*handle
 	b.mu.Lock()
 	for _, h := range b.handles {
@@ -159,7 +155,7 @@ func (b *Bridge) Reset() {
 	for _, n := range b.nodes {
 		n.count = 0
 		if at, held := b.drop(n); held > 0 {
-			lost = append(lost, loss{at, held})
+			lost[at.conn] = append(lost[at.conn], fuseproto.ForgetOne{Nodeid: at.raw, Nlookup: held})
 		}
 	}
 	b.root.children = nil
@@ -168,8 +164,8 @@ func (b *Bridge) Reset() {
 	for _, h := range handles {
 		answers = b.release(h, answers)
 	}
-	for _, l := range lost {
-		l.at.conn.forget(l.at.raw, l.held)
+	for c, nodes := range lost {
+		c.forgetAll(nodes...)
 	}
 }
 

@@ -49,9 +49,7 @@ func (b *Bridge) open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 	}
 	h := handle{dir: dir, flags: in.Flags & reopenFlags, again: dir || in.Flags&unix.O_ACCMODE == unix.O_RDONLY, stateless: without.Load()}
 	if h.stateless {
-		out.OpenFlags = statelessFlags(dir)
-		out.Fh = b.opened(n, h)
-		return fsbackend.OK
+		return b.openStateless(ctx, n, h, in, out)
 	}
 	r, errno := b.begin(ctx, n)
 	if errno != 0 {
@@ -73,10 +71,9 @@ func (b *Bridge) open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 		h.at = place{r.c, out.Fh}
 		out.OpenFlags, out.BackingID = out.OpenFlags&openFlags, 0
 	case unix.ENOSYS:
-		// It takes handle 0 in every request, and is not told of the release (fs/fuse/file.c, fuse_file_open).
 		without.Store(true)
 		h.stateless = true
-		*out = fuseproto.OpenOut{OpenFlags: statelessFlags(dir)}
+		return b.openStateless(ctx, n, h, in, out)
 	default:
 		return errno
 	}
@@ -84,12 +81,23 @@ func (b *Bridge) open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 	return fsbackend.OK
 }
 
-// statelessFlags are the open flags where the program has no say: as fs/fuse has them.
-func statelessFlags(dir bool) uint32 {
-	if dir {
-		return fuseproto.FOPEN_KEEP_CACHE | fuseproto.FOPEN_CACHE_DIR
+// openStateless makes a handle where the program opens nothing: it takes handle 0 in every request, and is not told of the release
+// (fs/fuse/file.c, fuse_file_open). What the guest's kernel leaves to its OPEN is done otherwise.
+func (b *Bridge) openStateless(ctx *fsbackend.Context, n *node, h handle, in *fuseproto.OpenIn, out *fuseproto.OpenOut) fsbackend.Errno {
+	if !h.dir && in.Flags&unix.O_TRUNC != 0 {
+		var cut fuseproto.SetattrIn
+		cut.InHeader = in.InHeader
+		cut.Valid = fuseproto.FATTR_SIZE
+		if errno := b.Setattr(ctx, &cut, new(fuseproto.AttrOut)); errno != 0 {
+			return errno
+		}
 	}
-	return fuseproto.FOPEN_KEEP_CACHE
+	*out = fuseproto.OpenOut{OpenFlags: fuseproto.FOPEN_KEEP_CACHE}
+	if h.dir {
+		out.OpenFlags |= fuseproto.FOPEN_CACHE_DIR
+	}
+	out.Fh = b.opened(n, h)
+	return fsbackend.OK
 }
 
 // Release implements fsbackend.Opener.

@@ -79,6 +79,12 @@ type Confinement struct {
 	Rlimits map[int]unix.Rlimit
 }
 
+// KeeperCaps are the capabilities that a supervising process of root's needs for as long as programs are to be started again, besides
+// those of Confinement.Caps, which it can only pass on: namespaces, another user, an empty bounding set, the sockets' buffers, signals
+// for another user's processes, and what they have mounted.
+const KeeperCaps uint64 = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_SETUID | 1<<unix.CAP_SETGID | 1<<unix.CAP_SETPCAP | 1<<unix.CAP_NET_ADMIN |
+	1<<unix.CAP_KILL | 1<<unix.CAP_SYS_PTRACE
+
 // DefaultBufferSize takes the largest messages of FUSE programs: 1 MiB with headers, and as much again that is waiting.
 const DefaultBufferSize = 2<<20 + 1<<16
 
