@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -332,7 +333,7 @@ func TestLinkCounts(t *testing.T) {
 
 // TestACL is row B10: one layer without access control lists switches them off for all, and the log names it.
 func TestACL(t *testing.T) {
-	acl := func(t *testing.T) fsbackend.Backend {
+	with := func(t *testing.T) fsbackend.Backend {
 		fs, err := passthrough.New(passthrough.Config{Dir: t.TempDir(), PosixACL: true})
 		if err != nil {
 			t.Fatal(err)
@@ -346,11 +347,11 @@ func TestACL(t *testing.T) {
 		acl    bool
 		log    string
 	}{
-		{"all have them", []Layer{{Name: "one", Backend: acl(t)}, {Name: "two", Backend: acl(t)}}, Config{}, true, ""},
-		{"one says that it has none", []Layer{{Name: "one", Backend: acl(t)}, {Name: "two", Backend: acl(t), NoACL: true}}, Config{}, false, "two"},
-		{"one cannot", []Layer{{Name: "one", Backend: newMem(t)}, {Name: "two", Backend: acl(t)}}, Config{}, false, "one"},
-		{"noacl", []Layer{{Name: "one", Backend: acl(t)}}, Config{NoACL: true}, false, ""},
-		{"owners are translated", []Layer{{Name: "one", Backend: acl(t)}}, Config{SquashToRoot: true}, false, ""},
+		{"all have them", []Layer{{Name: "one", Backend: with(t)}, {Name: "two", Backend: with(t)}}, Config{}, true, ""},
+		{"one says that it has none", []Layer{{Name: "one", Backend: with(t)}, {Name: "two", Backend: with(t), NoACL: true}}, Config{}, false, "two"},
+		{"one cannot", []Layer{{Name: "one", Backend: newMem(t)}, {Name: "two", Backend: with(t)}}, Config{}, false, "one"},
+		{"noacl", []Layer{{Name: "one", Backend: with(t)}}, Config{NoACL: true}, false, ""},
+		{"owners are translated", []Layer{{Name: "one", Backend: with(t)}}, Config{SquashToRoot: true}, false, ""},
 	} {
 		t.Run(row.what, func(t *testing.T) {
 			var log bytes.Buffer
@@ -369,6 +370,62 @@ func TestACL(t *testing.T) {
 				t.Errorf("SETXATTR of an access control list in a session without them: %v, expected ENOTSUP", e)
 			}
 		})
+	}
+}
+
+// acl is an access control list as an extended attribute has it (include/uapi/linux/posix_acl_xattr.h): the owner and user 1000 may
+// read and write, others read.
+func acl() []byte {
+	b := binary.LittleEndian.AppendUint32(nil, 2)
+	for _, e := range [][3]uint32{{1, 6, ^uint32(0)}, {2, 6, 1000}, {4, 4, ^uint32(0)}, {0x10, 6, ^uint32(0)}, {0x20, 4, ^uint32(0)}} {
+		b = binary.LittleEndian.AppendUint16(b, uint16(e[0]))
+		b = binary.LittleEndian.AppendUint16(b, uint16(e[1]))
+		b = binary.LittleEndian.AppendUint32(b, e[2])
+	}
+	return b
+}
+
+// TestACLKept has copies keep their access control lists also where the guest has none, and what is made over a whiteout inherit its
+// directory's.
+func TestACLKept(t *testing.T) {
+	s := newStack(t, 1)
+	put(t, s.lowers[0], 0, "f", "d/", "d/x", "d/y")
+	for path, name := range map[string]string{"f": "system.posix_acl_access", "d": "system.posix_acl_default"} {
+		if err := unix.Setxattr(s.lowers[0]+"/"+path, name, acl(), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cfg := s.config(t)
+	_ = cfg.Upper.Close()
+	_ = cfg.Lowers[0].Backend.Close()
+	work, err := unix.Open(s.work, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(work)
+	open := func(cfg passthrough.Config) fsbackend.Backend {
+		cfg.PosixACL = true
+		fs, err := passthrough.New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fs
+	}
+	cfg.Upper, cfg.Lowers[0].Backend = open(passthrough.Config{Dir: s.upper, WorkDirFD: work}), open(passthrough.Config{Dir: s.lowers[0]})
+	o := newOurTree(newOverlay(t, cfg))
+	defer o.fs.Close()
+	o.fs.Init(fsbackend.Features{Minor: fuseproto.FUSE_KERNEL_MINOR_VERSION})
+	for _, err := range []error{o.write("f", 0, "F"), o.unlink("d/x"), o.create("d/x", 0o666), o.unlink("d/y"), o.mkdir("d/y", 0o777)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	buf := make([]byte, 100)
+	for path, name := range map[string]string{"f": "system.posix_acl_access", "d": "system.posix_acl_default", "d/x": "system.posix_acl_access", "d/y": "system.posix_acl_default"} {
+		n, err := unix.Getxattr(s.upper+"/"+path, name, buf)
+		if err != nil || path != "d/x" && !bytes.Equal(buf[:n], acl()) {
+			t.Errorf("%s of %s in the upper layer is %x, %v", name, path, buf[:max(n, 0)], err)
+		}
 	}
 }
 

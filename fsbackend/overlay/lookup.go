@@ -115,6 +115,12 @@ func (fs *FS) search(c *fsbackend.Context, p *node, first int, name fsbackend.Na
 			}
 			continue
 		}
+		if i == 0 {
+			if n := fs.holdUpper(out.NodeId, out.Mode&unix.S_IFMT); n != nil {
+				f.attr, f.upper, f.ino, f.node = out.Attr, out.NodeId, n.ino.Load(), n
+				return 0
+			}
+		}
 		impure, e := fs.impure(c, p, i)
 		if e != 0 {
 			dir.l.r.Forget(out.NodeId, 1)

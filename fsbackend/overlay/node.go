@@ -138,7 +138,9 @@ type found struct {
 	below    uint32
 	// whiteout says that the upper layer has a device there that hides the name.
 	whiteout bool
-	room     [2]real
+	// node is what upper is known as, with a lookup counted: nothing more is asked of it.
+	node *node
+	room [2]real
 }
 
 func (f *found) isDir() bool { return f.attr.Mode&unix.S_IFMT == unix.S_IFDIR }
@@ -148,6 +150,10 @@ func (f *found) exists() bool { return f.upper != 0 || len(f.lowers) > 0 }
 
 // release gives the lookups back.
 func (fs *FS) release(f *found) {
+	if f.node != nil {
+		fs.Forget(f.node.id, 1)
+		f.node = nil
+	}
 	if f.upper != 0 {
 		fs.upper.r.Forget(f.upper, 1)
 	}
@@ -169,7 +175,10 @@ func (fs *FS) enter(epoch uint64, p *node, name []byte, f *found, out *fuseproto
 		return nil, unix.ESTALE
 	}
 	var dying []*node
-	n := fs.known(p, name, f)
+	n, counted := f.node, f.node != nil
+	if f.node = nil; !counted {
+		n = fs.known(p, name, f)
+	}
 	if n != nil {
 		if p != nil && (n.parent != p || n.name != string(name)) && (n.dir != nil || n.upper.Load() == 0 || n.parent == nil) {
 			dying = fs.place(n, p, string(name), dying)
@@ -197,8 +206,8 @@ func (fs *FS) enter(epoch uint64, p *node, name []byte, f *found, out *fuseproto
 	if f.below != belowUnknown && n.parent == p && n.name == string(name) {
 		n.below.Store(f.below) // it is of this name, and the file may have others
 	}
-	if n.lookups++; n.lookups == 0 {
-		n.lookups = math.MaxUint64
+	if !counted {
+		n.count()
 	}
 	fs.mu.Unlock()
 	fs.release(f) // what the node has taken is no longer there
@@ -207,6 +216,25 @@ func (fs *FS) enter(epoch uint64, p *node, name []byte, f *found, out *fuseproto
 	out.Attr = f.attr
 	fs.finish(n, &out.Attr)
 	return n, 0
+}
+
+// count counts a lookup. FS.mu is held.
+func (n *node) count() {
+	if n.lookups++; n.lookups == 0 {
+		n.lookups = math.MaxUint64
+	}
+}
+
+// holdUpper returns the node of a file of the upper layer with a lookup counted, nil if there is none.
+func (fs *FS) holdUpper(id uint64, typ uint32) *node {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	n := fs.byUpper[id]
+	if n == nil || n.typ != typ || n.dead {
+		return nil
+	}
+	n.count()
+	return n
 }
 
 // known returns the node that f is, nil if there is none. mu is held.

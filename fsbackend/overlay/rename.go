@@ -161,7 +161,7 @@ func (fs *FS) resolve(c *fsbackend.Context, p *node, cname fsbackend.Name) (x na
 	if n := fs.at(p, cname); n != nil && n.upper.Load() != 0 {
 		fs.mu.Lock()
 		if !n.dead {
-			n.lookups++
+			n.count()
 			x.n = n
 		}
 		fs.mu.Unlock()
@@ -184,7 +184,7 @@ func (fs *FS) resolve(c *fsbackend.Context, p *node, cname fsbackend.Name) (x na
 // hold counts a lookup of n.
 func (fs *FS) hold(n *node) {
 	fs.mu.Lock()
-	n.lookups++
+	n.count()
 	fs.mu.Unlock()
 }
 
