@@ -174,9 +174,20 @@ func (m *Image) fetchAhead(layers []*layer, jobs []ahead) {
 		m.log.Warn("the image is larger than the cache: it is not fetched in the background", "image", total, "cache", limit)
 		return
 	}
-	for _, l := range layers {
-		if !l.plain {
-			m.background(l)
+	for pause := backgroundPause; ; pause = min(2*pause, maxBackgroundPause) {
+		again := false
+		for _, l := range layers {
+			if !l.plain && !m.background(l) {
+				again = true
+			}
+		}
+		if !again {
+			return
+		}
+		select {
+		case <-time.After(pause):
+		case <-m.ctx.Done():
+			return
 		}
 	}
 }
@@ -255,52 +266,40 @@ func (m *Image) fetchNow(ctx context.Context, a *ahead) error {
 	return nil
 }
 
-// background fetches what is missing of a layer, while nothing is asked for.
-func (m *Image) background(l *layer) {
-	pause := backgroundPause
-	for m.ctx.Err() == nil {
-		a := ahead{l: l}
-		for s := range l.streams {
-			if !l.has(uint32(s)) {
-				a.streams = append(a.streams, uint32(s))
-			}
+// background fetches what is missing of a layer, while nothing is asked for, and says whether nothing failed. What the cache did not keep
+// is for those who read it.
+func (m *Image) background(l *layer) bool {
+	a := ahead{l: l}
+	for s := range l.streams {
+		if !l.has(uint32(s)) {
+			a.streams = append(a.streams, uint32(s))
 		}
-		jobs := m.batches(a)
-		if len(jobs) == 0 {
-			return
-		}
-		var next atomic.Int64
-		var failed, corrupt atomic.Bool
-		var workers sync.WaitGroup
-		for range min(m.cfg.Background.Concurrency, len(jobs)) {
-			workers.Go(func() {
-				for {
-					i := int(next.Add(1)) - 1
-					if i >= len(jobs) || failed.Load() || m.ctx.Err() != nil {
-						return
-					}
-					err := m.fetchQuietly(&jobs[i])
-					if errors.Is(err, registry.ErrContent) {
-						corrupt.Store(true)
-						err = m.oneByOne(&jobs[i])
-					}
-					if err != nil && m.ctx.Err() == nil {
-						l.setErr(err)
-						failed.Store(true)
-					}
-				}
-			})
-		}
-		workers.Wait()
-		if !failed.Load() && !corrupt.Load() {
-			return // what the cache did not keep is for those who read it
-		}
-		select {
-		case <-time.After(pause):
-		case <-m.ctx.Done():
-		}
-		pause = min(2*pause, maxBackgroundPause)
 	}
+	jobs := m.batches(a)
+	var next atomic.Int64
+	var failed, corrupt atomic.Bool
+	var workers sync.WaitGroup
+	for range min(m.cfg.Background.Concurrency, len(jobs)) {
+		workers.Go(func() {
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= len(jobs) || failed.Load() || m.ctx.Err() != nil {
+					return
+				}
+				err := m.fetchQuietly(&jobs[i])
+				if errors.Is(err, registry.ErrContent) {
+					corrupt.Store(true)
+					err = m.oneByOne(&jobs[i])
+				}
+				if err != nil && m.ctx.Err() == nil {
+					l.setErr(err)
+					failed.Store(true)
+				}
+			}
+		})
+	}
+	workers.Wait()
+	return !failed.Load() && !corrupt.Load()
 }
 
 // fetchQuietly fetches a while nothing is asked for.
@@ -328,7 +327,7 @@ func (m *Image) oneByOne(a *ahead) error {
 	return nil
 }
 
-// backgroundPause is how long the background waits after something has failed, which doubles.
+// backgroundPause is how long the background waits after something has failed, which doubles each time.
 const (
 	backgroundPause    = time.Second
 	maxBackgroundPause = 5 * time.Minute

@@ -242,6 +242,32 @@ func TestBackgroundMonotonic(t *testing.T) {
 	check(t, m, img)
 }
 
+// TestBackgroundGoesOn has a chunk that is always wrong: all others come, of its layer and of the next.
+func TestBackgroundGoesOn(t *testing.T) {
+	l := imagetest.Build(t, someFiles(), imagetest.Options{})
+	next := imagetest.Build(t, []imagetest.File{{Name: "other", Data: noise(9, 100<<10)}}, imagetest.Options{})
+	img := imagetest.NewServer(t).Push(t, "a/b", l, next)
+	cfg := quick(img)
+	m := open(t, cfg)
+	st := m.layers0(t).streams[m.layers0(t).at[entryOf(t, m, 0, "big").Chunks[1].Chunk].stream]
+	bad := bytes.Clone(l.Blob)
+	bad[(st.off+st.end)/2] ^= 1
+	img.Server.SetBlob(l.Digest, bad)
+	cfg.Background = BackgroundConfig{Silence: registry.Duration(time.Millisecond)}
+	m = open(t, cfg)
+	waitFor(t, func() bool {
+		first, err := m.Status(within(t), 0)
+		second, err2 := m.Status(within(t), 1)
+		return err == nil && err2 == nil && second.Fetched == second.Size && first.Err != "" && m.layers[0].lacks() == 1
+	})
+}
+
+func (l *layer) lacks() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.missing
+}
+
 // TestBandwidth measures that the background takes what it may, and no more.
 func TestBandwidth(t *testing.T) {
 	img := imagetest.New(t, []imagetest.File{{Name: "big", Data: noise(5, 600<<10)}})
