@@ -158,3 +158,28 @@ func TestHostileWishes(t *testing.T) {
 		t.Errorf("%d wishes at once are heard", n+1)
 	}
 }
+
+// A wish from before the last session was given is answered by that one.
+func TestStaleWish(t *testing.T) {
+	checkFDs(t)
+	server, keeper := pair(t)
+	calls := 0
+	g, err := NewGiver(keeper, func() { calls++ })
+	if err != nil {
+		t.Fatal(err)
+	}
+	give(t, g, "one")
+	c, err := newConn(server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.sendNow([]byte{0, 0, 0, 0}, -1); err != nil {
+		t.Fatal(err)
+	}
+	c.close()
+	<-g.done // it has heard all there was
+	if calls != 0 {
+		t.Error("another one is given")
+	}
+	_ = g.Close()
+}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"reflect"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -33,24 +34,26 @@ func pair(t testing.TB) (server, fetcher *os.File) {
 // checkFDs says at the test's end whether descriptors are left.
 func checkFDs(t testing.TB) {
 	t.Helper()
-	count := func() int {
-		names, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(names)
-	}
 	r, w, err := os.Pipe() // Go's poller has descriptors of its own from the first use on
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, _ = r.Close(), w.Close()
-	before := count()
+	before := countFDs(t)
 	t.Cleanup(func() {
-		if after := count(); after != before {
+		if after := countFDs(t); after != before {
 			t.Errorf("%d descriptors, there were %d", after, before)
 		}
 	})
+}
+
+func countFDs(t testing.TB) int {
+	t.Helper()
+	names, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(names)
 }
 
 // chanLine is a Line of what is sent over it; closed, it is at its end.
@@ -552,5 +555,53 @@ func TestPlain(t *testing.T) {
 	}
 	if !reflect.DeepEqual(plain(""), "") {
 		t.Error("something of nothing")
+	}
+}
+
+// A chunk that comes when nobody waits for it any more is closed at once.
+func TestLateAnswer(t *testing.T) {
+	line := make(chanLine, 1)
+	server, fetcher := pair(t)
+	line <- server
+	c := NewClient(ClientConfig{Line: line})
+	defer c.Close()
+	conn, err := newConn(fetcher)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.close()
+	status := func(late int) {
+		t.Helper()
+		done := make(chan error)
+		go func() {
+			_, err := c.Status(context.Background(), 0)
+			done <- err
+		}()
+		var h header
+		b, _, _, err := conn.receive(make([]byte, maxMessage), false)
+		if err == nil {
+			_, err = h.parse(b)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range late {
+			if err := conn.send(message(header{op: opChunk, id: 1000}, ""), int(zero.Fd())); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := conn.send(message(h, strings.Repeat("\x00", statusSize)), -1); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which closes files, too, in its own time
+	status(0)
+	before := countFDs(t)
+	status(20)
+	if after := countFDs(t); after != before {
+		t.Errorf("%d descriptors, there were %d", after, before)
 	}
 }
