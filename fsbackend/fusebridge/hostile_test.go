@@ -394,6 +394,68 @@ func TestNotify(t *testing.T) {
 	}
 }
 
+// TestKeptAttributes counts how often the program is asked, also where its answer is overtaken by a change.
+func TestKeptAttributes(t *testing.T) {
+	for _, noCache := range []bool{false, true} {
+		var mu sync.Mutex
+		asked := 0
+		held := make(chan struct{}, 1)
+		c, _, f, _ := newFake(t, Config{NoCache: noCache}, dir(func(f *fake, h *fuseproto.InHeader, _ []byte) {
+			a := fuseproto.AttrOut{AttrValid: 1000}
+			a.Mode, a.Ino, a.Nlink = unix.S_IFREG, 9, 1
+			switch fuseproto.Opcode(h.Opcode) {
+			case fuseproto.FUSE_GETATTR:
+				mu.Lock()
+				asked++
+				first := asked == 1
+				mu.Unlock()
+				if first {
+					u := h.Unique
+					go func() { // once the other request has been answered
+						<-held
+						f.reply(u, 0, bytesOf(&a))
+					}()
+					return
+				}
+				f.reply(h.Unique, 0, bytesOf(&a))
+			case fuseproto.FUSE_SETATTR:
+				f.reply(h.Unique, 0, bytesOf(&a))
+			}
+		}))
+		e, errno := c.Lookup(root, "file")
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+		slow := make(chan fsbackend.Errno)
+		go func() {
+			_, errno := c.Getattr(e.NodeId)
+			slow <- errno
+		}()
+		f.await(fuseproto.FUSE_GETATTR)
+		if _, errno := c.Chmod(e.NodeId, 0o600); errno != 0 {
+			t.Fatal(errno)
+		}
+		held <- struct{}{}
+		if errno := <-slow; errno != 0 {
+			t.Fatal(errno)
+		}
+		for range 3 {
+			if _, errno := c.Getattr(e.NodeId); errno != 0 {
+				t.Fatal(errno)
+			}
+		}
+		want := 2 // what was asked for before the change is not kept, what was after it is
+		if noCache {
+			want = 4
+		}
+		mu.Lock()
+		if asked != want {
+			t.Errorf("without keeping %v: asked %d times, expected %d", noCache, asked, want)
+		}
+		mu.Unlock()
+	}
+}
+
 // TestRestartedProgramLacks has a restarted program agree to less than the first.
 func TestRestartedProgramLacks(t *testing.T) {
 	answer := dir(func(f *fake, h *fuseproto.InHeader, _ []byte) {

@@ -52,7 +52,7 @@ func TestMain(m *testing.M) {
 		echo()
 	case "stubborn":
 		signal.Ignore(unix.SIGTERM)
-		_ = unix.Send(FD, []byte("ignoring"), 0)
+		_ = unix.Send(FD, []byte("{}"), 0)
 		time.Sleep(time.Hour)
 	case "report":
 		b, err := json.Marshal(look())
@@ -87,7 +87,10 @@ func echo() {
 
 // keeper starts a program as who it is, and says what it was told.
 func keeper() {
-	c := Config{Args: []string{os.Args[0]}, Env: []string{role + "=report"}, Confine: Confinement{Seccomp: true}, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	c := Config{Args: []string{os.Args[0]}, Env: []string{role + "=" + os.Getenv("PROGRAM")}, Confine: Confinement{Seccomp: true}, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	if os.Geteuid() == 0 {
+		c.Credential = &Credential{UID: 65534, GID: 65534}
+	}
 	s, err := Start(context.Background(), c)
 	if err != nil {
 		fmt.Println(err)

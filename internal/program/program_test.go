@@ -176,9 +176,10 @@ func TestStopKillsTheStubborn(t *testing.T) {
 
 func TestFailingProgramIsRetriedLessAndLess(t *testing.T) {
 	c := self("fail")
+	c.Backoff = Backoff{First: 300 * time.Millisecond, Max: 500 * time.Millisecond}
 	s, line := start(t, c)
 	began := time.Now()
-	const starts = 6
+	const starts = 4
 	for line.State().Starts < starts {
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		f, err := line.Next(ctx)
@@ -188,8 +189,7 @@ func TestFailingProgramIsRetriedLessAndLess(t *testing.T) {
 		}
 		f.Close()
 	}
-	// 10, 20, 40, 40, 40 ms
-	if d := time.Since(began); d < 150*time.Millisecond {
+	if d := time.Since(began); d < (300+500+500)*time.Millisecond {
 		t.Errorf("%d starts in %s", starts, d)
 	}
 	if got := s.Status().Last; got != "exit status 3: out of luck" {
@@ -470,10 +470,10 @@ func publicBinary(t *testing.T) string {
 }
 
 // startKeeper starts another process that supervises, and returns it, the program's id and its report.
-func startKeeper(t *testing.T, attr *syscall.SysProcAttr) (*exec.Cmd, int, report) {
+func startKeeper(t *testing.T, attr *syscall.SysProcAttr, as string) (*exec.Cmd, int, report) {
 	t.Helper()
 	cmd := exec.Command(publicBinary(t))
-	cmd.Env = append(DefaultEnv(), role+"=keeper")
+	cmd.Env = append(DefaultEnv(), role+"=keeper", "PROGRAM="+as)
 	cmd.SysProcAttr = attr
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -505,7 +505,7 @@ func startKeeper(t *testing.T, attr *syscall.SysProcAttr) (*exec.Cmd, int, repor
 
 // TestKeeperDies kills the supervising process, which the program must not outlive.
 func TestKeeperDies(t *testing.T) {
-	cmd, pid, _ := startKeeper(t, nil)
+	cmd, pid, _ := startKeeper(t, nil, "stubborn")
 	if processState(pid) == "" {
 		t.Fatal("the program does not run")
 	}
@@ -521,7 +521,7 @@ func TestUnprivileged(t *testing.T) {
 	if os.Geteuid() == 0 {
 		attr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	}
-	_, _, r := startKeeper(t, attr)
+	_, _, r := startKeeper(t, attr, "report")
 	if r.PID != 1 || r.UID == 0 || r.Status["CapEff"] != "0000000000000000" || r.Status["NoNewPrivs"] != "1" || r.Status["Seccomp"] != "2" {
 		t.Errorf("it is %+v", r)
 	}
