@@ -77,7 +77,7 @@ func TestPlugins(t *testing.T) {
 	if n := bodies.Load(); n != 1 {
 		t.Errorf("%d fetches of one file", n)
 	}
-	if got, err := os.ReadFile(filepath.Join(filled, "web/one")); err != nil || string(got) != "first" {
+	if got, err := os.ReadFile(filepath.Join(filled, "files/web/one")); err != nil || string(got) != "first" {
 		t.Errorf("the host's directory has %q, %v", got, err)
 	}
 	g.sh("echo mine >/mnt/p/web/one; rm /mnt/p/bottom")

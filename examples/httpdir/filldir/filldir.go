@@ -93,7 +93,7 @@ func (d *Dir) place(name string, info fs.FileInfo) error {
 	if info.IsDir() {
 		return d.files.Mkdir(name, 0o755)
 	}
-	f, err := d.files.OpenFile(name, os.O_CREATE|os.O_WRONLY, info.Mode().Perm())
+	f, err := d.files.OpenFile(name, os.O_CREATE|os.O_WRONLY, info.Mode().Perm()|0o200) // it is opened again to be filled
 	if err != nil {
 		return err
 	}
