@@ -177,6 +177,20 @@ func (k *kernelSide) do(o op) string {
 		return errnoText(err) + " " + digest(buf[:max(n, 0)])
 	case "removexattr":
 		err = unix.Lremovexattr(a, o.xattr())
+	case "setacl", "removeacl":
+		var st unix.Stat_t
+		if err := unix.Lstat(a, &st); err != nil {
+			return errnoText(err)
+		}
+		name, value, isDefault := o.acl()
+		if kind := st.Mode & unix.S_IFMT; kind != unix.S_IFDIR && (isDefault || kind != unix.S_IFREG) {
+			return "EACCES" // whatever it is: not the file system's business
+		}
+		if o.what == "setacl" {
+			err = unix.Lsetxattr(a, name, value, 0)
+		} else {
+			err = unix.Lremovexattr(a, name)
+		}
 	case "readdir":
 		list, err := os.ReadDir(a)
 		if err != nil {

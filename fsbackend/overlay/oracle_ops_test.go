@@ -1,6 +1,7 @@
 package overlay_test
 
 import (
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -20,13 +21,15 @@ type op struct {
 
 const slots = 5
 
-// The operations, with their chances.
-var kinds = []struct {
+// kind is an operation and its chance; paths is how many it has.
+type kind struct {
 	what   string
 	chance int
 	paths  int
 	slot   bool
-}{
+}
+
+var kinds = []kind{
 	{"create", 6, 1, true},
 	{"open", 6, 1, true},
 	{"openro", 4, 1, true},
@@ -61,7 +64,23 @@ var kinds = []struct {
 	{"removexattr", 3, 1, false},
 	{"readdir", 4, 1, false},
 	{"stat", 3, 1, false},
+	{"setacl", 4, 1, false},
+	{"removeacl", 2, 1, false},
 }
+
+// choice is what random operations are of: kinds, with paths of so many names, and so many open files.
+type choice struct {
+	kinds        []kind
+	names, files int
+}
+
+var (
+	// inLayers makes layers. A change of it gives every seed other ones, and pastDifferences have to be found anew: so what comes anew
+	// to kinds comes at its end.
+	inLayers = choice{kinds[:len(kinds)-2], 5, slots}
+	// inTree is done to trees. It has fewer names, so that more of them are there.
+	inTree = choice{kinds, 4, 3}
+)
 
 // xattrNames are the attributes that operations are about. Names of marks are not among them: the kernel gives a guest that sets
 // trusted.overlay.NAME another name behind its back, and leaves those of other overlays to it; ours refuses all of them.
@@ -83,33 +102,33 @@ var nodes = []struct {
 // modes are permissions, with the bits that are inherited.
 var modes = []uint32{0o644, 0o600, 0o755, 0o777, 0o711, 0o2775, 0o1777, 0o400, 0}
 
-func randomPath(r *rand.Rand) string {
-	path := string(rune('a' + r.IntN(5)))
+func (c choice) path(r *rand.Rand) string {
+	path := string(rune('a' + r.IntN(c.names)))
 	for len(path) < 9 && r.IntN(5) < 2 {
-		path += "/" + string(rune('a'+r.IntN(5)))
+		path += "/" + string(rune('a'+r.IntN(c.names)))
 	}
 	return path
 }
 
-func randomOp(r *rand.Rand) op {
+func (c choice) op(r *rand.Rand) op {
 	all := 0
-	for _, k := range kinds {
+	for _, k := range c.kinds {
 		all += k.chance
 	}
 	pick := r.IntN(all)
-	for _, k := range kinds {
+	for _, k := range c.kinds {
 		if pick -= k.chance; pick >= 0 {
 			continue
 		}
 		o := op{what: k.what, slot: -1, n: uint64(r.IntN(1 << 16))}
 		if k.paths > 0 {
-			o.a = randomPath(r)
+			o.a = c.path(r)
 		}
 		if k.paths > 1 {
-			o.b = randomPath(r)
+			o.b = c.path(r)
 		}
 		if k.slot {
-			o.slot = r.IntN(slots)
+			o.slot = r.IntN(c.files)
 		}
 		if (o.what == "readdir" || o.what == "tmpfile") && o.n%4 == 0 {
 			o.a = ""
@@ -135,6 +154,26 @@ func parseOp(s string) (op, error) {
 		}
 	}
 	return o, fmt.Errorf("operation %q is not known", s)
+}
+
+// acl is the name of an access control list, and one to be set. Only directories have a default one.
+func (o op) acl() (name string, value []byte, isDefault bool) {
+	name, isDefault = "system.posix_acl_access", o.n%2 == 0
+	if isDefault {
+		name = "system.posix_acl_default"
+	}
+	// posix_acl_xattr_header and its entries (include/uapi/linux/posix_acl_xattr.h): owner, a user, group, mask, others.
+	value = binary.LittleEndian.AppendUint32(nil, 2)
+	for _, e := range []struct {
+		tag  uint16
+		perm uint64
+		id   uint32
+	}{{0x01, 6 + o.n/2%2, ^uint32(0)}, {0x02, o.n / 4 % 8, 5}, {0x04, o.n / 32 % 8, ^uint32(0)}, {0x10, o.n / 256 % 8, ^uint32(0)}, {0x20, o.n / 2048 % 8, ^uint32(0)}} {
+		value = binary.LittleEndian.AppendUint16(value, e.tag)
+		value = binary.LittleEndian.AppendUint16(value, uint16(e.perm))
+		value = binary.LittleEndian.AppendUint32(value, e.id)
+	}
+	return name, value, isDefault
 }
 
 func (o op) mode() uint32      { return modes[o.n%uint64(len(modes))] }

@@ -33,7 +33,7 @@ type ourFile struct {
 
 func newOurSide(fs *overlay.FS, upper string) *ourSide {
 	o := &ourSide{Client: &fsbackendtest.Client{R: fsbackend.Resolve(fs)}, fs: fs, upper: upper}
-	fs.Init(fsbackend.Features{Minor: fuseproto.FUSE_KERNEL_MINOR_VERSION})
+	fs.Init(fsbackend.Features{Minor: fuseproto.FUSE_KERNEL_MINOR_VERSION, Flags: fuseproto.FUSE_POSIX_ACL | fuseproto.FUSE_DONT_MASK})
 	return o
 }
 
@@ -253,6 +253,17 @@ func (s *ourSide) do(o op) string {
 		e = s.setattr(o)
 	case "setxattr", "getxattr", "removexattr":
 		e, text = s.xattr(o)
+	case "setacl", "removeacl":
+		name, value, isDefault := o.acl()
+		e = s.on(o.a, func(f *fuseproto.EntryOut) fsbackend.Errno {
+			if k := kindOf(&f.Attr); k != unix.S_IFDIR && (isDefault || k != unix.S_IFREG) {
+				return unix.EACCES
+			}
+			if o.what == "setacl" {
+				return s.Setxattr(f.NodeId, name, value, 0)
+			}
+			return s.Removexattr(f.NodeId, name)
+		})
 	case "readdir":
 		e = s.follow(o.a, func(f *fuseproto.EntryOut) fsbackend.Errno {
 			if kindOf(&f.Attr) != unix.S_IFDIR {

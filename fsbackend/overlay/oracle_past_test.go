@@ -1,7 +1,6 @@
 package overlay_test
 
-// pastDifferences are scripts that once made a difference, as TestOracle prints them. The layers that they are about come from
-// randomOp: when its operations change, these are to be found anew.
+// pastDifferences are scripts that once made a difference, as TestOracle prints them. The layers come from the seed (inLayers).
 var pastDifferences = []struct {
 	what string
 	seed uint64

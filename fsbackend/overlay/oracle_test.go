@@ -48,7 +48,7 @@ func newScript(seed uint64, sequences int) script {
 	r := rand.New(rand.NewPCG(seed, 1))
 	s := script{seed: seed, fill: 40, every: opsEach}
 	for range sequences * opsEach {
-		s.ops = append(s.ops, randomOp(r))
+		s.ops = append(s.ops, inTree.op(r))
 	}
 	return s
 }
@@ -175,7 +175,7 @@ func (st *stack) addLower(i int, r *rand.Rand, n int) error {
 	}
 	k := newKernelSide(at)
 	for range n {
-		k.do(randomOp(r))
+		k.do(inLayers.op(r))
 	}
 	k.closeSlots()
 	if at != upper {
@@ -270,7 +270,7 @@ func (st *stack) close() {
 func (st *stack) open(lowers []string, upper, work string) (*ourSide, error) {
 	cfg := overlay.Config{Format: st.format, RedirectDir: st.redirect, Volatile: true}
 	serve := func(dir, work string) (*passthrough.FS, error) {
-		pc := passthrough.Config{Dir: dir}
+		pc := passthrough.Config{Dir: dir, PosixACL: true}
 		if work != "" {
 			fd, err := unix.Open(work, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 			if err != nil {
@@ -502,7 +502,7 @@ func deliberate(o op, kernel, ours string) bool {
 		// A lower file that is open and has been removed cannot be changed any more in the kernel's overlay, which would have to copy
 		// it up to the name that it had and finds a whiteout there. Ours copies it up without a name.
 		return true
-	case o.what == "rename" && kernel == "ESTALE" && ours == "OK":
+	case (o.what == "rename" || o.what == "exchange") && kernel == "ESTALE" && ours == "OK":
 		// A lower file with several links that gets one in the upper layer is known to the kernel by its old inode as well, and it is
 		// confused when one is renamed to the other. To ours they are one file, and nothing is to be done.
 		return true
