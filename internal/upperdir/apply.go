@@ -276,7 +276,7 @@ func (a *applier) run(from *node) (err error) {
 	if err := a.inside(from, a.target, nil, "", ""); err != nil {
 		return err
 	}
-	if err := a.copier.attributes(from, a.target); err != nil {
+	if err := a.attributes(from, a.target); err != nil {
 		return explain("change attributes of", "", err)
 	}
 	// The journal goes last but one: what it describes is whole by then.
@@ -674,11 +674,15 @@ func (a *applier) finish(f, d *node, below File, path, origin string) error {
 	if !a.do {
 		return nil
 	}
-	err := a.dropXattrs(f, d)
-	if err == nil {
-		err = a.copier.attributes(f, d)
+	return explain("change attributes of", path, a.attributes(f, d))
+}
+
+// attributes gives the directory d what f has, and nothing else.
+func (a *applier) attributes(f, d *node) error {
+	if err := a.dropXattrs(f, d); err != nil {
+		return err
 	}
-	return explain("change attributes of", path, err)
+	return a.copier.attributes(f, d)
 }
 
 // replace makes an empty directory name in t.

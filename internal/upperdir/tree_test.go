@@ -212,6 +212,9 @@ func work(t *testing.T, root string, seed uint64) {
 			return
 		}
 		some := all[r.IntN(len(all))]
+		if r.IntN(40) == 0 {
+			some = root
+		}
 		into := filepath.Join(dirs[r.IntN(len(dirs))], fmt.Sprintf("n%d", r.IntN(20)))
 		// Most things may fail for good reasons: what is there afterwards is what counts.
 		switch r.IntN(12) {
@@ -229,7 +232,9 @@ func work(t *testing.T, root string, seed uint64) {
 		case 2:
 			_ = os.Remove(some)
 		case 3:
-			_ = os.RemoveAll(some)
+			if some != root {
+				_ = os.RemoveAll(some)
+			}
 		case 4:
 			_ = os.Mkdir(into, 0o700)
 		case 5, 6, 7:
