@@ -120,10 +120,12 @@ const (
 	LayerACL = 1 << iota
 	// LayerStableIno says that Attr.Ino is not 0 and stays a file's as long as the layer is the same (get_nfs_filehandle).
 	LayerStableIno
+	// LayerXattr says that the layer has extended attributes: without it, none is asked for.
+	LayerXattr
 	// LayerDirectory says that the reply carries a directory's descriptor, in which the layer's files appear when they are looked up.
 	LayerDirectory
 
-	layerFlags = LayerACL | LayerStableIno | LayerDirectory
+	layerFlags = LayerACL | LayerStableIno | LayerXattr | LayerDirectory
 )
 
 // Attr is what a plug-in says of a file: struct stat.
@@ -237,7 +239,7 @@ func (r *Request) check() error {
 		}
 	case OpStatat, OpFstat, OpOpendir, OpListxattr, OpReadlinkat, OpLookup, OpOpen, OpOpenat, OpGetxattr:
 		if !ValidPath(r.Path) {
-			return fmt.Errorf("%s with path %.100q: expected one below the root, or .", r.Op, r.Path)
+			return fmt.Errorf("%s with path %.100q: expected \".\", or one below it", r.Op, r.Path)
 		}
 		if r.Op == OpGetxattr && (r.Name == "" || len(r.Name) > MaxName || strings.IndexByte(r.Name, 0) >= 0) {
 			return fmt.Errorf("%s with name %.100q: expected 1 to %d bytes, without a NUL", r.Op, r.Name, MaxName)
@@ -270,6 +272,9 @@ func ValidPath(p string) bool {
 func ValidName(name string) bool {
 	return name != "" && name != "." && name != ".." && len(name) <= MaxName && !strings.ContainsAny(name, "/\x00")
 }
+
+// listable says whether name can be in a listing.
+func listable(name string) bool { return name == "." || name == ".." || ValidName(name) }
 
 // Append appends the message to b. It fails with E2BIG if that is larger than MaxMessage.
 func (r *Reply) Append(b []byte) ([]byte, error) {
@@ -518,7 +523,7 @@ func (r *reader) entry() (e DirEntry) {
 	case r.err != nil:
 	case flags&^entryAttr != 0:
 		r.err = fmt.Errorf("entry flags %#x are not known", flags)
-	case e.Name != "." && e.Name != ".." && !ValidName(e.Name):
+	case !listable(e.Name):
 		r.err = fmt.Errorf("the name %.100q cannot be in a directory", e.Name)
 	case e.Cookie == 0:
 		r.err = errors.New("an entry has the cookie 0, which is the first entry's own")
