@@ -74,12 +74,6 @@ type XattrReader interface {
 	Getxattr(ctx context.Context, path, name string) ([]byte, error)
 }
 
-// FileStater is a Tree that describes a file that it has opened otherwise than by its path.
-type FileStater interface {
-	// StatFile is Stat for what Open has returned: f is another descriptor of the same.
-	StatFile(ctx context.Context, path string, f *os.File) (Attr, error)
-}
-
 // Directory is a layer that is a directory of the host, which fills on demand. Before a path is looked up in it, Lookup is
 // called; before a file in it is read, or a directory listed, Open is. Then what belongs there must be there.
 type Directory interface {

@@ -142,13 +142,10 @@ func (s *server) run() error {
 		if err != nil {
 			return err
 		}
-		var file *os.File
-		if fd >= 0 {
-			file = os.NewFile(uintptr(fd), "handed back")
-		}
 		q, err := ParseRequest(b[:n])
-		if err == nil && (fd >= 0) != (q.Op == OpFstat) {
-			err = fmt.Errorf("request %s with a descriptor: %v, expected %v", q.Op, fd >= 0, q.Op == OpFstat)
+		if fd >= 0 {
+			_ = unix.Close(fd)
+			err = fmt.Errorf("a descriptor came with request %s", q.Op)
 		}
 		if err == nil {
 			switch q.Op {
@@ -163,17 +160,16 @@ func (s *server) run() error {
 				s.releaseID = q.ID
 				return nil
 			}
-			err = s.begin(&q, file)
+			err = s.begin(&q)
 		}
 		if err != nil {
-			_ = file.Close()
 			return err
 		}
 	}
 }
 
 // begin answers q in a goroutine.
-func (s *server) begin(q *Request, file *os.File) error {
+func (s *server) begin(q *Request) error {
 	ctx, cancel := context.WithCancel(s.ctx)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -184,16 +180,15 @@ func (s *server) begin(q *Request, file *os.File) error {
 	s.calls[q.ID] = cancel
 	s.running.Go(func() {
 		defer cancel()
-		defer file.Close() // a nil one does nothing
-		s.answer(ctx, q, file)
+		s.answer(ctx, q)
 	})
 	return nil
 }
 
 // answer answers q.
-func (s *server) answer(ctx context.Context, q *Request, file *os.File) {
+func (s *server) answer(ctx context.Context, q *Request) {
 	a := &Reply{Op: q.Op, ID: q.ID}
-	opened, err := s.call(ctx, q, a, file)
+	opened, err := s.call(ctx, q, a)
 	fd := -1
 	if opened != nil {
 		defer opened.Close()
@@ -235,7 +230,7 @@ func errnoOf(err error) syscall.Errno {
 }
 
 // call has the plug-in answer q, and returns the descriptor that goes with the reply.
-func (s *server) call(ctx context.Context, q *Request, a *Reply, file *os.File) (opened *os.File, err error) {
+func (s *server) call(ctx context.Context, q *Request, a *Reply) (opened *os.File, err error) {
 	defer func() {
 		r := recover()
 		if r == nil {
@@ -267,7 +262,7 @@ func (s *server) call(ctx context.Context, q *Request, a *Reply, file *os.File) 
 	defer l.calls.Done()
 	switch layer := l.Layer.(type) {
 	case Tree:
-		return s.callTree(ctx, layer, q, a, file)
+		return s.callTree(ctx, layer, q, a)
 	case Directory:
 		switch q.Op {
 		case OpLookup:
@@ -367,17 +362,11 @@ func (s *server) end() {
 	}
 }
 
-func (s *server) callTree(ctx context.Context, layer Tree, q *Request, a *Reply, file *os.File) (opened *os.File, err error) {
+func (s *server) callTree(ctx context.Context, layer Tree, q *Request, a *Reply) (opened *os.File, err error) {
 	xattrs, _ := layer.(XattrReader)
 	switch q.Op {
 	case OpStatat:
 		a.Attr, err = layer.Stat(ctx, q.Path)
-	case OpFstat:
-		if f, ok := layer.(FileStater); ok {
-			a.Attr, err = f.StatFile(ctx, q.Path, file)
-		} else {
-			a.Attr, err = layer.Stat(ctx, q.Path)
-		}
 	case OpOpendir:
 		a.Dir, err = s.opendir(ctx, layer, q)
 	case OpReaddir:

@@ -104,14 +104,6 @@ func (*fixture) Open(context.Context, string) (*os.File, error) {
 	return f, err
 }
 
-func (*fixture) StatFile(_ context.Context, _ string, f *os.File) (Attr, error) {
-	info, err := f.Stat()
-	if err != nil {
-		return Attr{}, err
-	}
-	return Attr{Size: uint64(info.Size())}, nil
-}
-
 type directory struct {
 	p   *fixture
 	dir *os.File
@@ -256,11 +248,7 @@ func TestServe(t *testing.T) {
 	if n, err := unix.Pread(fd, b, 0); err != nil || string(b[:n]) != "four" {
 		t.Errorf("the descriptor reads %q, %v", b[:n], err)
 	}
-	s.send(Request{Op: OpFstat, ID: 11, Layer: 1, Path: "file"}, fd)
 	_ = unix.Close(fd)
-	if a, _ := s.receive(); a.Errno != 0 || a.Attr.Size != 4 {
-		t.Errorf("fstat: %+v", a)
-	}
 
 	if a, fd := s.ask(Request{Op: OpLoad, ID: 12, Layer: 2, Path: "directory"}); a.Flags != LayerDirectory || fd < 0 {
 		t.Errorf("load of a directory: %+v with descriptor %d", a, fd)
@@ -351,8 +339,7 @@ func TestBrokenServer(t *testing.T) {
 		{"hello with a descriptor", "came with it", func(s *session) { _ = s.conn.Send([]byte(`{"proto":1,"name":"sluice"}`), 0) }},
 		{"rubbish", "ends early", func(s *session) { _ = s.greet().conn.Send([]byte("rubbish"), -1) }},
 		{"long message", "more than 65536", func(s *session) { _ = s.greet().conn.Send(make([]byte, MaxMessage+1), -1) }},
-		{"unexpected descriptor", "with a descriptor", func(s *session) { s.greet().send(stat, 0) }},
-		{"missing descriptor", "with a descriptor: false", func(s *session) { s.greet().send(Request{Op: OpFstat, Path: "."}, -1) }},
+		{"descriptor", "a descriptor came with request statat", func(s *session) { s.greet().send(stat, 0) }},
 		{"two descriptors", "more than one descriptor", func(s *session) {
 			b, _ := stat.Append(nil)
 			_ = s.greet().conn.raw.Control(func(fd uintptr) { _ = unix.Sendmsg(int(fd), b, unix.UnixRights(0, 1), nil, 0) })

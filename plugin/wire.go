@@ -45,7 +45,6 @@ const (
 	OpLoad
 	OpCleanup
 	OpStatat
-	OpFstat
 	OpOpendir
 	OpReaddir
 	OpClosedir
@@ -61,7 +60,7 @@ const (
 )
 
 var opNames = [opEnd]string{
-	OpNumLayers: "num_of_layers", OpLoad: "load_data_source", OpCleanup: "cleanup", OpStatat: "statat", OpFstat: "fstat",
+	OpNumLayers: "num_of_layers", OpLoad: "load_data_source", OpCleanup: "cleanup", OpStatat: "statat",
 	OpOpendir: "opendir", OpReaddir: "readdir", OpClosedir: "closedir", OpOpenat: "openat", OpListxattr: "listxattr",
 	OpGetxattr: "getxattr", OpReadlinkat: "readlinkat", OpLookup: "lookup", OpOpen: "open", OpCancel: "cancel", OpRelease: "release",
 }
@@ -107,7 +106,7 @@ type Reply struct {
 	Layers  uint32     // num_of_layers
 	Flags   uint32     // load_data_source: Layer…
 	Dev     uint64     // load_data_source: st_dev, 0 if Sluice is to make one up
-	Attr    Attr       // statat, fstat, openat
+	Attr    Attr       // statat, openat
 	Dir     uint64     // opendir
 	Entries []DirEntry // readdir
 	EOF     bool       // readdir: there are no more
@@ -211,7 +210,7 @@ func (r *Request) Append(b []byte) ([]byte, error) {
 		b = appendString(appendString(b, r.Data), r.Path)
 	case OpLoad:
 		b = appendString(appendString(le.AppendUint32(b, r.Index), r.Data), r.Path)
-	case OpStatat, OpFstat, OpOpendir, OpListxattr, OpReadlinkat, OpLookup, OpOpen:
+	case OpStatat, OpOpendir, OpListxattr, OpReadlinkat, OpLookup, OpOpen:
 		b = appendString(b, r.Path)
 	case OpOpenat:
 		b = appendString(le.AppendUint32(b, r.Flags), r.Path)
@@ -237,7 +236,7 @@ func (r *Request) check() error {
 				return fmt.Errorf("%s with %s of %d bytes: expected at most %d, without a NUL", r.Op, what, len(s), MaxPath)
 			}
 		}
-	case OpStatat, OpFstat, OpOpendir, OpListxattr, OpReadlinkat, OpLookup, OpOpen, OpOpenat, OpGetxattr:
+	case OpStatat, OpOpendir, OpListxattr, OpReadlinkat, OpLookup, OpOpen, OpOpenat, OpGetxattr:
 		if !ValidPath(r.Path) {
 			return fmt.Errorf("%s with path %.100q: expected \".\", or one below it", r.Op, r.Path)
 		}
@@ -288,7 +287,7 @@ func (r *Reply) Append(b []byte) ([]byte, error) {
 		b = le.AppendUint32(b, r.Layers)
 	case OpLoad:
 		b = le.AppendUint64(le.AppendUint32(le.AppendUint32(b, r.Flags), 0), r.Dev)
-	case OpStatat, OpFstat, OpOpenat:
+	case OpStatat, OpOpenat:
 		b = appendAttr(b, &r.Attr)
 	case OpOpendir:
 		b = le.AppendUint64(b, r.Dir)
@@ -433,7 +432,7 @@ func ParseRequest(b []byte) (Request, error) {
 		q.Data, q.Path = r.string(), r.string()
 	case OpLoad:
 		q.Index, q.Data, q.Path = r.u32(), r.string(), r.string()
-	case OpStatat, OpFstat, OpOpendir, OpListxattr, OpReadlinkat, OpLookup, OpOpen:
+	case OpStatat, OpOpendir, OpListxattr, OpReadlinkat, OpLookup, OpOpen:
 		q.Path = r.string()
 	case OpOpenat:
 		q.Flags, q.Path = r.u32(), r.string()
@@ -490,7 +489,7 @@ func (r *reader) reply(a *Reply) {
 		if r.err == nil && a.Flags&^layerFlags != 0 {
 			r.err = fmt.Errorf("layer flags %#x are not known", a.Flags&^layerFlags)
 		}
-	case OpStatat, OpFstat, OpOpenat:
+	case OpStatat, OpOpenat:
 		a.Attr = r.attr()
 	case OpOpendir:
 		a.Dir = r.u64()

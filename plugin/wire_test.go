@@ -20,7 +20,6 @@ func someRequests() []Request {
 		{Op: OpLoad, ID: 2, Layer: 1, Index: 2, Data: "", Path: "rootfs/"},
 		{Op: OpCleanup, ID: 3, Layer: 1},
 		{Op: OpStatat, ID: 4, Layer: 1, Path: "."},
-		{Op: OpFstat, ID: 5, Layer: 1, Path: "dir/file"},
 		{Op: OpOpendir, ID: 6, Layer: 1, Path: "dir"},
 		{Op: OpReaddir, ID: 7, Layer: 1, Dir: 5, Cookie: 6, Size: MaxBytes, Flags: ReaddirPlus},
 		{Op: OpClosedir, ID: 8, Layer: 1, Dir: 5},
@@ -41,7 +40,6 @@ func someReplies() []Reply {
 		{Op: OpLoad, ID: 2, Flags: LayerACL | LayerStableIno, Dev: 77},
 		{Op: OpCleanup, ID: 3},
 		{Op: OpStatat, ID: 4, Attr: someAttr},
-		{Op: OpFstat, ID: 5, Attr: someAttr},
 		{Op: OpOpendir, ID: 6, Dir: 5},
 		{Op: OpReaddir, ID: 7, EOF: true, Entries: []DirEntry{
 			{Name: ".", Type: 4, Ino: 1, Cookie: 1}, {Name: "file", Type: 8, Ino: 7, Cookie: 2, Attr: &someAttr}, {Name: strings.Repeat("n", MaxName), Cookie: 3},
@@ -114,7 +112,7 @@ func TestBytes(t *testing.T) {
 		},
 		{
 			&Reply{Op: OpReaddir, ID: 9, EOF: true, Entries: []DirEntry{{Name: "a", Type: 8, Ino: 7, Cookie: 1}}},
-			"39000000 0700 0100 0900000000000000 00000000 00000000 01000000 01000000 0700000000000000 0100000000000000 08 00 0100 00000000 61",
+			"39000000 0600 0100 0900000000000000 00000000 00000000 01000000 01000000 0700000000000000 0100000000000000 08 00 0100 00000000 61",
 		},
 	} {
 		b, err := tt.message.Append(nil)
