@@ -56,7 +56,7 @@ var house = Rules{
 		"fsbackend/fusebridge":    {"fsbackend", "fuseproto", "internal/ratelog", "internal/sys"},
 		"fsbackend/lazyimage":     {"fsbackend", "fsbackend/lazyimage/...", "fuseproto", "internal/ratelog", "internal/sys"},
 		"fsbackend/lazyimage/...": {"fsbackend/lazyimage/...", "internal/ratelog", "internal/sys"},
-		"fsbackend/pluginlayer":   {"fsbackend", "fuseproto", "internal/ratelog", "internal/sys", "plugin"},
+		"fsbackend/pluginlayer":   {"fsbackend", "fsbackend/ondemand", "fsbackend/passthrough", "fuseproto", "internal/ratelog", "internal/sys", "plugin"},
 		// Side by side with others: nothing of the daemon's may import it.
 		"bench":     {"bench/...", "internal/testguest/..."},
 		"bench/...": {"bench/...", "fuseproto", "guestmem", "internal/sys", "internal/testguest/...", "vhostuser", "vhostuser/vhosttest", "virtqueue", "virtqueue/vqtest"},
