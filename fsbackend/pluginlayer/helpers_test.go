@@ -243,6 +243,8 @@ func dial(t *testing.T, cfg Config) *Conn {
 		switch s := cfg.Source.(type) {
 		case *plugin.Local:
 			_ = s.Close()
+		case *script:
+			s.served.Wait()
 		case *process:
 			if s.cmd != nil {
 				_ = s.cmd.Wait()
@@ -269,6 +271,20 @@ func open(t *testing.T, c *Conn, i int) (Layer, *fsbackendtest.Client) {
 		}
 	})
 	return l, &fsbackendtest.Client{R: fsbackend.Resolve(l)}
+}
+
+// first opens layer 0, which the caller closes.
+func first(t *testing.T, c *Conn) Layer {
+	t.Helper()
+	layers, err := c.Layers(t.Context(), "", "/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := layers.Open(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
 }
 
 func local(p plugin.Plugin) *plugin.Local { return plugin.NewLocal(p, nil) }

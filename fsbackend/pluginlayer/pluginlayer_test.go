@@ -27,17 +27,7 @@ func TestConformance(t *testing.T) {
 			source := local(p)
 			c := dial(t, Config{Name: "files", Source: source})
 			fsbackendtest.RunReadOnly(t, fsbackendtest.ReadOnlyConfig{
-				New: func(t *testing.T) fsbackend.Backend {
-					layers, err := c.Layers(t.Context(), "", "/")
-					if err != nil {
-						t.Fatal(err)
-					}
-					l, err := layers.Open(t.Context(), 2)
-					if err != nil {
-						t.Fatal(err)
-					}
-					return l
-				},
+				New: func(t *testing.T) fsbackend.Backend { return first(t, c) },
 				Check: func(b fsbackend.Backend) error {
 					l := b.(*tree)
 					l.mu.Lock()
