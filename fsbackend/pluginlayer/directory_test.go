@@ -180,8 +180,7 @@ func TestDirectoryRestart(t *testing.T) {
 	p.path = t.TempDir()
 	p.mu.Unlock()
 	end()
-	c.mu.Lock() // until the layer has been loaded, or not
-	c.mu.Unlock()
+	eventually(t, "its use", c.inUse)
 	if _, errno := client.Lookup(fsbackendtest.Root, "page"); errno != unix.EIO {
 		t.Errorf("LOOKUP in another directory: %v, expected EIO", errno)
 	}
@@ -213,21 +212,23 @@ func TestForeignDirectory(t *testing.T) {
 		"is not a directory's":              func(p *puppet, q plugin.Request) { p.send("/etc/passwd", q) },
 		"no descriptor came with":           func(p *puppet, q plugin.Request) { p.send("", q) },
 	} {
-		s := &script{hello: hello(), answer: func(p *puppet, q plugin.Request) {
-			if q.Op == plugin.OpLoad {
-				answer(p, q)
-			} else {
-				sane(p, q)
+		t.Run(want, func(t *testing.T) {
+			s := &script{hello: hello(), answer: func(p *puppet, q plugin.Request) {
+				if q.Op == plugin.OpLoad {
+					answer(p, q)
+				} else {
+					sane(p, q)
+				}
+			}}
+			c := dial(t, Config{Name: "hostile", Source: s, UID: 12345})
+			layers, err := c.Layers(t.Context(), "", "")
+			if err != nil {
+				t.Fatal(err)
 			}
-		}}
-		c := dial(t, Config{Name: "hostile", Source: s, UID: 12345})
-		layers, err := c.Layers(t.Context(), "", "")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if l, err := layers.Open(t.Context(), 0); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("the layer %v opens, %v, expected %q", l, err, want)
-		}
+			if l, err := layers.Open(t.Context(), 0); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("the layer %v opens, %v, expected %q", l, err, want)
+			}
+		})
 	}
 }
 

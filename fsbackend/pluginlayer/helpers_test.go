@@ -299,6 +299,13 @@ func eventually(t *testing.T, what string, f func() bool) {
 	}
 }
 
+// inUse says whether a run of the plug-in is in use: its layers have been loaded, or could not be.
+func (c *Conn) inUse() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.current != nil
+}
+
 func mustOpen(t *testing.T, c *fsbackendtest.Client, name string) (node, fh uint64) {
 	t.Helper()
 	e, errno := c.Lookup(fsbackendtest.Root, name)

@@ -445,8 +445,7 @@ func TestAnotherLayer(t *testing.T) {
 	}
 	client.Lookup(fsbackendtest.Root, "end")
 	eventually(t, "another start", func() bool { return c.Starts() == 2 })
-	c.mu.Lock() // until the layers have been loaded, or not
-	c.mu.Unlock()
+	eventually(t, "its use", c.inUse)
 	if errno := use(client); errno != unix.EIO {
 		t.Errorf("its use ends with %v, expected EIO", errno)
 	}

@@ -249,7 +249,7 @@ func (c *Conn) backend(l *layer) (Layer, error) {
 	}
 	inner, err := passthrough.New(passthrough.Config{
 		Dir: l.text, DirFD: l.dir.Int(), ProcFD: c.cfg.ProcFD, MaxFDs: c.cfg.MaxFDs, MaxInodes: c.cfg.MaxInodes,
-		NoFileHandles: c.cfg.NoFileHandles, Log: c.cfg.Log,
+		NoFileHandles: c.cfg.NoFileHandles, PosixACL: l.ACL(), Log: c.cfg.Log,
 	})
 	if err != nil {
 		return nil, err

@@ -76,6 +76,9 @@ func TestInfo(t *testing.T) {
 	if l.Dev() != 99 || !l.ACL() || errno != 0 || e.Ino != 5004 {
 		t.Errorf("device %d, ACLs %v, inode number %d, %v, expected those of the plug-in", l.Dev(), l.ACL(), e.Ino, errno)
 	}
+	if flags := client.R.WantFlags(0); flags != fuseproto.FUSE_POSIX_ACL {
+		t.Errorf("it wants flags %#x, expected FUSE_POSIX_ACL", flags)
+	}
 	names, _, errno := client.Listxattr(e.NodeId, 1000)
 	if want := "user.one\x00system.posix_acl_access\x00trusted.overlay.opaque\x00"; string(names) != want || errno != 0 {
 		t.Errorf("extended attributes %q, %v, expected %q", names, errno, want)

@@ -83,6 +83,14 @@ func (t *tree) adopt(path string, typ uint32) (uint64, fsbackend.Errno) {
 	return n.id, fsbackend.OK
 }
 
+// WantFlags implements fsbackend.Wanter.
+func (t *tree) WantFlags(defaults uint64) uint64 {
+	if t.ACL() {
+		defaults |= fuseproto.FUSE_POSIX_ACL
+	}
+	return defaults
+}
+
 // Forget implements fsbackend.Backend.
 func (t *tree) Forget(id, count uint64) {
 	t.mu.Lock()
