@@ -22,27 +22,43 @@ import (
 )
 
 func TestConformance(t *testing.T) {
-	for name, p := range map[string]*files{"with attributes": {FS: fsbackendtest.Tree()}, "without": {FS: fsbackendtest.Tree(), bare: true}} {
-		t.Run(name, func(t *testing.T) {
-			source := local(p)
-			c := dial(t, Config{Name: "files", Source: source})
-			fsbackendtest.RunReadOnly(t, fsbackendtest.ReadOnlyConfig{
-				New: func(t *testing.T) fsbackend.Backend { return first(t, c) },
-				Check: func(b fsbackend.Backend) error {
-					l := b.(*tree)
-					l.mu.Lock()
-					defer l.mu.Unlock()
-					if len(l.handles) == 0 && (l.files != 0 || l.listed != 0) {
-						return fmt.Errorf("%d files and %d names without a handle", l.files, l.listed)
-					}
-					return nil
-				},
-				Strict: true,
-			})
-			if n, m := p.counted("load"), p.counted("close"); n == 0 || n != m {
-				t.Errorf("%d loads and %d ends of layers, expected as many", n, m)
+	p := &files{FS: fsbackendtest.Tree()}
+	c := dial(t, Config{Name: "files", Source: local(p)})
+	fsbackendtest.RunReadOnly(t, fsbackendtest.ReadOnlyConfig{
+		New: func(t *testing.T) fsbackend.Backend { return first(t, c) },
+		Check: func(b fsbackend.Backend) error {
+			l := b.(*tree)
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			if len(l.handles) == 0 && (l.files != 0 || l.listed != 0) {
+				return fmt.Errorf("%d files and %d names without a handle", l.files, l.listed)
 			}
-		})
+			return nil
+		},
+		Strict: true,
+	})
+	if n, m := p.counted("load"), p.counted("close"); n == 0 || n != m {
+		t.Errorf("%d loads and %d ends of layers, expected as many", n, m)
+	}
+}
+
+// TestBareListing lists a directory of which the plug-in says no more than names and types.
+func TestBareListing(t *testing.T) {
+	c := dial(t, Config{Name: "files", Source: local(&files{FS: fsbackendtest.Tree(), bare: true})})
+	_, client := open(t, c, 0)
+	fh, _ := client.Opendir(fsbackendtest.Root)
+	entries, errno := client.Readdir(fsbackendtest.Root, fh, 0, 1<<16, true)
+	if errno != 0 || len(entries) != 8 {
+		t.Fatalf("READDIRPLUS gives %d entries, %v, expected 8", len(entries), errno)
+	}
+	for _, e := range entries {
+		if e.Entry.NodeId != 0 || e.Ino == 0 || e.Type != unix.DT_DIR && e.Type != unix.DT_REG {
+			t.Errorf("entry %+v, expected it without a lookup", e)
+		}
+	}
+	e, errno := client.Lookup(fsbackendtest.Root, entries[2].Name)
+	if errno != 0 || e.Ino != entries[2].Ino {
+		t.Errorf("LOOKUP gives inode number %d, %v, READDIR %d", e.Ino, errno, entries[2].Ino)
 	}
 }
 
