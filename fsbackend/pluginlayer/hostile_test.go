@@ -425,6 +425,30 @@ func TestNoAnswers(t *testing.T) {
 	eventually(t, "the layer", func() bool { return use(client) == 0 })
 }
 
+// TestLateAnswer sees that an answer that nobody waits for any more is dropped, with the descriptor that comes with it.
+func TestLateAnswer(t *testing.T) {
+	var late plugin.Request // of the plug-in's goroutine only
+	answered := make(chan struct{})
+	c, client := hostile(t, Config{Timeout: 200 * time.Millisecond}, func(p *puppet, q plugin.Request) bool {
+		switch {
+		case q.Op == plugin.OpOpenat && late.ID == 0:
+			late = q
+			return true
+		case q.Op == plugin.OpCancel && q.Target == late.ID:
+			sane(p, late)
+			close(answered)
+		}
+		return false
+	})
+	if errno := use(client); errno != unix.EIO {
+		t.Errorf("its use ends with %v, expected EIO", errno)
+	}
+	<-answered
+	if errno := use(client); errno != 0 || c.Starts() != 1 {
+		t.Errorf("after the late answer its use ends with %v, after %d starts", errno, c.Starts())
+	}
+}
+
 // TestAnotherLayer sees that a layer that has become another one is not mixed up with what the guest knows.
 func TestAnotherLayer(t *testing.T) {
 	loads := 0

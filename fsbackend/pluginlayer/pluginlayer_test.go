@@ -159,45 +159,6 @@ func TestWhiteouts(t *testing.T) {
 	}
 }
 
-// TestReadsPassThePluginBy is seed row B5: 100 MB are read without a read or a message of the plug-in, another process.
-func TestReadsPassThePluginBy(t *testing.T) {
-	const size = 100 << 20
-	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "file"), []byte("start"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(filepath.Join(dir, "file"), size); err != nil {
-		t.Fatal(err)
-	}
-	source := &process{env: []string{pluginEnv + "=" + dir}}
-	c := dial(t, Config{Name: "files", Source: source})
-	_, client := open(t, c, 0)
-	node, fh := mustOpen(t, client, "file")
-	io := func() string {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", source.running().Pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		rchar, _, _ := strings.Cut(string(b), "write_bytes")
-		return rchar
-	}
-	before := io()
-	total, buf := 0, make([]byte, 1<<20)
-	for total < size {
-		dst := fsbackendtest.NewSink(buf, 0)
-		if errno := client.R.Read(&fsbackend.Context{MayBlock: true}, &fuseproto.ReadIn{InHeader: fuseproto.InHeader{NodeId: node}, Fh: fh, Offset: uint64(total)}, dst); errno != 0 || dst.Written() == 0 {
-			t.Fatalf("READ at %d: %d bytes, %v", total, dst.Written(), errno)
-		}
-		if total == 0 && !bytes.HasPrefix(buf, []byte("start\x00")) {
-			t.Errorf("the file begins %q", buf[:10])
-		}
-		total += dst.Written()
-	}
-	if after := io(); after != before {
-		t.Errorf("the plug-in did something while the file was read:\n%s\nexpected as before:\n%s", after, before)
-	}
-}
-
 // TestReadAllocs sees that READ costs no allocation.
 func TestReadAllocs(t *testing.T) {
 	c := dial(t, Config{Name: "files", Source: local(&files{FS: fsbackendtest.Tree()})})

@@ -2,6 +2,8 @@ package pluginlayer
 
 import (
 	"archive/tar"
+	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -15,6 +17,7 @@ import (
 
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fsbackend/fsbackendtest"
+	"github.com/sluicefs/sluice/fuseproto"
 )
 
 // tarPlugin is the example in Python, started with Debian's package python3.
@@ -75,6 +78,63 @@ func TestPython(t *testing.T) {
 		},
 		Strict: true,
 	})
+}
+
+// TestReadsPassThePluginBy is seed row B5: 100 MiB are read without a read, a write or a message of the plug-in, another process.
+func TestReadsPassThePluginBy(t *testing.T) {
+	const size = 100 << 20
+	path := filepath.Join(t.TempDir(), "large.tar")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tar.NewWriter(f).WriteHeader(&tar.Header{Name: "file", Mode: 0o644, Size: size}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString("start"); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Truncate(512+size+1024), f.Close()); err != nil { // the rest are zeros, and the archive's end
+		t.Fatal(err)
+	}
+	c := tarPlugin(t)
+	layers, err := c.Layers(t.Context(), "", strings.TrimPrefix(path, "/"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := layers.Open(t.Context(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	client := &fsbackendtest.Client{R: fsbackend.Resolve(l)}
+	node, fh := mustOpen(t, client, "file")
+	calls := func() string {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", c.cfg.Source.(*process).running().Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		own, _, _ := strings.Cut(string(b), "read_bytes")
+		c.current.mu.Lock()
+		defer c.current.mu.Unlock()
+		return fmt.Sprintf("%srequests: %d", own, c.current.lastID)
+	}
+	before := calls()
+	total, buf := 0, make([]byte, 1<<20)
+	for total < size {
+		dst := fsbackendtest.NewSink(buf, 0)
+		in := &fuseproto.ReadIn{InHeader: fuseproto.InHeader{NodeId: node}, Fh: fh, Offset: uint64(total)}
+		if errno := l.(*tree).Read(&fsbackend.Context{}, in, dst); errno != 0 || dst.Written() == 0 {
+			t.Fatalf("READ at %d: %d bytes, %v", total, dst.Written(), errno)
+		}
+		if total == 0 && !bytes.HasPrefix(buf, []byte("start\x00")) {
+			t.Errorf("the file begins %q", buf[:10])
+		}
+		total += dst.Written()
+	}
+	if after := calls(); after != before {
+		t.Errorf("the plug-in did something while the file was read:\n%s\nexpected as before:\n%s", after, before)
+	}
 }
 
 // TestThreeLayers is seed row B3: one entry is three layers. The first has a whiteout of each kind for files of the third; to merge
