@@ -22,6 +22,9 @@ import (
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
+// suiteTree is the conformance suite's tree, which takes long to make.
+var suiteTree = sync.OnceValue(fsbackendtest.Tree)
+
 func TestMain(m *testing.M) {
 	unix.Umask(0)
 	goleak.VerifyTestMain(m)
@@ -151,7 +154,7 @@ func serve(t *testing.T, m *copier, timeout time.Duration) *ondemand.FS {
 
 func TestConformance(t *testing.T) {
 	fsbackendtest.RunReadOnly(t, fsbackendtest.ReadOnlyConfig{
-		New:    func(t *testing.T) fsbackend.Backend { return serve(t, newCopier(t, fsbackendtest.Tree()), 0) },
+		New:    func(t *testing.T) fsbackend.Backend { return serve(t, newCopier(t, suiteTree()), 0) },
 		Strict: true,
 	})
 }
@@ -159,7 +162,7 @@ func TestConformance(t *testing.T) {
 // TestOnDemand is seed row B4: a listing takes no file's contents, the first open of a file takes them, the second nothing; the
 // file is in the host's directory then.
 func TestOnDemand(t *testing.T) {
-	m := newCopier(t, fsbackendtest.Tree())
+	m := newCopier(t, suiteTree())
 	f := serve(t, m, 0)
 	defer f.Close()
 	c := &fsbackendtest.Client{R: fsbackend.Resolve(f)}
@@ -198,7 +201,7 @@ func TestOnDemand(t *testing.T) {
 
 // TestReadOnly sees that nothing that changes the tree is offered, nor what would pass the Materializer by.
 func TestReadOnly(t *testing.T) {
-	f := serve(t, newCopier(t, fsbackendtest.Tree()), 0)
+	f := serve(t, newCopier(t, suiteTree()), 0)
 	defer f.Close()
 	r := fsbackend.Resolve(f)
 	if r.Maker != nil || r.Creater != nil || r.Writer != nil || r.Renamer != nil || r.XattrWriter != nil || r.DirPlusReader != nil {
@@ -222,7 +225,7 @@ type bare struct{ fsbackend.Backend }
 
 // TestErrors sees what a guest gets of a Materializer's errors.
 func TestErrors(t *testing.T) {
-	m := newCopier(t, fsbackendtest.Tree())
+	m := newCopier(t, suiteTree())
 	m.gate, m.stuck = make(chan error, 1), make(chan string, 1)
 	f := serve(t, m, 0)
 	defer f.Close()
@@ -255,7 +258,7 @@ func TestErrors(t *testing.T) {
 
 // TestOneAtATime has many open one file: the Materializer is called once.
 func TestOneAtATime(t *testing.T) {
-	m := newCopier(t, fsbackendtest.Tree())
+	m := newCopier(t, suiteTree())
 	m.gate, m.stuck = make(chan error), make(chan string, 100)
 	f := serve(t, m, 0)
 	defer f.Close()
@@ -310,7 +313,7 @@ func TestOneAtATime(t *testing.T) {
 
 // TestCancel sees that a call ends with the last who waits for it, and at its time.
 func TestCancel(t *testing.T) {
-	m := newCopier(t, fsbackendtest.Tree())
+	m := newCopier(t, suiteTree())
 	m.gate, m.stuck = make(chan error), make(chan string, 1)
 	f := serve(t, m, 0)
 	defer f.Close()
@@ -344,7 +347,7 @@ func TestCancel(t *testing.T) {
 }
 
 func TestTimeout(t *testing.T) {
-	m := newCopier(t, fsbackendtest.Tree())
+	m := newCopier(t, suiteTree())
 	m.gate, m.stuck, m.ignores = make(chan error), make(chan string, 1), true
 	f := serve(t, m, 20*time.Millisecond)
 	c := &fsbackendtest.Client{R: fsbackend.Resolve(f)}
@@ -372,7 +375,7 @@ func (panicking) Open(context.Context, string) error { panic("on purpose") }
 
 // TestPanic has a panic reach the thread of the request, whose server contains it.
 func TestPanic(t *testing.T) {
-	m := newCopier(t, fsbackendtest.Tree())
+	m := newCopier(t, suiteTree())
 	inner, err := passthrough.New(passthrough.Config{Dir: m.dir})
 	if err != nil {
 		t.Fatal(err)
@@ -395,7 +398,7 @@ func TestPanic(t *testing.T) {
 
 // TestMaxInodes sees that a guest cannot make the table grow for ever.
 func TestMaxInodes(t *testing.T) {
-	m := newCopier(t, fsbackendtest.Tree())
+	m := newCopier(t, suiteTree())
 	inner, err := passthrough.New(passthrough.Config{Dir: m.dir})
 	if err != nil {
 		t.Fatal(err)

@@ -108,7 +108,7 @@ func (p *filling) contents() (files, small int) {
 }
 
 func newFilling(t *testing.T) *filling {
-	return &filling{from: fsbackendtest.Tree(), path: t.TempDir(), filled: make(map[string]int)}
+	return &filling{from: suiteTree(), path: t.TempDir(), filled: make(map[string]int)}
 }
 
 // fresh is filling with a new directory for each that is loaded.

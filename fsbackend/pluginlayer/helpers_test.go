@@ -19,6 +19,9 @@ import (
 	"github.com/sluicefs/sluice/plugin"
 )
 
+// suiteTree is the conformance suite's tree, which takes long to make.
+var suiteTree = sync.OnceValue(fsbackendtest.Tree)
+
 // pluginEnv makes the test binary a plug-in with the files below the directory that it names.
 const pluginEnv = "SLUICE_TEST_LAYER_PLUGIN"
 

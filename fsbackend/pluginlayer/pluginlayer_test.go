@@ -22,7 +22,7 @@ import (
 )
 
 func TestConformance(t *testing.T) {
-	p := &files{FS: fsbackendtest.Tree()}
+	p := &files{FS: suiteTree()}
 	c := dial(t, Config{Name: "files", Source: local(p)})
 	fsbackendtest.RunReadOnly(t, fsbackendtest.ReadOnlyConfig{
 		New: func(t *testing.T) fsbackend.Backend { return first(t, c) },
@@ -44,7 +44,7 @@ func TestConformance(t *testing.T) {
 
 // TestBareListing lists a directory of which the plug-in says no more than names and types.
 func TestBareListing(t *testing.T) {
-	c := dial(t, Config{Name: "files", Source: local(&files{FS: fsbackendtest.Tree(), bare: true})})
+	c := dial(t, Config{Name: "files", Source: local(&files{FS: suiteTree(), bare: true})})
 	_, client := open(t, c, 0)
 	fh, _ := client.Opendir(fsbackendtest.Root)
 	entries, errno := client.Readdir(fsbackendtest.Root, fh, 0, 1<<16, true)
@@ -64,7 +64,7 @@ func TestBareListing(t *testing.T) {
 
 // TestShared is seed row B7: backends of one layer share it, and have the same inode numbers; other layers have others.
 func TestShared(t *testing.T) {
-	p := &files{FS: fsbackendtest.Tree()}
+	p := &files{FS: suiteTree()}
 	c := dial(t, Config{Name: "files", Source: local(p)})
 	one, a := open(t, c, 0)
 	two, b := open(t, c, 0)
@@ -85,7 +85,7 @@ func TestShared(t *testing.T) {
 
 // TestInfo has the plug-in say what it is otherwise made up.
 func TestInfo(t *testing.T) {
-	p := &files{FS: fsbackendtest.Tree(), info: plugin.Info{ACL: true, StableIno: true, Dev: 99}}
+	p := &files{FS: suiteTree(), info: plugin.Info{ACL: true, StableIno: true, Dev: 99}}
 	c := dial(t, Config{Name: "files", Source: local(p)})
 	l, client := open(t, c, 0)
 	e, errno := client.Lookup(fsbackendtest.Root, "small")
@@ -102,7 +102,7 @@ func TestInfo(t *testing.T) {
 }
 
 func TestXattr(t *testing.T) {
-	c := dial(t, Config{Name: "files", Source: local(&files{FS: fsbackendtest.Tree()})})
+	c := dial(t, Config{Name: "files", Source: local(&files{FS: suiteTree()})})
 	_, client := open(t, c, 0)
 	e, _ := client.Lookup(fsbackendtest.Root, "small")
 	names, n, errno := client.Listxattr(e.NodeId, 1000)
@@ -161,7 +161,7 @@ func TestWhiteouts(t *testing.T) {
 
 // TestReadAllocs sees that READ costs no allocation.
 func TestReadAllocs(t *testing.T) {
-	c := dial(t, Config{Name: "files", Source: local(&files{FS: fsbackendtest.Tree()})})
+	c := dial(t, Config{Name: "files", Source: local(&files{FS: suiteTree()})})
 	l, client := open(t, c, 0)
 	node, fh := mustOpen(t, client, "page")
 	buf := make([]byte, 8192)
@@ -189,7 +189,7 @@ func TestRestart(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "file"), []byte("contents"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	_, unharmed := open(t, dial(t, Config{Name: "files", Source: local(&files{FS: fsbackendtest.Tree()})}), 0)
+	_, unharmed := open(t, dial(t, Config{Name: "files", Source: local(&files{FS: suiteTree()})}), 0)
 	source := &process{env: []string{pluginEnv + "=" + dir}}
 	c := dial(t, Config{Name: "files", Source: source})
 	_, client := open(t, c, 0)
@@ -245,7 +245,7 @@ func TestRestart(t *testing.T) {
 
 // TestCancel sees that the plug-in is told when nobody waits any more, and that the guest does not wait for what takes too long.
 func TestCancel(t *testing.T) {
-	p := &files{FS: fsbackendtest.Tree(), hold: make(chan struct{})}
+	p := &files{FS: suiteTree(), hold: make(chan struct{})}
 	c := dial(t, Config{Name: "files", Source: local(p)})
 	l, client := open(t, c, 0)
 	cancel := make(chan struct{})
@@ -266,7 +266,7 @@ func TestCancel(t *testing.T) {
 }
 
 func TestTimeout(t *testing.T) {
-	p := &files{FS: fsbackendtest.Tree(), hold: make(chan struct{})}
+	p := &files{FS: suiteTree(), hold: make(chan struct{})}
 	c := dial(t, Config{Name: "files", Source: local(p), Timeout: 50 * time.Millisecond})
 	_, client := open(t, c, 0)
 	if _, errno := client.Lookup(fsbackendtest.Root, "wait"); errno != unix.EIO {
@@ -280,7 +280,7 @@ func TestTimeout(t *testing.T) {
 
 // TestLimits sees that a guest cannot have a layer hold any number of things.
 func TestLimits(t *testing.T) {
-	c := dial(t, Config{Name: "files", Source: local(&files{FS: fsbackendtest.Tree()}), MaxInodes: 2, MaxFiles: 2, MaxListed: 110})
+	c := dial(t, Config{Name: "files", Source: local(&files{FS: suiteTree()}), MaxInodes: 2, MaxFiles: 2, MaxListed: 110})
 	_, client := open(t, c, 0)
 	node, _ := mustOpen(t, client, "small")
 	d, errno := client.Lookup(fsbackendtest.Root, "many")

@@ -55,7 +55,7 @@ func writeTar(t *testing.T, path string, headers ...tar.Header) {
 func TestPython(t *testing.T) {
 	dir := t.TempDir()
 	var headers []tar.Header
-	for name, f := range fsbackendtest.Tree() {
+	for name, f := range suiteTree() {
 		h := tar.Header{Name: name, Mode: int64(f.Mode.Perm()), ModTime: f.ModTime, Uname: string(f.Data), Format: tar.FormatPAX}
 		if f.Mode.Type() == fs.ModeSymlink {
 			h.Typeflag, h.Linkname, h.Uname = tar.TypeSymlink, string(f.Data), ""
