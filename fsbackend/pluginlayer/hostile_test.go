@@ -425,6 +425,40 @@ func TestNoAnswers(t *testing.T) {
 	eventually(t, "the layer", func() bool { return use(client) == 0 })
 }
 
+// TestRelease sees that a plug-in is told of what is not used any more, and in the end of its own end.
+func TestRelease(t *testing.T) {
+	var told []string // written by the plug-in's goroutine, which has ended when it is read
+	s := &script{hello: hello(), answer: func(p *puppet, q plugin.Request) {
+		if q.Op != plugin.OpStatat {
+			told = append(told, q.Op.String())
+		}
+		sane(p, q)
+	}}
+	watchFDs(t)
+	c, err := Dial(t.Context(), Config{Name: "hostile", Source: s})
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, two := first(t, c), first(t, c)
+	if err := one.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, errno := (&fsbackendtest.Client{R: fsbackend.Resolve(two)}).Lookup(fsbackendtest.Root, "file"); errno != 0 {
+		t.Errorf("LOOKUP after the end of another backend of the layer: %v", errno)
+	}
+	if err := two.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	s.served.Wait()
+	want := "num_of_layers load_data_source num_of_layers cleanup release"
+	if got := strings.Join(told, " "); got != want {
+		t.Errorf("the plug-in was asked %s, expected %s", got, want)
+	}
+}
+
 // TestLateAnswer sees that an answer that nobody waits for any more is dropped, with the descriptor that comes with it.
 func TestLateAnswer(t *testing.T) {
 	var late plugin.Request // of the plug-in's goroutine only

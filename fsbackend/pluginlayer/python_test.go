@@ -18,6 +18,7 @@ import (
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fsbackend/fsbackendtest"
 	"github.com/sluicefs/sluice/fuseproto"
+	"github.com/sluicefs/sluice/internal/sys"
 )
 
 // tarPlugin is the example in Python, started with Debian's package python3.
@@ -204,6 +205,31 @@ func TestThreeLayers(t *testing.T) {
 	node, fh := mustOpen(t, clients[2], "hidden")
 	if b, errno := clients[2].Read(node, fh, 0, 10); string(b) != "third" || errno != 0 {
 		t.Errorf("READ: %q, %v", b, errno)
+	}
+	// What another guest opens of the layer are the same pages.
+	again, err := layers.Open(t.Context(), 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	node2, fh2 := mustOpen(t, &fsbackendtest.Client{R: fsbackend.Resolve(again)}, "hidden")
+	var st [2]unix.Stat_t
+	for i, h := range []struct {
+		t        *tree
+		node, fh uint64
+	}{{clients[2].R.Backend.(*tree), node, fh}, {again.(*tree), node2, fh2}} {
+		open, errno := h.t.pin(h.node, h.fh)
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+		errno = sys.Fstat(open.file.Int(), &st[i])
+		h.t.unpin(open)
+		if errno != 0 {
+			t.Fatal(errno)
+		}
+	}
+	if st[0].Ino != st[1].Ino || st[0].Dev != st[1].Dev {
+		t.Errorf("two backends read files %d:%d and %d:%d, expected one", st[0].Dev, st[0].Ino, st[1].Dev, st[1].Ino)
 	}
 	for path, want := range map[string]string{"nowhere": "no such file", strings.TrimPrefix(dir, "/") + "/none.tar": "no such file"} {
 		l, err := c.Layers(t.Context(), "", path)
