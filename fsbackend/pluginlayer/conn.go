@@ -135,52 +135,56 @@ func (c *Conn) next(ctx context.Context) (*link, error) {
 // Starts returns how many runs of the plug-in have been greeted.
 func (c *Conn) Starts() uint64 { return c.starts.Load() }
 
-// How long to wait after a run of the plug-in that was of no use; it grows from the first to the second.
+// How long to wait after a run of the plug-in that was of no use, or ended soon; it grows from the first to the second. A run that has
+// lasted as long as the second was of use.
 const (
 	firstPause = 100 * time.Millisecond
 	maxPause   = 5 * time.Second
 )
 
-// run keeps the plug-in in use until Close.
+// run keeps the plug-in in use until Close, or until its Source has no more.
 func (c *Conn) run(l *link) {
 	defer close(c.done)
 	pause := firstPause
 	for {
-		if l != nil {
-			began := time.Now()
+		if c.attend(l) >= maxPause {
+			pause = firstPause
+		} else {
 			select {
-			case <-l.dead:
+			case <-time.After(pause):
 			case <-c.ctx.Done():
 			}
-			c.drop(l)
-			if c.ctx.Err() != nil {
-				return
-			}
-			c.log.Warn("layer plug-in has ended: its layers answer EIO until it is started again", "plugin", c.cfg.Name, "error", l.err)
-			if time.Since(began) > maxPause {
-				pause = firstPause
-			}
+			pause = min(2*pause, maxPause)
+		}
+		if c.ctx.Err() != nil {
+			return
 		}
 		var err error
 		if l, err = c.next(c.ctx); err == nil {
 			c.adopt(l)
 			c.log.Warn("layer plug-in is in use again", "plugin", c.cfg.Name)
-			continue
+		} else if c.ctx.Err() == nil {
+			c.log.Error("layer plug-in cannot be used", "plugin", c.cfg.Name, "error", err)
+			if errors.Is(err, errSource) {
+				return
+			}
 		}
-		if c.ctx.Err() != nil {
-			return
-		}
-		c.log.Error("layer plug-in cannot be used", "plugin", c.cfg.Name, "error", err)
-		if errors.Is(err, errSource) {
-			return
-		}
-		select {
-		case <-time.After(pause):
-		case <-c.ctx.Done():
-			return
-		}
-		pause = min(2*pause, maxPause)
 	}
+}
+
+// attend returns how long l has lasted when it has ended, or Close ends it. A nil one has not been.
+func (c *Conn) attend(l *link) time.Duration {
+	if l == nil {
+		return 0
+	}
+	began := time.Now()
+	select {
+	case <-l.dead:
+		c.log.Warn("layer plug-in has ended: its layers answer EIO until it is started again", "plugin", c.cfg.Name, "error", l.err)
+	case <-c.ctx.Done():
+	}
+	c.drop(l)
+	return time.Since(began)
 }
 
 // drop ends l, and its being in use.
