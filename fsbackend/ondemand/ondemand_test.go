@@ -349,7 +349,7 @@ func TestCancel(t *testing.T) {
 func TestTimeout(t *testing.T) {
 	m := newCopier(t, suiteTree())
 	m.gate, m.stuck, m.ignores = make(chan error), make(chan string, 1), true
-	f := serve(t, m, 20*time.Millisecond)
+	f := serve(t, m, 300*time.Millisecond)
 	c := &fsbackendtest.Client{R: fsbackend.Resolve(f)}
 	e, errno := c.Lookup(fsbackendtest.Root, "small")
 	if errno != 0 {

@@ -190,7 +190,7 @@ func TestDirectoryRestart(t *testing.T) {
 func TestDirectoryTimeout(t *testing.T) {
 	p := newFilling(t)
 	p.hold = true
-	c := dial(t, Config{Name: "filling", Source: local(p), OnDemandTimeout: 30 * time.Millisecond})
+	c := dial(t, Config{Name: "filling", Source: local(p), OnDemandTimeout: 500 * time.Millisecond})
 	_, client := open(t, c, 0)
 	e, errno := client.Lookup(fsbackendtest.Root, "small")
 	if errno != 0 {

@@ -404,7 +404,7 @@ func (o other) Next(context.Context) (*os.File, error) {
 func TestNoAnswers(t *testing.T) {
 	var mute sync.Once
 	muted := false // written by the first run's goroutine only
-	c, client := hostile(t, Config{Timeout: 30 * time.Millisecond}, func(_ *puppet, q plugin.Request) bool {
+	c, client := hostile(t, Config{Timeout: 500 * time.Millisecond}, func(_ *puppet, q plugin.Request) bool {
 		if q.Op == plugin.OpStatat {
 			mute.Do(func() { muted = true })
 		} else if q.Op == plugin.OpLoad {
@@ -463,7 +463,7 @@ func TestRelease(t *testing.T) {
 func TestLateAnswer(t *testing.T) {
 	var late plugin.Request // of the plug-in's goroutine only
 	answered := make(chan struct{})
-	c, client := hostile(t, Config{Timeout: 200 * time.Millisecond}, func(p *puppet, q plugin.Request) bool {
+	c, client := hostile(t, Config{Timeout: 500 * time.Millisecond}, func(p *puppet, q plugin.Request) bool {
 		switch {
 		case q.Op == plugin.OpOpenat && late.ID == 0:
 			late = q

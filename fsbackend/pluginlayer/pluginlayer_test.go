@@ -267,7 +267,7 @@ func TestCancel(t *testing.T) {
 
 func TestTimeout(t *testing.T) {
 	p := &files{FS: suiteTree(), hold: make(chan struct{})}
-	c := dial(t, Config{Name: "files", Source: local(p), Timeout: 50 * time.Millisecond})
+	c := dial(t, Config{Name: "files", Source: local(p), Timeout: 500 * time.Millisecond})
 	_, client := open(t, c, 0)
 	if _, errno := client.Lookup(fsbackendtest.Root, "wait"); errno != unix.EIO {
 		t.Errorf("LOOKUP that takes too long: %v, expected EIO", errno)
