@@ -60,8 +60,6 @@ type outside struct {
 	store *upperdir.Store
 	upper *upperdir.Upper // nil without
 	dirs  []*os.File      // the lower layers, where all of them are directories of the host
-	// keep is the name of an upper that outlives the overlay.
-	keep string
 }
 
 // OpenOutside implements extensions.Hosted.
