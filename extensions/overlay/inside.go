@@ -44,7 +44,7 @@ func (Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *extens
 	o := told.Options
 	cfg := overlay.Config{
 		UIDMap: idMap(o.UIDs), GIDMap: idMap(o.GIDs), SquashToUID: o.SquashUID, SquashToGID: o.SquashGID, StaticNlink: o.StaticNlink,
-		NoACL: o.NoACL, Volatile: o.NoFsync, MaxInodes: in.MaxInodes, Log: in.Log,
+		NoACL: o.NoACL, Volatile: o.NoFsync || o.UpperKind == UpperDiscard, MaxInodes: in.MaxInodes, Log: in.Log,
 		RedirectDir: map[Redirect]overlay.RedirectDir{
 			RedirectOn: overlay.RedirectOn, RedirectFollow: overlay.RedirectFollow, RedirectNone: overlay.RedirectOff,
 		}[told.Redirect],
@@ -95,7 +95,11 @@ func (i *inside) openLowers(cfg *overlay.Config, g *extensions.Given, names []lo
 		}
 		for _, b := range layers {
 			i.lowers = append(i.lowers, b)
-			cfg.Lowers = append(cfg.Lowers, overlay.Layer{Backend: b, Name: names[n].Name, StableIno: true})
+			layer := overlay.Layer{Backend: b, Name: names[n].Name, StableIno: true}
+			if a, ok := b.(interface{ ACL() bool }); ok {
+				layer.NoACL = !a.ACL()
+			}
+			cfg.Lowers = append(cfg.Lowers, layer)
 		}
 	}
 	return all, nil

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/fsbackend"
@@ -47,7 +48,15 @@ func (*Extension) TryHandleMount(*specs.Spec, *specs.Mount, string, bool) (fsbac
 // socket may be descriptors, so there is no read(2) to do with.
 func (*Extension) SeccompRules() seccomp.Rules {
 	return seccomp.Rules{
-		"recvmsg": seccomp.MatchAll{}, "sendmsg": seccomp.MatchAll{}, "shutdown": seccomp.MatchAll{}, "getsockopt": seccomp.MatchAll{},
+		"fcntl": seccomp.Or{ // descriptors that Go's poller waits for
+			seccomp.PerArg{1: seccomp.Int32(unix.F_DUPFD_CLOEXEC)},
+			seccomp.PerArg{1: seccomp.Int32(unix.F_GETFL)},
+			seccomp.PerArg{1: seccomp.Int32(unix.F_SETFL)},
+		},
+		"getsockopt": seccomp.MatchAll{},
+		"recvmsg":    seccomp.MatchAll{},
+		"sendmsg":    seccomp.MatchAll{},
+		"shutdown":   seccomp.MatchAll{},
 	}
 }
 
@@ -180,7 +189,7 @@ func (e *Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *ext
 	ctx, cancel := context.WithTimeout(context.Background(), dialTime)
 	defer cancel()
 	conn, err := pluginlayer.Dial(ctx, pluginlayer.Config{
-		Name: r.entry.Name, Source: line, ProcFD: in.ProcFD, NoFileHandles: in.NoFileHandles, MaxFDs: in.MaxFDs, MaxInodes: in.MaxInodes, Log: in.Log,
+		Name: r.entry.Name, Source: line, ProcFD: in.ProcFD, NoFileHandles: in.NoFileHandles, MaxFDs: in.MaxFDs, MaxFiles: in.MaxFDs, MaxInodes: in.MaxInodes, Log: in.Log,
 	})
 	if err != nil {
 		return nil, options, errors.Join(err, line.Close())
@@ -203,8 +212,12 @@ type layers struct {
 // layer is one of them.
 type layer struct {
 	fsbackend.Forward
-	of *layers
+	of  *layers
+	acl bool
 }
+
+// ACL says that the layer has access control lists.
+func (b *layer) ACL() bool { return b.acl }
 
 // open opens all layers that the plug-in has for r.
 func (l *layers) open(ctx context.Context, conn *pluginlayer.Conn, r request) (err error) {
@@ -230,7 +243,7 @@ func (l *layers) open(ctx context.Context, conn *pluginlayer.Conn, r request) (e
 			return err
 		}
 		l.left.Add(1)
-		l.all = append(l.all, &layer{fsbackend.Forward{Inner: fsbackend.Resolve(b)}, l})
+		l.all = append(l.all, &layer{fsbackend.Forward{Inner: fsbackend.Resolve(b)}, l, b.ACL()})
 	}
 	l.Inner = fsbackend.Resolve(l.all[0])
 	return nil
