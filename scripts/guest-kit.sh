@@ -57,7 +57,7 @@ for program in "${foreign[@]}"; do
 done
 
 [ "$(dd if="$new/vmlinuz" bs=1 skip=514 count=4 status=none)" = HdrS ] || fail "$kernel holds no bootable kernel"
-for module in fuse virtiofs "${vsock[@]}"; do [ -s "$new/modules-uml/$module.ko" ] || fail "user-mode-linux has no $module.ko"; done
+for module in fuse virtiofs overlay "${vsock[@]}"; do [ -s "$new/modules-uml/$module.ko" ] || fail "user-mode-linux has no $module.ko"; done
 for module in "${vsock[@]}"; do [ -s "$new/modules-qemu/$module.ko" ] || fail "$kernel has no $module.ko"; done
 "$new/busybox" true || fail "busybox does not run"
 rm -rf "$kit"

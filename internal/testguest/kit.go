@@ -73,7 +73,7 @@ func (k Kit) vsock() string { return filepath.Join(k.Dir, "vhost-device-vsock") 
 func (k Kit) modules(kind Kind) []string {
 	names := []string{"vsock", "vmw_vsock_virtio_transport_common", "vmw_vsock_virtio_transport"}
 	if kind == UML {
-		names = append([]string{"fuse", "virtiofs"}, names...)
+		names = append([]string{"fuse", "virtiofs", "overlay"}, names...)
 	}
 	for i, name := range names {
 		names[i] = filepath.Join(k.Dir, "modules-"+string(kind), name+".ko")

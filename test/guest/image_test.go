@@ -2,6 +2,8 @@ package guest_test
 
 import (
 	"bufio"
+	"bytes"
+	"encoding/json"
 	"fmt"
 	"io/fs"
 	"net/http"
@@ -168,4 +170,75 @@ func TestImage(t *testing.T) {
 		t.Errorf("the second guest has had %d requests and %d bytes fetched", gets, bytes)
 	}
 	g.denies(noEntry, "ls /mnt/two/root/answer-of-one")
+}
+
+// TestImageLayers serves the layers of an image one by one, for the guest's own overlayfs to merge, and compares that with the kernel's on
+// the host over what tar(1) has unpacked. It also reads what the daemon says of each layer.
+func TestImageLayers(t *testing.T) {
+	forRoot(t)
+	t.Parallel()
+	s := &steered{machine: newScratch(t)}
+	lowest := []imagetest.File{
+		{Name: "etc/"},
+		{Name: "etc/a", Data: []byte("lowest\n")},
+		{Name: "etc/b", Data: []byte("lowest\n"), Mode: 0o4755, UID: 3, GID: 4},
+		{Name: "gone", Data: []byte("x\n")},
+		{Name: "dir/"},
+		{Name: "dir/x", Data: []byte("x\n")},
+		{Name: "dir/y", Type: '2', Mode: 0o777, Link: "x"},
+		{Name: "same", Data: []byte("s\n")},
+		{Name: "other", Type: '1', Link: "same"},
+		{Name: "null", Type: '3', Major: 1, Minor: 3},
+		{Name: "fifo", Type: '6'},
+	}
+	middle := []imagetest.File{{Name: ".wh.gone"}, {Name: "dir/"}, {Name: "dir/.wh..wh..opq"}, {Name: "dir/z", Data: []byte("only this\n")}}
+	top := []imagetest.File{{Name: "etc/"}, {Name: "etc/.wh.b"}, {Name: "etc/a", Data: []byte("top\n")}}
+	image := imagetest.New(t, lowest, middle, top)
+	args := []string{"--lazyimage-fetcher", fetch, "--state-dir", filepath.Join(s.scratch, "state")}
+	var tags, mounts []string
+	for i, l := range image.Layers {
+		tag := fmt.Sprint("l", i)
+		args = append(args, "--share", fmt.Sprintf("tag=%s,socket=%s/%s.sock,xattr,image=%s,option=layer=%s", tag, s.scratch, tag, image.Ref, l.Digest))
+		tags, mounts = append(tags, tag), append([]string{"/mnt/" + tag}, mounts...)
+	}
+	s.startSteered(testguest.DaemonConfig{Program: program, Shares: true, Args: args})
+	g := s.on(tags...)
+	g.sh("mkdir /mnt/all; mount -t overlay -o ro,lowerdir=%s all /mnt/all", strings.Join(mounts, ":"))
+
+	// The same on the host, of tar archives, with the whiteouts of the kernel's.
+	var dirs []string
+	for i, files := range [][]imagetest.File{lowest, middle, top} {
+		dir := filepath.Join(s.scratch, fmt.Sprint("unpacked", i))
+		s.check(os.Mkdir(dir, 0o755))
+		unpack := exec.Command("tar", "x", "-p", "-C", dir)
+		unpack.Stdin = bytes.NewReader(imagetest.Tar(t, files))
+		if out, err := unpack.CombinedOutput(); err != nil {
+			t.Fatalf("unpack: %v\n%s", err, out)
+		}
+		dirs = append([]string{dir}, dirs...)
+	}
+	hostSh(t, fmt.Sprintf("cd %[1]s/unpacked1; rm .wh.gone dir/.wh..wh..opq; mknod gone c 0 0; cd %[1]s/unpacked2; rm etc/.wh.b; mknod etc/b c 0 0", s.scratch))
+	s.check(unix.Setxattr(filepath.Join(s.scratch, "unpacked1/dir"), "trusted.overlay.opaque", []byte("y"), 0))
+	merged := filepath.Join(s.scratch, "merged")
+	s.mountOverlay(merged, "lowerdir="+strings.Join(dirs, ":"))
+	if want, got := hostSh(t, fmt.Sprintf(walkScript, merged)), g.sh(walkScript, "/mnt/all"); want != got {
+		t.Errorf("the guest's overlayfs of lazy layers is not the host's of unpacked ones:\n%s", difference(want, got))
+	}
+
+	const state = "/mnt/l0/.stargz-snapshotter"
+	g.says("", "ls -a /mnt/l0 | grep stargz || true")
+	g.says("500 0", "stat -c '%%a %%u' %s", state)
+	var said struct {
+		Digest         string  `json:"digest"`
+		Size           int64   `json:"size"`
+		FetchedSize    int64   `json:"fetchedSize"`
+		FetchedPercent float64 `json:"fetchedPercent"`
+	}
+	file := state + "/" + image.Layers[0].Digest + ".json"
+	s.check(json.Unmarshal([]byte(g.sh("cat %s", file)), &said))
+	if said.Digest != image.Layers[0].Digest || said.Size != int64(len(image.Layers[0].Blob)) || said.FetchedPercent > 100 {
+		t.Errorf("of its layer the daemon says %+v", said)
+	}
+	g.says("400", "stat -c %%a %s", file)
+	g.denies("Permission denied", "su user -c 'cat %s'", file)
 }
