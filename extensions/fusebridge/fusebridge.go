@@ -57,8 +57,7 @@ func (Extension) SeccompRules() seccomp.Rules {
 var socketRules = seccomp.Rules{
 	"fcntl":      seccomp.Or{seccomp.PerArg{1: seccomp.Int32(unix.F_GETFL)}, seccomp.PerArg{1: seccomp.Int32(unix.F_SETFL)}}, // Go's os
 	"getsockopt": seccomp.PerArg{1: seccomp.Int32(unix.SOL_SOCKET), 2: seccomp.Int32(unix.SO_SNDBUF)},
-	"poll":       seccomp.MatchAll{}, // there is room for a request, or a message from a program that rests
-	"ppoll":      seccomp.MatchAll{}, // likewise, on arm64
+	"ppoll":      seccomp.MatchAll{}, // there is room for a request, or a message from a program that rests
 	"recvmsg":    seccomp.MatchAll{}, // replies
 	"sendmsg":    seccomp.PerArg{2: seccomp.Int32(unix.MSG_DONTWAIT | unix.MSG_NOSIGNAL)},
 	"sendto":     seccomp.PerArg{3: seccomp.Int32(unix.MSG_DONTWAIT | unix.MSG_NOSIGNAL), 4: seccomp.EqualTo(0)},

@@ -1,13 +1,16 @@
 package fusebridge
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -21,8 +24,18 @@ import (
 	"github.com/sluicefs/sluice/seccomp"
 )
 
+// role is the environment variable that makes this binary the half inside, behind a filter: its value is the mount's data.
+const role = "FUSEBRIDGE_TEST_INSIDE"
+
 func TestMain(m *testing.M) {
 	program.MaybeConfine()
+	if data, ok := os.LookupEnv(role); ok {
+		if err := inside(data); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	goleak.VerifyTestMain(m)
 }
 
@@ -221,6 +234,110 @@ func TestErrors(t *testing.T) {
 				t.Errorf("%v, expected %q", err, tt.inside)
 			}
 		})
+	}
+}
+
+// inside serves what descriptor 3 leads to, behind the daemon's filter with the extension's rules, and tells of each round.
+func inside(data string) error {
+	m := extensions.Mount{Backend: Name}
+	g := &extensions.Given{Data: json.RawMessage(data), Files: []*os.File{os.NewFile(3, "line")}}
+	policy, err := seccomp.New(seccomp.Base(seccomp.BaseOptions{}), seccomp.Source{Owner: Name, Rules: Extension{}.SeccompRules()})
+	if err != nil {
+		return err
+	}
+	err = seccomp.Install(seccomp.InstallConfig{
+		Filters: seccomp.Filters{Deny: policy.Deny(), Allow: policy.Allow(), NoSys: policy.NoSys()}, Action: seccomp.Kill,
+	})
+	if err != nil {
+		return err
+	}
+	b, _, err := Extension{}.OpenInside(&extensions.Inside{Log: slog.New(slog.NewTextHandler(os.Stdout, nil))}, m, g)
+	if err != nil {
+		return err
+	}
+	c := &fsbackendtest.Client{R: fsbackend.Resolve(b)}
+	for range 2 {
+		var group sync.WaitGroup
+		for range 4 {
+			group.Go(func() {
+				for i := range 200 {
+					out, errno := c.Create(fsbackendtest.Root, fmt.Sprint("file", i%10), unix.O_RDWR, 0o644)
+					if errno != 0 {
+						continue // the program is being killed
+					}
+					_, _ = c.Write(out.NodeId, out.Fh, 0, make([]byte, 300_000), unix.O_RDWR)
+					_, _ = c.Read(out.NodeId, out.Fh, 0, 300_000)
+					c.Release(out.NodeId, out.Fh)
+					c.R.Forget(out.NodeId, 1)
+				}
+			})
+		}
+		group.Wait()
+		fmt.Println("round")
+		if _, err := os.Stdin.Read(make([]byte, 1)); err != nil {
+			return err
+		}
+	}
+	if _, errno := c.Lookup(fsbackendtest.Root, "file1"); errno != 0 {
+		return errno
+	}
+	return b.Close()
+}
+
+// TestBehindFilter serves behind the daemon's system call filter, also when the program has been started again.
+func TestBehindFilter(t *testing.T) {
+	h := new(host)
+	defer h.close(t)
+	dir := t.TempDir()
+	for _, d := range []string{"upper", "work"} {
+		if err := os.Mkdir(filepath.Join(dir, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := extensions.Mount{Backend: Name, Options: []string{
+		fmt.Sprintf("command=fuse-overlayfs -f -o lowerdir=%[1]s,upperdir=%[1]s/upper,workdir=%[1]s/work {mnt}", dir), "restart=30s",
+	}}
+	g, err := Extension{}.OpenOutside(t.Context(), h.outside(), m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), role+"="+string(g.Data))
+	cmd.ExtraFiles = g.Files
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	g.Close()
+	lines := bufio.NewScanner(out)
+	for rounds := 0; rounds < 2 && lines.Scan(); {
+		if lines.Text() != "round" {
+			t.Log(lines.Text())
+			continue
+		}
+		if rounds++; rounds == 1 {
+			st, _ := h.actions["program"](t.Context(), nil)
+			if err := unix.Kill(st.(status).PID, unix.SIGKILL); err != nil {
+				t.Error(err)
+			}
+		}
+		if _, err := in.Write([]byte("\n")); err != nil {
+			t.Error(err)
+		}
+	}
+	for lines.Scan() {
+		t.Log(lines.Text())
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("the half inside: %v", err)
 	}
 }
 

@@ -189,6 +189,10 @@ func (s *Supervisor) run(first chan<- error) {
 		} else {
 			s.ended(err.Error())
 		}
+		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+			delay = time.Hour // nobody will ever use it: what is left is Stop
+			s.c.Backoff.Max = delay
+		}
 		if r.stop {
 			return
 		}
