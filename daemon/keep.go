@@ -21,6 +21,7 @@ import (
 	"github.com/sluicefs/sluice/internal/configfile"
 	"github.com/sluicefs/sluice/internal/link"
 	"github.com/sluicefs/sluice/internal/listen"
+	confined "github.com/sluicefs/sluice/internal/program"
 	"github.com/sluicefs/sluice/internal/sandbox"
 )
 
@@ -41,10 +42,8 @@ const keepCaps = sandbox.CapSet(1)<<unix.CAP_SYS_ADMIN | sandbox.CapSet(1)<<unix
 
 // hostedCaps are what halves of extensions outside the sandbox need beyond: they copy files of any kind and owner, and start programs
 // as other users, in namespaces and with large socket buffers.
-const hostedCaps = sandbox.CapSet(1)<<unix.CAP_MKNOD | sandbox.CapSet(1)<<unix.CAP_FSETID | sandbox.CapSet(1)<<unix.CAP_SETFCAP |
-	sandbox.CapSet(1)<<unix.CAP_SETUID | sandbox.CapSet(1)<<unix.CAP_SETGID | sandbox.CapSet(1)<<unix.CAP_SETPCAP |
-	sandbox.CapSet(1)<<unix.CAP_KILL | sandbox.CapSet(1)<<unix.CAP_SYS_CHROOT | sandbox.CapSet(1)<<unix.CAP_SYS_RESOURCE |
-	sandbox.CapSet(1)<<unix.CAP_NET_ADMIN
+const hostedCaps = sandbox.CapSet(confined.KeeperCaps) | sandbox.CapSet(1)<<unix.CAP_MKNOD | sandbox.CapSet(1)<<unix.CAP_FSETID |
+	sandbox.CapSet(1)<<unix.CAP_SETFCAP
 
 // modes are the options' words in sandbox's own.
 var modes = map[config.Sandbox]sandbox.Mode{
