@@ -141,7 +141,7 @@ func (fs *FS) createTemp(c *fsbackend.Context, entry *fuseproto.EntryOut) (m mad
 	var out fuseproto.CreateOut
 	e = unix.EOPNOTSUPP
 	if r.Tmpfiler != nil && r.Linker != nil && !fs.noTmpfile.Load() {
-		if e = r.Tmpfile(c, &in, &out); e != 0 && e != unix.ENOSPC && e != unix.EDQUOT {
+		if e = r.Tmpfile(c, &in, &out); cannot(e) {
 			fs.noTmpfile.Store(true)
 			e = unix.EOPNOTSUPP
 		}
@@ -157,6 +157,15 @@ func (fs *FS) createTemp(c *fsbackend.Context, entry *fuseproto.EntryOut) (m mad
 	m.node, m.fh = out.NodeId, out.Fh
 	*entry = out.EntryOut
 	return m, 0
+}
+
+// cannot says whether e is that a file system does not have files without a name, or cannot give them one.
+func cannot(e errno) bool {
+	switch e {
+	case unix.EOPNOTSUPP, unix.ENOSYS, unix.EISDIR, unix.EINVAL, unix.ENOENT, unix.EPERM, unix.EXDEV:
+		return true
+	}
+	return false
 }
 
 func (fs *FS) readlink(c *fsbackend.Context, r real) (fsbackend.Name, errno) {
@@ -436,7 +445,8 @@ func (fs *FS) publish(c *fsbackend.Context, n *node, m *made) errno {
 	if e := fs.upper.r.Getattr(c, &get, &attr); e != 0 {
 		return e
 	}
-	if e := fs.markImpureDir(c, p); e != 0 {
+	// Where it cannot be marked, the copy gets another inode number when it is looked up next.
+	if e := fs.markImpureDir(c, p); e != 0 && e != unix.EPERM && e != unix.EACCES {
 		return e
 	}
 	if e := fs.putInPlace(c, m, up, fsbackend.MakeName(name)); e != 0 {
@@ -468,7 +478,7 @@ func (fs *FS) putInPlace(c *fsbackend.Context, m *made, dir uint64, name fsbacke
 	e := fs.upper.r.Link(c, &in, name, &out)
 	if e == 0 {
 		fs.upper.r.Forget(out.NodeId, 1)
-	} else if e != unix.ENOSPC && e != unix.EDQUOT {
+	} else if cannot(e) {
 		fs.noTmpfile.Store(true)
 		e = errMoved // once more, with a name
 	}

@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 // newPassthrough serves dir, with work as its work directory unless that is "".
 func newPassthrough(t testing.TB, dir, work string) *passthrough.FS {
 	t.Helper()
-	cfg := passthrough.Config{Dir: dir}
+	cfg := passthrough.Config{Dir: dir, MaxFDs: 64} // many are made
 	if work != "" {
 		fd, err := unix.Open(work, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {

@@ -195,3 +195,61 @@ func TestMetacopy(t *testing.T) {
 		t.Errorf("LOOKUP of its neighbour: %v", err)
 	}
 }
+
+// noTmpfile is a backend whose file system has no files without a name, or, with links, cannot give them one.
+type noTmpfile struct {
+	*passthrough.FS
+	links bool
+}
+
+func (n *noTmpfile) Tmpfile(c *fsbackend.Context, in *fuseproto.CreateIn, out *fuseproto.CreateOut) errno {
+	if n.links {
+		return n.FS.Tmpfile(c, in, out)
+	}
+	return unix.EOPNOTSUPP
+}
+
+func (n *noTmpfile) Link(c *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Name, out *fuseproto.EntryOut) errno {
+	if n.links {
+		return unix.EPERM
+	}
+	return n.FS.Link(c, in, name, out)
+}
+
+// TestWithoutTmpfile has copies be made by name where they cannot be made without.
+func TestWithoutTmpfile(t *testing.T) {
+	for _, links := range []bool{false, true} {
+		s := newStack(t, 1)
+		put(t, s.lowers[0], 0, "d/", "d/f", "g")
+		cfg := s.config(t)
+		cfg.Upper = &noTmpfile{cfg.Upper.(*passthrough.FS), links}
+		o := newOurTree(newOverlay(t, cfg))
+		for _, path := range []string{"d/f", "g"} {
+			if err := o.write(path, 0, "W"); err != nil {
+				t.Errorf("write %s: %v", path, err)
+			}
+			if data, err := os.ReadFile(s.upper + "/" + path); err != nil || string(data) != "W"+(path + " of 0")[1:] {
+				t.Errorf("the copy of %s holds %q, %v", path, data, err)
+			}
+		}
+		if err := o.fs.check(); err != nil {
+			t.Error(err)
+		}
+		if left, err := os.ReadDir(s.work); err != nil || len(left) > 0 {
+			t.Errorf("the work directory has %v, %v", left, err)
+		}
+		_ = o.fs.Close()
+	}
+}
+
+// TestWorkIsCleaned has what a crash has left in the work directory go, and nothing else.
+func TestWorkIsCleaned(t *testing.T) {
+	s := newStack(t, 1)
+	put(t, s.work, 0, "#1/", "#1/.wh.x", "#1/sub/", "#2", "mine")
+	o := newOurTree(newOverlay(t, s.config(t)))
+	defer o.fs.Close()
+	left, err := os.ReadDir(s.work)
+	if err != nil || len(left) != 1 || left[0].Name() != "mine" {
+		t.Errorf("the work directory has %v, %v, expected what is not the overlay's", left, err)
+	}
+}
