@@ -502,7 +502,8 @@ func deliberate(o op, kernel, ours string) bool {
 		// A lower file that is open and has been removed cannot be changed any more in the kernel's overlay, which would have to copy
 		// it up to the name that it had and finds a whiteout there. Ours copies it up without a name.
 		return true
-	case (o.what == "rename" || o.what == "exchange") && kernel == "ESTALE" && ours == "OK":
+	case (o.what == "rename" || o.what == "exchange") && kernel == "ESTALE" && ours == "OK",
+		o.what == "whiteout" && kernel == "EINVAL" && ours == "OK":
 		// A lower file with several links that gets one in the upper layer is known to the kernel by its old inode as well, and it is
 		// confused when one is renamed to the other. To ours they are one file, and nothing is to be done.
 		return true

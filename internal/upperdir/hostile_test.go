@@ -128,6 +128,11 @@ func TestDeep(t *testing.T) {
 	_, err = u.Export(t.Context(), io.Discard, nil, 0)
 	wantErr(t, err, "nested more than")
 	wantErr(t, u.Apply(t.Context(), t.TempDir(), ApplyOptions{DryRun: true}, nil), "nested more than")
+	// No process has as many descriptors as there are levels.
+	var limit unix.Rlimit
+	must(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
+	must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: maxDepth, Max: limit.Max}))
+	defer func() { must(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)) }()
 	must(t, u.Close())
 	if left := s.entries(t); left != "" {
 		t.Errorf("after Close there are %s", left)
@@ -194,6 +199,15 @@ func TestApplyInPieces(t *testing.T) {
 			if after < 8 {
 				t.Errorf("there were %d changes", after)
 			}
+			// A layer of the same changes has the same outcome.
+			var layer bytes.Buffer
+			_, err := u.Export(t.Context(), &layer, tree, 0)
+			must(t, err)
+			unpack(t, &layer, lower)
+			got, want := snapshot(t, lower, true, true), snapshot(t, target, true, true)
+			delete(got, ".") // is in no layer
+			delete(want, ".")
+			sameTrees(t, "layer unpacked", got, want)
 			return
 		}
 	}

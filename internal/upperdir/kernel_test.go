@@ -5,9 +5,11 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -83,6 +85,7 @@ func oneUpper(t *testing.T, seed uint64) {
 	var archive bytes.Buffer
 	_, err = u.Export(t.Context(), &archive, tree, 0)
 	must(t, err)
+	layer := archive.Bytes()
 	unpacked := o.dir + "/unpacked"
 	flatten(t, before, unpacked)
 	unpack(t, &archive, unpacked)
@@ -95,6 +98,56 @@ func oneUpper(t *testing.T, seed uint64) {
 		sameTrees(t, "lower afterwards", snapshot(t, dir, true, true), lowers[i])
 	}
 	sameTrees(t, "upper afterwards", snapshot(t, o.upper, true, true), upper)
+
+	// Marks that are files mean the same.
+	marksAsFiles(t, o.upper)
+	marksAsFiles(t, o.lower)
+	var again []Change
+	must(t, u.Diff(t.Context(), tree, func(c *Change) error {
+		again = append(again, *c)
+		return nil
+	}))
+	if !reflect.DeepEqual(again, changes) {
+		t.Errorf("with marks that are files, the changes are %+v, expected %+v", again, changes)
+	}
+	var sameLayer bytes.Buffer
+	_, err = u.Export(t.Context(), &sameLayer, tree, 0)
+	must(t, err)
+	if !bytes.Equal(sameLayer.Bytes(), layer) {
+		t.Error("with marks that are files, the layer is another")
+	}
+	target = o.dir + "/target2"
+	flatten(t, before, target)
+	must(t, u.Apply(t.Context(), target, ApplyOptions{Below: tree}, nil))
+	sameTrees(t, "target, by marks that are files", dropLinks(snapshot(t, target, true, true)), dropLinks(after))
+}
+
+// marksAsFiles replaces whiteouts and opaque marks of the kernel's in a layer by files, as fuse-overlayfs makes them.
+func marksAsFiles(t *testing.T, dir string) {
+	t.Helper()
+	times := make(map[string][]unix.Timespec) // of directories, which are not to show it
+	must(t, filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			return err
+		}
+		switch {
+		case st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0:
+			return errors.Join(os.Remove(path), os.WriteFile(filepath.Join(filepath.Dir(path), whPrefix+filepath.Base(path)), nil, 0o600))
+		case st.Mode&unix.S_IFMT == unix.S_IFDIR:
+			times[path] = []unix.Timespec{st.Atim, st.Mtim}
+			if unix.Lremovexattr(path, "trusted.overlay.opaque") == nil {
+				return os.WriteFile(filepath.Join(path, whOpaque), nil, 0o600)
+			}
+		}
+		return nil
+	}))
+	for path, ts := range times {
+		must(t, unix.UtimesNanoAt(unix.AT_FDCWD, path, ts, 0))
+	}
 }
 
 // dropLinks takes out which files are one: hard links part where only one name was copied up.

@@ -1,0 +1,80 @@
+package upperdir
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// TestDiff lists every kind of change, of an upper whose marks are in all three name spaces.
+func TestDiff(t *testing.T) {
+	s := openStore(t)
+	dir := t.TempDir()
+	u := s.given(t, dir)
+	lower := dir + "/lower"
+	old := time.Unix(1_600_000_000, 0)
+	write := func(path, data string) {
+		t.Helper()
+		must(t, os.WriteFile(path, []byte(data), 0o644))
+		must(t, os.Chtimes(path, old, old))
+	}
+	for _, d := range []string{lower + "/dir/sub", lower + "/moved", lower + "/opaque", lower + "/mode", u.Path() + "/dir", u.Path() + "/opaque", u.Path() + "/renamed", u.Path() + "/mode", u.Path() + "/was-file"} {
+		must(t, os.MkdirAll(d, 0o755))
+	}
+	for _, f := range []string{"same", "data", "time", "owner", "gone", "dir/gone", "moved/in", "opaque/hidden", "was-file", "attr"} {
+		write(lower+"/"+f, "0123")
+	}
+	for _, f := range []string{"same", "time", "attr"} {
+		write(u.Path()+"/"+f, "0123")
+	}
+	write(u.Path()+"/data", "4567") // the same size, and the same time
+	write(u.Path()+"/dir/new", "new")
+	write(u.Path()+"/renamed/too", "")
+	must(t, os.Chtimes(u.Path()+"/time", old, old.Add(time.Nanosecond)))
+	must(t, unix.Setxattr(u.Path()+"/attr", "user.x", []byte("1"), 0))
+	must(t, unix.Setxattr(u.Path()+"/same", "user.overlay.origin", []byte("1"), 0))
+	must(t, os.Chmod(u.Path()+"/mode", 0o700))
+	must(t, os.Symlink("/nowhere", u.Path()+"/dir/link"))
+	for _, f := range []string{"gone", "dir/gone", "dir/never", "moved"} {
+		i := strings.LastIndexByte(f, '/') + 1
+		write(u.Path()+"/"+f[:i]+whPrefix+f[i:], "")
+	}
+	must(t, unix.Setxattr(u.Path()+"/renamed", "user.overlay.redirect", []byte("/moved"), 0))
+	must(t, unix.Setxattr(u.Path()+"/opaque", "user.fuseoverlayfs.opaque", []byte("y"), 0))
+	must(t, unix.Setxattr(u.Path()+"/was-file", "user.overlay.opaque", []byte("y"), 0))
+
+	var lines []string
+	must(t, u.Diff(t.Context(), s.lowersOf(t, lower), func(c *Change) error {
+		text, err := json.Marshal(c)
+		lines = append(lines, string(text))
+		return err
+	}))
+	expected := []string{
+		`{"path":"attr","kind":"metadata","type":"file","size":4}`,
+		`{"path":"data","kind":"modified","type":"file","size":4}`,
+		`{"path":"dir/gone","kind":"deleted","type":"file","size":4}`,
+		`{"path":"dir/link","kind":"added","type":"symlink","size":0}`,
+		`{"path":"dir/new","kind":"added","type":"file","size":3}`,
+		`{"path":"gone","kind":"deleted","type":"file","size":4}`,
+		`{"path":"mode","kind":"metadata","type":"directory","size":0}`,
+		`{"path":"moved","kind":"deleted","type":"directory","size":0}`,
+		`{"path":"opaque/hidden","kind":"deleted","type":"file","size":4}`,
+		`{"path":"renamed","kind":"added","type":"directory","from":"moved","size":0}`,
+		`{"path":"renamed/too","kind":"added","type":"file","size":0}`,
+		`{"path":"time","kind":"metadata","type":"file","size":4}`,
+		`{"path":"was-file","kind":"modified","type":"directory","was":"file","size":0}`,
+	}
+	if got, want := strings.Join(lines, "\n"), strings.Join(expected, "\n"); got != want {
+		t.Errorf("the changes are\n%s\nexpected\n%s", got, want)
+	}
+
+	stop := errors.New("stop")
+	if err := u.Diff(t.Context(), s.lowersOf(t, lower), func(*Change) error { return stop }); !errors.Is(err, stop) {
+		t.Errorf("Diff ended with %v, expected the error of emit", err)
+	}
+}
