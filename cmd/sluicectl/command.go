@@ -53,7 +53,7 @@ sluicectl share add data --root /srv/data`)
 			"changed and removed while the guest uses the share.", `
 sluicectl graft ls data
 sluicectl graft add data /models /srv/models --ro`)
-	graft.AddCommand(p.graftAdd(), p.graftSet(), p.graftRemove(), p.graftList())
+	graft.AddCommand(p.graftAdd(), p.graftSet(), p.graftRemove(), p.graftList(), p.graftAct())
 	root.AddCommand(p.status(), share, graft, p.overlay(), p.stat(), p.events(), p.completion(root), p.man(root))
 	return root
 }

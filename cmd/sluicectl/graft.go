@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
@@ -126,6 +127,36 @@ sluicectl graft ls data --json`,
 			})
 		}))
 	cmd.ValidArgsFunction = p.completeTag
+	return cmd
+}
+
+func (p *program) graftAct() *cobra.Command {
+	cmd := command("act TAG PATH ACTION [JSON]", "Have a graft do what is its backend's own",
+		"Have the graft at PATH in the share TAG do ACTION, with an argument in JSON, and print the answer, in JSON too. What there is depends on\n"+
+			"the backend: check of lazyimage says how much of an image is here, program and restart of fuse are about the program. The\n"+
+			"actions of an overlay have commands of their own (sluicectl overlay).", `
+sluicectl graft act root / check
+sluicectl graft act box /secret restart`,
+		tagged(func(cmd *cobra.Command, tag string, args []string) error {
+			var g api.GraftSpec
+			if err := placeGraft(&g, args[0], ""); err != nil {
+				return usage(cmd, "%w", err)
+			}
+			arg := json.RawMessage("{}")
+			if len(args) > 2 {
+				if arg = json.RawMessage(args[2]); !json.Valid(arg) {
+					return usage(cmd, "%q is not JSON: expected an argument such as {\"name\": \"x\"}", args[2])
+				}
+			}
+			return p.ask(cmd, args[1]+" of "+name(g.Path)+" in "+name(tag), func(ctx context.Context, c *client.Client) error {
+				answer, err := c.ActGraft(ctx, tag, g.Path, args[1], arg)
+				if err != nil {
+					return advise(err, api.CodeNotFound, hintGrafts)
+				}
+				return encode(p.out, answer)
+			})
+		}))
+	cmd.ValidArgsFunction = p.completeGraft
 	return cmd
 }
 
