@@ -63,6 +63,9 @@ func (h *halves) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 	if h.fail == "outside" {
 		return nil, errors.New("no luck outside: expected some")
 	}
+	if len(m.Lowers) == 0 {
+		return nil, errors.New("there is nothing below")
+	}
 	g := &extensions.Given{Data: json.RawMessage(`"hello"`)}
 	f, err := os.Open(filepath.Join(m.Lowers[0].Source, "..", "f"))
 	if err != nil {
