@@ -8,6 +8,8 @@ import (
 	"os"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fsbackend/overlay"
@@ -66,6 +68,9 @@ func (Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *extens
 	}
 	i.lowers = nil // they are New's
 	if i.fs, err = overlay.New(cfg); err != nil {
+		if told.Upper && errors.Is(err, unix.EACCES) {
+			err = fmt.Errorf("%w: expected an upper directory that who serves may write to; the files of an ordinary user are not those of --uid-map and --gid-map: leave these out, or run the daemon as root", err)
+		}
 		return nil, options, err
 	}
 	in.OnTell(i.told)
