@@ -17,8 +17,9 @@ import (
 
 // hostedInside is the half of a graft that is inside.
 type hostedInside struct {
-	tell func(method string, arg json.RawMessage, files []*os.File) (any, error)
-	gone chan struct{} // closed when the backend is
+	backend string
+	tell    func(method string, arg json.RawMessage, files []*os.File) (any, error)
+	gone    chan struct{} // closed when the backend is
 }
 
 // tellOrder is something that the half outside says to the one inside.
@@ -57,7 +58,7 @@ func (in *inside) openHosted(o *opener, g *share.Graft, order *hostedOrder, file
 		closeFiles(files)
 		return err
 	}
-	h := &hostedInside{gone: make(chan struct{})}
+	h := &hostedInside{backend: order.Mount.Backend, gone: make(chan struct{})}
 	// An error message of a part names what holds it, so each has its own.
 	i := &extensions.Inside{
 		Log: o.log, ProcFD: o.procFD, NoFileHandles: o.noFileHandles, MaxFDs: o.share.MaxFDs, MaxInodes: o.share.MaxInodes,
@@ -137,7 +138,11 @@ func (in *inside) tell(o tellOrder, files []*os.File) (any, error) {
 		closeFiles(files)
 		return nil, err
 	}
-	v, err := h.tell(o.Method, o.Arg, files)
+	var v any
+	err = extensions.Call(h.backend, "Tell "+o.Method, func() (err error) {
+		v, err = h.tell(o.Method, o.Arg, files)
+		return err
+	})
 	if v == nil {
 		v = struct{}{} // an answer, in JSON, too
 	}

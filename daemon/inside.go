@@ -317,6 +317,10 @@ func (in *inside) graft(s *served, o graftOrder, files []*os.File) (share.Graft,
 		g   share.Graft
 		err error
 	}
+	patience := openPatience
+	if o.Hosted != nil {
+		patience = outsidePatience // a registry may be slow to answer
+	}
 	c := make(chan result, 1)
 	go func() {
 		g, err := in.openGraft(s, &o, files)
@@ -325,7 +329,7 @@ func (in *inside) graft(s *served, o graftOrder, files []*os.File) (share.Graft,
 	select {
 	case r := <-c:
 		return r.g, r.err
-	case <-time.After(openPatience):
+	case <-time.After(patience):
 	}
 	go func() {
 		if r := <-c; r.err == nil {
@@ -333,7 +337,7 @@ func (in *inside) graft(s *served, o graftOrder, files []*os.File) (share.Graft,
 		}
 	}()
 	return share.Graft{}, &api.Error{
-		Code: api.CodeUnavailable, Message: fmt.Sprintf("%s was not open after %s", o.Spec.Path, openPatience),
+		Code: api.CodeUnavailable, Message: fmt.Sprintf("%s was not open after %s", o.Spec.Path, patience),
 		Hint: "look whether its source, or the extension for it, hangs",
 	}
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/virtiofs"
 )
@@ -29,6 +30,12 @@ func TestMain(m *testing.M) {
 				getenv:      fakeSystemd,
 				newServer:   newFakeServer,
 				stopTimeout: stopTimeout,
+			}
+			if os.Getenv("HALVES") != "" {
+				var err error
+				if p.registry, err = extensions.NewRegistry(newHalves()); err != nil {
+					panic(err)
+				}
 			}
 			if d, err := time.ParseDuration(os.Getenv("STOP_TIMEOUT")); err == nil {
 				p.stopTimeout = d

@@ -66,7 +66,9 @@ type hostedGraft struct {
 	closed  bool
 	actions map[string]func(context.Context, json.RawMessage) (any, error)
 
-	acting sync.Mutex // held while an action runs
+	acting sync.Mutex // held while an action runs, and by close
+	ending context.Context
+	end    context.CancelFunc // has an action that is under way end
 }
 
 // lastHosted is the ID of the graft in two halves that was opened last.
@@ -82,6 +84,7 @@ func (k *keeper) openHosted(tag string, spec api.GraftSpec) (_ *hostedGraft, err
 		actions: make(map[string]func(context.Context, json.RawMessage) (any, error)),
 	}
 	h.order.ID = lastHosted.Add(1)
+	h.ending, h.end = context.WithCancel(context.Background())
 	h.tell = func(ctx context.Context, method string, arg any, files ...*os.File) (answer json.RawMessage, err error) {
 		text, err := json.Marshal(arg)
 		if err != nil {
@@ -195,18 +198,26 @@ func (h *hostedGraft) closeFiles() {
 	h.files = nil
 }
 
-// close ends the half outside. It may be called again.
+// close ends the half outside, and first an action that is under way, which uses what is closed then. It may be called again.
 func (h *hostedGraft) close() error {
 	h.closeFiles()
+	h.end()
+	h.acting.Lock()
+	defer h.acting.Unlock()
 	h.mu.Lock()
 	closers := h.closers
 	h.closers, h.closed = nil, true
 	h.mu.Unlock()
 	var failed []error
 	for _, f := range slices.Backward(closers) {
-		failed = append(failed, f())
+		failed = append(failed, safely(h.order.Mount.Backend, "OnClose", f))
 	}
 	return errors.Join(failed...)
+}
+
+// safely calls f, which is an extension's, in which a panic is an error.
+func safely(extension, what string, f func() error) error {
+	return extensions.Call(extension, what, f)
 }
 
 // adopt has h end when the server says that its graft is gone for good, and with the server.
@@ -259,8 +270,20 @@ func (h *hostedGraft) act(ctx context.Context, name string, arg json.RawMessage)
 	case f == nil:
 		return nil, api.Errorf(api.CodeInvalid, "%q is nothing that the graft can do: expected one of %v", name, known)
 	}
-	v, err := f(ctx, arg)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(h.ending, cancel)()
+	var v any
+	err := safely(h.order.Mount.Backend, "Action "+name, func() (err error) {
+		v, err = f(ctx, arg)
+		return err
+	})
 	var action *extensions.ActionError
+	var panicked *extensions.PanicError
+	if errors.As(err, &panicked) {
+		h.log.Error("an extension has panicked; the action it was asked for has failed", "error", panicked, "stack", string(panicked.Stack))
+		return nil, &api.Error{Code: api.CodeInternal, Message: panicked.Error()}
+	}
 	switch {
 	case errors.As(err, &action):
 		return nil, &api.Error{Code: api.CodeInvalid, Message: action.Message, Hint: action.Hint}

@@ -53,9 +53,18 @@ func (h *halves) noted() string {
 
 func (h *halves) OpenOutside(ctx context.Context, out *extensions.Outside, m extensions.Mount) (*extensions.Given, error) {
 	h.note("outside %s %q", m.Path, m.Options)
-	out.OnClose(func() error { h.ended <- m.Path; return nil })
+	out.OnClose(func() error {
+		h.ended <- m.Path
+		if h.fail == "close" {
+			panic("while it ends")
+		}
+		return nil
+	})
 	if h.fail == "outside" {
 		return nil, errors.New("no luck outside: expected some")
+	}
+	if len(m.Lowers) == 0 {
+		return nil, errors.New("there is nothing below")
 	}
 	g := &extensions.Given{Data: json.RawMessage(`"hello"`)}
 	f, err := os.Open(filepath.Join(m.Lowers[0].Source, "..", "f"))
@@ -71,11 +80,19 @@ func (h *halves) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 		g.Parts = append(g.Parts, p)
 	}
 	out.Action("say", func(ctx context.Context, arg json.RawMessage) (any, error) {
-		if h.action != nil {
+		if h.action != nil && string(arg) != `"wait"` {
 			h.action <- struct{}{}
 			<-h.action
 		}
-		if string(arg) == `"wrong"` {
+		switch string(arg) {
+		case `"panic"`:
+			panic("in an action")
+		case `"wait"`:
+			h.action <- struct{}{}
+			<-ctx.Done()
+			h.note("the action has ended")
+			return nil, ctx.Err()
+		case `"wrong"`:
 			return nil, &extensions.ActionError{Message: "wrong: expected something else", Hint: "say something else"}
 		}
 		f, err := os.Open(filepath.Join(m.Lowers[0].Source, "..", "f"))
@@ -96,6 +113,9 @@ func (h *halves) OpenInside(in *extensions.Inside, m extensions.Mount, g *extens
 	}
 	in.OnTell(func(method string, arg json.RawMessage, files []*os.File) (any, error) {
 		defer closeFiles(files)
+		if string(arg) == `"panic inside"` {
+			panic("inside")
+		}
 		text, err := io.ReadAll(files[0])
 		return fmt.Sprintf("%s %s %s", method, arg, text), err
 	})
@@ -220,5 +240,47 @@ func TestHalvesBusy(t *testing.T) {
 	h.action <- struct{}{}
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestHalvesPanic has an extension panic in all that it is called for later: that fails, and the daemon goes on.
+func TestHalvesPanic(t *testing.T) {
+	h := newHalves()
+	h.fail = "close"
+	r := newRig(t, h)
+	r.add(t, api.ShareSpec{Tag: "x", Grafts: []api.GraftSpec{r.halvesSpec("/")}})
+	_, err := r.ActGraft(t.Context(), "x", "/", "say", json.RawMessage(`"panic"`))
+	wantCode(t, err, api.CodeInternal, "in an action")
+	_, err = r.ActGraft(t.Context(), "x", "/", "say", json.RawMessage(`"panic inside"`))
+	if err == nil || !strings.Contains(err.Error(), "panicked") && !strings.Contains(err.Error(), "inside") {
+		t.Errorf("a panic of the half inside: %v", err)
+	}
+	if err := r.RemoveShare(t.Context(), "x", true); err != nil {
+		t.Fatal(err)
+	}
+	h.await(t, "/")
+}
+
+// TestHalvesEndWhileActing removes a graft while an action is under way: what the action uses is closed after it.
+func TestHalvesEndWhileActing(t *testing.T) {
+	h := newHalves()
+	h.action = make(chan struct{})
+	r := newRig(t, h)
+	r.add(t, api.ShareSpec{Tag: "x", Grafts: []api.GraftSpec{r.halvesSpec("/")}})
+	done := make(chan error, 1)
+	go func() {
+		_, err := r.ActGraft(t.Context(), "x", "/", "say", json.RawMessage(`"wait"`))
+		done <- err
+	}()
+	<-h.action
+	if err := r.RemoveShare(t.Context(), "x", true); err != nil {
+		t.Fatal(err)
+	}
+	h.await(t, "/")
+	if !strings.HasSuffix(h.noted(), "the action has ended") {
+		t.Errorf("what an action uses was closed before it had ended: %s", h.noted())
+	}
+	if err := <-done; err == nil {
+		t.Error("an action on what has gone has succeeded")
 	}
 }

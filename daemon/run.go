@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/extensions"
+	"github.com/sluicefs/sluice/internal/bundle"
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/internal/listen"
 	"github.com/sluicefs/sluice/internal/sandbox"
@@ -124,6 +125,7 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 	if err != nil {
 		return err
 	}
+	p.nameBackends(what)
 	if name := p.inHalves(what); name != "" && !cfg.Managed() {
 		if cfg.Keeper = true; cfg.Share.Tag == "" {
 			return usageError{fmt.Errorf("--tag is needed: with backend %s, shares are known by their tags", name)}
@@ -183,6 +185,19 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 		return p.keep(ctx, cfg, m, log, signals)
 	default:
 		return p.workManaged(ctx, w, m)
+	}
+}
+
+// nameBackends has mounts whose type is the name of an extension in two halves, overlay say, be served by it.
+func (p *program) nameBackends(what *source) {
+	for i := range what.plan.Mounts {
+		m := &what.plan.Mounts[i]
+		if m.Backend != "" || m.Kind != bundle.Other || m.Spec == nil {
+			continue
+		}
+		if _, ok := p.registry.Hosted(m.Spec.Type); ok {
+			m.Backend = m.Spec.Type
+		}
 	}
 }
 

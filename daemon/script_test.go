@@ -111,7 +111,7 @@ func command(ts *testscript.TestScript, args []string) *exec.Cmd {
 	cmd := exec.Command(path, args[1:]...)
 	cmd.Dir = ts.Getenv("WORK")
 	cmd.Env = []string{"GORACE=atexit_sleep_ms=0"} // with -race each process would end a second later
-	for _, name := range []string{"PATH", "LISTEN_FDS", "LISTEN_PID", "STOP_TIMEOUT"} {
+	for _, name := range []string{"PATH", "LISTEN_FDS", "LISTEN_PID", "STOP_TIMEOUT", "HALVES"} {
 		if v := ts.Getenv(name); v != "" {
 			cmd.Env = append(cmd.Env, name+"="+v)
 		}

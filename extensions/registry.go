@@ -290,14 +290,18 @@ func (r Registry) Prepare(ctx PrepareContext) error {
 }
 
 // call runs f, which calls the extension's method.
-func (e entry) call(method string, f func()) (err error) {
+func (e entry) call(method string, f func()) error {
+	return Call(e.name, method, func() error { f(); return nil })
+}
+
+// Call runs f, something of this extension's that it calls method. A panic becomes a *PanicError.
+func Call(extension, method string, f func() error) (err error) {
 	defer func() {
 		if v := recover(); v != nil {
-			err = &PanicError{Extension: e.name, Method: method, Value: v, Stack: debug.Stack()}
+			err = &PanicError{Extension: extension, Method: method, Value: v, Stack: debug.Stack()}
 		}
 	}()
-	f()
-	return nil
+	return f()
 }
 
 func reserved(name string) bool {

@@ -54,7 +54,7 @@ sluicectl share add data --root /srv/data`)
 sluicectl graft ls data
 sluicectl graft add data /models /srv/models --ro`)
 	graft.AddCommand(p.graftAdd(), p.graftSet(), p.graftRemove(), p.graftList(), p.graftAct())
-	root.AddCommand(p.status(), share, graft, p.overlay(), p.stat(), p.events(), p.completion(root), p.man(root))
+	root.AddCommand(p.status(), share, graft, p.overlay(), p.permissions(), p.stat(), p.events(), p.completion(root), p.man(root))
 	return root
 }
 

@@ -25,6 +25,14 @@ func full() api.ShareSpec {
 	}
 }
 
+// nest is a layer made of layers, depth of them.
+func nest(depth int) []api.LowerSpec {
+	if depth == 1 {
+		return []api.LowerSpec{{Source: "/bottom"}}
+	}
+	return []api.LowerSpec{{Backend: "overlay", Lowers: nest(depth - 1)}}
+}
+
 func TestShareSpecProblems(t *testing.T) {
 	long := strings.Repeat("n", 256)
 	for _, tt := range []struct {
@@ -55,6 +63,16 @@ func TestShareSpecProblems(t *testing.T) {
 		{"fewer queues than none", func(s *api.ShareSpec) { s.RequestQueues = -1 }, []string{"num_request_queues: -1"}},
 		{"fds", func(s *api.ShareSpec) { s.MaxFDs = -1 }, []string{"max_fds: -1"}},
 		{"inodes", func(s *api.ShareSpec) { s.MaxInodes = -1 }, []string{"max_inodes: -1"}},
+		{"layers", func(s *api.ShareSpec) { s.Grafts[2].Lowers = nest(4) }, nil},
+		{"layers nested too deep", func(s *api.ShareSpec) { s.Grafts[2].Lowers = nest(5) }, []string{"grafts[2].lowers[0].lowers[0].lowers[0].lowers[0].lowers: they are made of others, and those again, 5 deep"}},
+		{"too many layers", func(s *api.ShareSpec) { s.Grafts[2].Lowers = make([]api.LowerSpec, 501) }, []string{"grafts[2].lowers: there are 501: expected at most 500"}},
+		{"a layer of nothing", func(s *api.ShareSpec) {
+			s.Grafts[2].Lowers = []api.LowerSpec{{Backend: "mem"}, {}, {Backend: "passthrough"}}
+		}, []string{"grafts[2].lowers[1].source: there is nothing to serve", "grafts[2].lowers[2].source: there is nothing to serve"}},
+		{"a relative layer", func(s *api.ShareSpec) { s.Grafts[2].Lowers = []api.LowerSpec{{Source: "a"}} }, []string{`grafts[2].lowers[0].source: "a" is relative`}},
+		{"a layer's backend", func(s *api.ShareSpec) { s.Grafts[2].Lowers = []api.LowerSpec{{Backend: "a/b"}} }, []string{`grafts[2].lowers[0].backend: "a/b" cannot be a name`}},
+		{"layers of mem", func(s *api.ShareSpec) { s.Grafts[1].Lowers = []api.LowerSpec{{Source: "/a"}} }, []string{"grafts[1].lowers: backend mem is made of no others"}},
+		{"layers of passthrough", func(s *api.ShareSpec) { s.Grafts[0].Backend, s.Grafts[0].Lowers = "passthrough", nest(1) }, []string{"grafts[0].lowers: backend passthrough is made of no others"}},
 		{"several", func(s *api.ShareSpec) { s.Tag, s.MaxFDs, s.Grafts[2].Path = "", -1, "x" }, []string{"tag: ", "max_fds: ", "grafts[2].path: "}},
 
 		{"two at one path", func(s *api.ShareSpec) { s.Grafts[2].Path = "/scratch" }, []string{`grafts[2].path: "/scratch" is where graft 1 is`}},

@@ -8,10 +8,13 @@ import (
 	"os"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fsbackend/overlay"
 	"github.com/sluicefs/sluice/fsbackend/passthrough"
+	"github.com/sluicefs/sluice/internal/sys"
 )
 
 // inside is the half of one overlay in the sandbox.
@@ -58,12 +61,16 @@ func (Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *extens
 		if cfg.Upper, err = i.upper(g.Files); err != nil {
 			return nil, options, err
 		}
+		cfg.Format = i.format(o, g.Files[1])
 	}
 	if len(i.lowers) == 1 {
 		i.below = fsbackend.Resolve(i.lowers[0])
 	}
 	i.lowers = nil // they are New's
 	if i.fs, err = overlay.New(cfg); err != nil {
+		if told.Upper && errors.Is(err, unix.EACCES) {
+			err = fmt.Errorf("%w: expected an upper directory that who serves may write to; the files of an ordinary user are not those of --uid-map and --gid-map: leave these out, or run the daemon as root", err)
+		}
 		return nil, options, err
 	}
 	in.OnTell(i.told)
@@ -134,6 +141,20 @@ func (i *inside) upper(files []*os.File) (fsbackend.Backend, error) {
 		Dir: files[0].Name(), DirFD: int(files[0].Fd()), WorkDirFD: int(files[1].Fd()), ProcFD: i.ProcFD,
 		MaxFDs: i.MaxFDs, MaxInodes: i.MaxInodes, NoFileHandles: i.NoFileHandles, Log: i.Log,
 	})
+}
+
+// format is the kind of marks that are written: the kernel's own where somebody else may mount the upper directory, and they can be
+// made. work is a directory in which that can be tried.
+func (i *inside) format(o *Options, work *os.File) overlay.Format {
+	if o.UpperKind != UpperDir || o.UserXattr {
+		return overlay.FormatUser
+	}
+	x, name := sys.NewProcXattr(i.ProcFD), []byte(rootsMarks+"sluice\x00")
+	if x.Set(int(work.Fd()), &name[0], []byte("y"), 0) == 0 && x.Remove(int(work.Fd()), &name[0]) == 0 {
+		return overlay.FormatTrusted
+	}
+	i.Log.Info("marks in the upper directory are user.overlay.*: mount it with -o userxattr; for those of root's overlays, run the daemon with --modcaps +sys_admin")
+	return overlay.FormatUser
 }
 
 // told does what the half outside says.

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 )
 
 const (
@@ -97,10 +96,8 @@ type Options struct {
 	SquashUID, SquashGID *uint32
 	// StaticNlink shows every directory with one link.
 	StaticNlink bool
-	// NoACL and NoXattr leave out POSIX ACLs, and all extended attributes.
-	NoACL, NoXattr bool
-	// Timeout is how long a guest may keep attributes and names; nil leaves it to the share.
-	Timeout *time.Duration
+	// NoACL leaves out POSIX ACLs.
+	NoACL bool
 	// Plugins are executables to be used instead of those in the default directory; nil leaves that to the daemon.
 	Plugins []string
 
@@ -188,7 +185,7 @@ var known = map[string]handler{
 	"fsync":          {read: (*parser).fsync},
 	"timeout":        {read: (*parser).timeout},
 	"plugins":        {read: (*parser).plugins},
-	"noxattrs":       {read: func(p *parser, v string) error { return zeroOne(&p.o.NoXattr, "noxattrs", v) }},
+	"noxattrs":       {read: (*parser).noxattrs},
 	"uidmapping":     {read: func(p *parser, v string) error { return idRanges(&p.o.UIDs, "uidmapping", v) }},
 	"gidmapping":     {read: func(p *parser, v string) error { return idRanges(&p.o.GIDs, "gidmapping", v) }},
 	"squash_to_uid":  {read: func(p *parser, v string) error { return id(&p.o.SquashUID, "squash_to_uid", v) }},
@@ -232,8 +229,8 @@ var ignored = map[string]string{
 	"congestion_threshold": "it is agreed on with the guest", "async_read": "it is agreed on with the guest",
 	"sync_read": "it is agreed on with the guest", "big_writes": "it is agreed on with the guest",
 	"kernel_cache": "see the cache policy of the share", "auto_cache": "see the cache policy of the share",
-	"direct_io": "see the cache policy of the share", "entry_timeout": "see timeout=", "attr_timeout": "see timeout=",
-	"negative_timeout": "see timeout=", "ac_attr_timeout": "see timeout=",
+	"direct_io": "see the cache policy of the share", "entry_timeout": "see the cache policy of the share", "attr_timeout": "see the cache policy of the share",
+	"negative_timeout": "see the cache policy of the share", "ac_attr_timeout": "see the cache policy of the share",
 }
 
 // refused are options that ask for something that would not be done, and why, and what to do instead.
@@ -535,8 +532,13 @@ func (p *parser) fsync(value string) error {
 	return choose(&p.o.NoFsync, "fsync", value, map[string]bool{"0": true, "1": false, "volatile": true, "auto": false, "strict": false})
 }
 
-func zeroOne(to *bool, option, value string) error {
-	return choose(to, option, value, map[string]bool{"0": false, "1": true})
+func (p *parser) noxattrs(value string) error {
+	var on bool
+	err := choose(&on, "noxattrs", value, map[string]bool{"0": false, "1": true})
+	if on {
+		p.note("noxattrs=1 is ignored: the share's option xattr says whether guests have extended attributes")
+	}
+	return err
 }
 
 func (p *parser) timeout(value string) error {
@@ -544,8 +546,7 @@ func (p *parser) timeout(value string) error {
 	if err != nil || !(seconds >= 0 && seconds <= math.MaxInt32) {
 		return fmt.Errorf("timeout=%s: expected seconds, as 1 or 0.5", value)
 	}
-	d := time.Duration(seconds * float64(time.Second))
-	p.o.Timeout = &d
+	p.note("timeout is ignored: the share's cache policy says how long a guest may keep attributes and names")
 	return nil
 }
 

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 )
 
 func ptr[T any](v T) *T { return &v }
@@ -136,8 +135,6 @@ func TestOptions(t *testing.T) {
 		"lowerdir=/l,squash_to_uid=7,squash_to_root":                                       {SquashUID: ptr[uint32](7), SquashGID: ptr[uint32](0)},
 		"lowerdir=/l,squash_to_gid=8":                                                      {SquashGID: ptr[uint32](8)},
 		"lowerdir=/l,static_nlink,noacl":                                                   {StaticNlink: true, NoACL: true},
-		"lowerdir=/l,noxattrs=1":                                                           {NoXattr: true},
-		"lowerdir=/l,timeout=0.5":                                                          {Timeout: ptr(500 * time.Millisecond)},
 		`lowerdir=/l,plugins=/a.so:/b\:c`:                                                  {Plugins: []string{"/a.so", "/b:c"}},
 		"lowerdir=/l,plugins=":                                                             {Plugins: []string{}},
 		"lowerdir=/l,uidmapping=0:1000:1:1:110000:65536,gidmapping=0:1000:1:1:110000:65536": { // fuse-overlayfs(1)

@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -55,11 +56,12 @@ type lower struct {
 // outside is the half of one overlay outside the sandbox.
 type outside struct {
 	*extensions.Outside
-	m     extensions.Mount
-	o     *Options
-	store *upperdir.Store
-	upper *upperdir.Upper // nil without
-	dirs  []*os.File      // the lower layers, where all of them are directories of the host
+	m      extensions.Mount
+	o      *Options
+	lowers []extensions.Mount
+	store  *upperdir.Store
+	upper  *upperdir.Upper // nil without
+	dirs   []*os.File      // the lower layers, where all of them are directories of the host
 }
 
 // OpenOutside implements extensions.Hosted.
@@ -73,15 +75,23 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 		lowers = append(lowers, mountOf(m, l, out.Has))
 	}
 	switch {
+	case m.Source != "" && m.Source != Name && m.Source != "none":
+		return nil, fmt.Errorf("source %s: an overlay has none: expected it as a layer, lowerdir=%s; or for a share, --share dir=%s,overlay=discard,…", m.Source, m.Source, m.Source)
 	case len(lowers) == 0:
 		return nil, errors.New("lowerdir= is missing: it names at least one layer, DIR[:DIR...] with the uppermost first")
-	case m.Source != "" && m.Source != Name && m.Source != "none":
-		return nil, fmt.Errorf("source %s: an overlay has none: expected lowerdir=%s", m.Source, m.Source)
+	}
+	if options.Plugins != nil {
+		plugins := "programs=" + joinColons(options.Plugins)
+		for i := range lowers {
+			if lowers[i].Backend == PluginBackend {
+				lowers[i].Options = append(lowers[i].Options, plugins)
+			}
+		}
 	}
 	for _, note := range options.Notes {
 		out.Log.Warn(note)
 	}
-	o := &outside{Outside: out, m: m, o: options}
+	o := &outside{Outside: out, m: m, o: options, lowers: lowers}
 	g := &extensions.Given{}
 	told := given{Options: options, Redirect: options.Redirect}
 	for _, l := range lowers {
@@ -91,6 +101,7 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 		}
 		g.Parts = append(g.Parts, p)
 		told.Lowers = append(told.Lowers, lower{Name: layerName(l), Dir: l.Backend == extensions.Passthrough})
+		o.warnOfMarks(p)
 	}
 	if !m.ReadOnly && !options.ReadOnly && options.UpperKind != UpperNone {
 		if err := o.openUpper(ctx, g); err != nil {
@@ -146,7 +157,7 @@ func (o *outside) openUpper(ctx context.Context, g *extensions.Given) (err error
 		}
 		state = filepath.Join(o.StateDir, Name)
 		if err := os.MkdirAll(o.StateDir, 0o700); err != nil {
-			return err
+			return fmt.Errorf("make the state directory: %w: expected another --state-dir, or the option state=DIR", err)
 		}
 	}
 	if o.store, err = upperdir.Open(state, o.Log); err != nil {
@@ -156,8 +167,11 @@ func (o *outside) openUpper(ctx context.Context, g *extensions.Given) (err error
 	root := o.rootAttr(g)
 	switch {
 	case o.o.UpperKind == UpperDir:
+		if err := o.apart(); err != nil {
+			return err
+		}
 		o.upper, err = o.store.Given(o.o.Upper, o.o.Work)
-	case o.o.From != "":
+	case o.o.From != "" && !(o.o.UpperKind == UpperKeep && o.store.HasKept(o.keepName())):
 		o.upper, err = o.store.Restore(ctx, o.o.From, o.keepName())
 	case o.o.UpperKind == UpperKeep:
 		o.upper, _, err = o.store.Keep(o.keepName(), root)
@@ -178,18 +192,69 @@ func (o *outside) openUpper(ctx context.Context, g *extensions.Given) (err error
 	return nil
 }
 
-// keepName is the name of an upper that is kept: that of the share and the graft, "" for one that is not.
+// keepName is the name of an upper that is kept, "" for one that is not: that of the share and the graft, and no two have the same.
 func (o *outside) keepName() string {
 	if o.o.UpperKind != UpperKeep {
 		return ""
 	}
-	plain := func(r rune) rune {
-		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '.' || r == '_' {
-			return r
+	var b strings.Builder
+	b.WriteString("share.")
+	for _, c := range []byte(o.m.Share + strings.TrimSuffix(o.m.Path, "/")) {
+		switch {
+		case c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '_':
+			b.WriteByte(c)
+		case c == '/':
+			b.WriteByte('.')
+		default:
+			fmt.Fprintf(&b, "-%02x", c)
 		}
-		return '-'
 	}
-	return strings.Map(plain, "share."+o.m.Share+strings.ReplaceAll(strings.TrimSuffix(o.m.Path, "/"), "/", "."))
+	if b.Len() > maxKeepName {
+		return fmt.Sprintf("long.%x", sha256.Sum256([]byte(b.String())))
+	}
+	return b.String()
+}
+
+// maxKeepName is how long a name of package upperdir may be.
+const maxKeepName = 128
+
+// apart refuses an upper or work directory that is a lower layer, is in one, or has one in it, as the kernel does: what is written would
+// change what lies below.
+func (o *outside) apart() error {
+	type dir struct{ what, path string }
+	var given, below []dir
+	for _, d := range []dir{{"upperdir", o.o.Upper}, {"workdir", o.o.Work}} {
+		given = append(given, dir{d.what + "=" + d.path, real(d.path)})
+	}
+	for _, l := range o.lowers {
+		if l.Backend == extensions.Passthrough {
+			below = append(below, dir{"layer " + l.Source, real(l.Source)})
+		}
+	}
+	if within(given[0].path, given[1].path) || within(given[1].path, given[0].path) {
+		return fmt.Errorf("%s and %s are in each other: expected two directories beside each other", given[0].what, given[1].what)
+	}
+	for _, g := range given {
+		for _, b := range below {
+			if within(g.path, b.path) || within(b.path, g.path) {
+				return fmt.Errorf("%s and %s are the same, or in each other: expected a directory of its own for what is written", g.what, b.what)
+			}
+		}
+	}
+	return nil
+}
+
+// real is path without symbolic links; where it cannot be found out, opening it says why.
+func real(path string) string {
+	if p, err := filepath.EvalSymlinks(path); err == nil {
+		return p
+	}
+	return filepath.Clean(path)
+}
+
+// within says whether path is dir, or below it.
+func within(path, dir string) bool {
+	return path == dir || strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/")
 }
 
 // rootAttr is what the root is to look like: the uppermost layer's.
@@ -238,3 +303,46 @@ func (Extension) SeccompRules() seccomp.Rules { return rules }
 
 // rules are what an overlay needs beyond passthrough: to share blocks when it copies a file up.
 var rules = seccomp.Rules{"ioctl": seccomp.PerArg{1: seccomp.Int32(unix.FICLONE)}}
+
+// rootsMarks begin the names of marks that only a process with CAP_SYS_ADMIN sees.
+const rootsMarks = "trusted.overlay."
+
+// maxMarked is in how many directories of a layer marks are looked for.
+const maxMarked = 1000
+
+// warnOfMarks warns of a layer with marks that the other half may not see. Its root and the directories there are looked at: to look
+// through all of it would take too long.
+func (o *outside) warnOfMarks(p extensions.Part) {
+	if p.Mount.Backend != extensions.Passthrough || len(p.Given.Files) != 1 {
+		return
+	}
+	layer := p.Given.Files[0]
+	at := fmt.Sprintf("/proc/self/fd/%d", layer.Fd())
+	entries, err := os.ReadDir(at)
+	if err != nil {
+		return // which is for who serves it to tell
+	}
+	found := hasRootsMark(at + "/.")
+	for i := 0; i < min(len(entries), maxMarked) && !found; i++ {
+		found = entries[i].IsDir() && hasRootsMark(at+"/"+entries[i].Name())
+	}
+	if found {
+		o.Log.Warn("a layer has marks "+rootsMarks+"*, as the kernel's overlayfs makes them for root; unless the daemon has --modcaps +sys_admin, they are not seen, and what they hide shows",
+			"layer", p.Mount.Source)
+	}
+}
+
+func hasRootsMark(path string) bool {
+	buf := make([]byte, 64<<10)
+	n, err := unix.Llistxattr(path, buf)
+	return err == nil && strings.Contains("\x00"+string(buf[:n]), "\x00"+rootsMarks)
+}
+
+// joinColons is what plugins.Split takes apart.
+func joinColons(list []string) string {
+	escaped := make([]string, len(list))
+	for i, s := range list {
+		escaped[i] = strings.NewReplacer(`\`, `\\`, ":", `\:`).Replace(s)
+	}
+	return strings.Join(escaped, ":")
+}

@@ -26,9 +26,10 @@ import (
 
 const tellTree = "tree" // treeQuestion → treeAnswer
 
-// treeQuestion asks for a file of the layers below, by its path in them, "" for the root.
+// treeQuestion asks for a file of the layers below, by its path in them, "" for the root. Names, targets and values need not be UTF-8,
+// and strings of JSON have to be: they go as bytes.
 type treeQuestion struct {
-	Path string `json:"path"`
+	Path []byte `json:"path"`
 	// List asks for the names in a directory, Read for up to readPiece bytes from Off on, instead of what it is.
 	List bool  `json:"list,omitempty"`
 	Read bool  `json:"read,omitempty"`
@@ -36,10 +37,37 @@ type treeQuestion struct {
 }
 
 type treeAnswer struct {
-	Missing bool           `json:"missing,omitempty"`
-	Info    *upperdir.Info `json:"info,omitempty"`
-	Names   []string       `json:"names,omitempty"`
-	Data    []byte         `json:"data,omitempty"`
+	Missing bool      `json:"missing,omitempty"`
+	Info    *treeInfo `json:"info,omitempty"`
+	Names   [][]byte  `json:"names,omitempty"`
+	Data    []byte    `json:"data,omitempty"`
+}
+
+// treeInfo is upperdir.Info, on its way.
+type treeInfo struct {
+	upperdir.Info
+	Link   []byte
+	Xattrs []treeXattr
+}
+
+type treeXattr struct{ Name, Value []byte }
+
+func packInfo(i *upperdir.Info) *treeInfo {
+	t := &treeInfo{Info: *i, Link: []byte(i.Link)}
+	t.Info.Link, t.Info.Xattrs = "", nil
+	for name, value := range i.Xattrs {
+		t.Xattrs = append(t.Xattrs, treeXattr{[]byte(name), []byte(value)})
+	}
+	return t
+}
+
+func (t *treeInfo) unpack() *upperdir.Info {
+	i := t.Info
+	i.Link, i.Xattrs = string(t.Link), make(map[string]string, len(t.Xattrs))
+	for _, x := range t.Xattrs {
+		i.Xattrs[string(x.Name)] = string(x.Value)
+	}
+	return &i
 }
 
 const readPiece = 1 << 20
@@ -69,14 +97,14 @@ func (t *tree) Redirected(ctx context.Context, p string) (upperdir.File, error) 
 }
 
 func (t *tree) file(ctx context.Context, p string) (upperdir.File, error) {
-	a, err := t.ask(ctx, treeQuestion{Path: p})
+	a, err := t.ask(ctx, treeQuestion{Path: []byte(p)})
 	if err != nil {
 		return nil, err
 	}
 	if a.Info == nil {
 		return nil, errors.New("the half inside does not say what a file is")
 	}
-	return &treeFile{t: t, path: p, info: a.Info}, nil
+	return &treeFile{t: t, path: p, info: a.Info.unpack()}, nil
 }
 
 // treeFile implements upperdir.File.
@@ -96,9 +124,17 @@ func (f *treeFile) Lookup(ctx context.Context, name string) (upperdir.File, erro
 }
 
 func (f *treeFile) Names(ctx context.Context) ([]string, error) {
-	a, err := f.t.ask(ctx, treeQuestion{Path: f.path, List: true})
-	slices.Sort(a.Names)
-	return a.Names, err
+	a, err := f.t.ask(ctx, treeQuestion{Path: []byte(f.path), List: true})
+	names := make([]string, 0, len(a.Names))
+	for _, name := range a.Names {
+		// Who serves guests says so, and need not be trusted: a name is to lead no further than one step down.
+		if n := string(name); n == "" || n == "." || n == ".." || strings.ContainsAny(n, "/\x00") {
+			return nil, fmt.Errorf("the half inside says that directory %q has a file %q", f.path, n)
+		}
+		names = append(names, string(name))
+	}
+	slices.Sort(names)
+	return slices.Compact(names), err
 }
 
 func (f *treeFile) Open(ctx context.Context) (io.ReadCloser, error) {
@@ -117,7 +153,7 @@ type treeReader struct {
 
 func (r *treeReader) Read(p []byte) (int, error) {
 	if r.rest.Len() == 0 {
-		a, err := r.f.t.ask(r.ctx, treeQuestion{Path: r.f.path, Read: true, Off: r.off})
+		a, err := r.f.t.ask(r.ctx, treeQuestion{Path: []byte(r.f.path), Read: true, Off: r.off})
 		if err != nil {
 			return 0, err
 		}
@@ -150,7 +186,7 @@ func (i *inside) tree(arg json.RawMessage) (a treeAnswer, err error) {
 			b.Forget(n, 1)
 		}
 	}()
-	for name := range strings.SplitSeq(q.Path, "/") {
+	for name := range strings.SplitSeq(string(q.Path), "/") {
 		if name == "" {
 			continue
 		}
@@ -174,7 +210,10 @@ func (i *inside) tree(arg json.RawMessage) (a treeAnswer, err error) {
 	case q.Read:
 		a.Data, err = r.data(q.Off)
 	default:
-		a.Info, err = r.info()
+		var info *upperdir.Info
+		if info, err = r.info(); err == nil {
+			a.Info = packInfo(info)
+		}
 	}
 	return a, err
 }
@@ -262,7 +301,7 @@ func (r *reader) xattrs() (map[string]string, error) {
 	return all, nil
 }
 
-func (r *reader) names() ([]string, error) {
+func (r *reader) names() ([][]byte, error) {
 	if r.b.DirReader == nil {
 		return nil, unix.ENOTDIR
 	}
@@ -275,7 +314,7 @@ func (r *reader) names() ([]string, error) {
 	release := fuseproto.ReleaseIn{Fh: opened.Fh}
 	release.NodeId = r.node
 	defer r.b.Releasedir(r.c, &release)
-	var names []string
+	var names [][]byte
 	in := fuseproto.ReadIn{Fh: opened.Fh, Size: 64 << 10}
 	in.NodeId = r.node
 	for {
@@ -294,7 +333,7 @@ func (r *reader) names() ([]string, error) {
 				return nil, err
 			}
 			if name != "." && name != ".." {
-				names = append(names, name)
+				names = append(names, []byte(name))
 			}
 			in.Offset = e
 			b = b[size:]

@@ -4,8 +4,6 @@ package permshift
 
 import (
 	"context"
-	"fmt"
-	"strconv"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -51,27 +49,11 @@ func parse(m extensions.Mount) (permshift.Config, error) {
 			return err
 		},
 		"force-mask": func(value string) (err error) {
-			cfg.ForceMask, err = parseMask(value)
+			cfg.ForceMask, err = permshift.ParseForceMask(value)
 			return err
 		},
 	})
 	return cfg, err
-}
-
-// parseMask reads a mode as force_mask of containers-storage.conf(5) has it.
-func parseMask(value string) (uint32, error) {
-	switch value {
-	case "shared":
-		return 0o755, nil
-	case "private":
-		return 0o700, nil
-	}
-	mode, err := strconv.ParseUint(value, 8, 32)
-	if err != nil || mode == 0 {
-		return 0, fmt.Errorf("%q: expected an octal mode, shared or private", value)
-	}
-	cfg := permshift.Config{ForceMask: uint32(mode)}
-	return cfg.ForceMask, cfg.Validate()
 }
 
 // OpenOutside implements extensions.Hosted.

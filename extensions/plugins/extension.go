@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -30,6 +29,7 @@ const Name = "plugin"
 //
 //	name=NAME           the plug-in's
 //	data=TEXT, path=…   what the plug-in is asked for, as in //NAME/DATA/PATH
+//	programs=FILE:…     executables, instead of those of the daemon
 //	layers=all          more than one is as good: what merges them asks for them (extensions.Layered)
 type Extension struct {
 	mu    sync.Mutex
@@ -62,8 +62,9 @@ func (*Extension) SeccompRules() seccomp.Rules {
 
 // request is what a mount asks for.
 type request struct {
-	entry Entry
-	many  bool
+	entry    Entry
+	many     bool
+	programs []string // as Config.Lists; nil: the daemon's
 }
 
 func parse(m extensions.Mount) (r request, err error) {
@@ -71,6 +72,12 @@ func parse(m extensions.Mount) (r request, err error) {
 		"name": func(v string) error { r.entry.Name = v; return nil },
 		"data": func(v string) error { r.entry.Data = v; return nil },
 		"path": func(v string) error { r.entry.Path = v; return nil },
+		"programs": func(v string) error {
+			if r.programs = []string{}; v != "" {
+				r.programs = []string{v}
+			}
+			return nil
+		},
 		"layers": func(v string) error {
 			if r.many = v == "all"; !r.many {
 				return errors.New("expected all, or to be left out")
@@ -98,14 +105,18 @@ func DefaultDir() string {
 }
 
 // known are the plug-ins that there are. They are looked for once.
-func (e *Extension) known(ctx context.Context, out *extensions.Outside) (Set, error) {
+func (e *Extension) known(ctx context.Context, out *extensions.Outside, r request) (Set, error) {
+	lists := out.Plugins
+	if r.programs != nil {
+		lists = r.programs
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	key := strings.Join(out.Plugins, "\x00")
+	key := fmt.Sprintf("%t %q", lists == nil, lists)
 	if set, ok := e.found[key]; ok {
 		return set, nil
 	}
-	set, err := Discover(ctx, Config{Lists: out.Plugins, Dir: DefaultDir(), Starter: starter{out}})
+	set, err := Discover(ctx, Config{Lists: lists, Dir: DefaultDir(), Starter: starter{out}})
 	if err == nil {
 		if e.found == nil {
 			e.found = make(map[string]Set)
@@ -154,7 +165,7 @@ func (e *Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m 
 	if err != nil {
 		return nil, err
 	}
-	set, err := e.known(ctx, out)
+	set, err := e.known(ctx, out, r)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package permshift
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"path"
@@ -20,9 +21,9 @@ type Converted struct {
 // Convert makes a tree one for New: the directory behind dirfd, which may be an O_PATH descriptor, and all regular files and
 // directories below it get a value that says whose they are and with which mode, and the mode forceMask (if 0, DefaultForceMask) on
 // the host. Owners stay: chown the tree to the storage's user after it, not before. What has a value keeps it, so that a tree can
-// be converted again to convert what has come since, or to go on where an error has ended it. Other processes must not change the
-// tree meanwhile.
-func Convert(dirfd int, format Format, forceMask uint32) (Converted, error) {
+// be converted again to convert what has come since, or to go on where an error, or ctx, has ended it. Other processes must not change
+// the tree meanwhile.
+func Convert(ctx context.Context, dirfd int, format Format, forceMask uint32) (Converted, error) {
 	if format.keepsTypes() || format == OriginalPermissions {
 		if err := validMask(forceMask); err != nil {
 			return Converted{}, err
@@ -38,7 +39,7 @@ func Convert(dirfd int, format Format, forceMask uint32) (Converted, error) {
 		return Converted{}, fmt.Errorf("open /proc/self/fd: %w: expected /proc to be mounted", err)
 	}
 	defer unix.Close(proc)
-	c := converter{format: format, mode: forceMask, proc: proc, xattr: sys.NewProcXattr(proc)}
+	c := converter{ctx: ctx, format: format, mode: forceMask, proc: proc, xattr: sys.NewProcXattr(proc)}
 	c.name = append([]byte(format.Xattr()), 0)
 	root, err := unix.FcntlInt(uintptr(dirfd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
@@ -58,6 +59,7 @@ func Convert(dirfd int, format Format, forceMask uint32) (Converted, error) {
 }
 
 type converter struct {
+	ctx    context.Context
 	format Format
 	mode   uint32
 	name   []byte // of the attribute, with its NUL
@@ -110,6 +112,9 @@ func (c *converter) entry(dir int, cname []byte, at string) error {
 	name := unix.ByteSliceToString(cname)
 	if name == "." || name == ".." {
 		return nil
+	}
+	if err := c.ctx.Err(); err != nil {
+		return err
 	}
 	at = path.Join(at, name)
 	fd, errno := sys.Openat2(dir, &cname[0], unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_XDEV|unix.RESOLVE_NO_SYMLINKS)

@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 
@@ -49,6 +50,21 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("%v: expected a format", c.Format)
 	}
 	return validMask(c.ForceMask)
+}
+
+// ParseForceMask reads a mode as force_mask of containers-storage.conf(5) has it: an octal one, shared or private.
+func ParseForceMask(text string) (uint32, error) {
+	switch text {
+	case "shared":
+		return 0o755, nil
+	case "private":
+		return 0o700, nil
+	}
+	mode, err := strconv.ParseUint(text, 8, 32)
+	if err != nil || mode == 0 {
+		return 0, fmt.Errorf("%q: expected an octal mode, shared or private", text)
+	}
+	return uint32(mode), validMask(uint32(mode))
 }
 
 // validMask says what is wrong with the mode of all files on the host.

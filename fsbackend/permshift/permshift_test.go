@@ -257,7 +257,7 @@ func convert(t testing.TB, dir string, format Format, mask uint32) (Converted, e
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	return Convert(fd, format, mask)
+	return Convert(t.Context(), fd, format, mask)
 }
 
 func TestConvertRefuses(t *testing.T) {
@@ -279,7 +279,7 @@ func TestConvertRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	if _, err := Convert(fd, ContainersOverride, 0); err == nil || hostValue(t, file, ContainersOverride) != "" {
+	if _, err := Convert(t.Context(), fd, ContainersOverride, 0); err == nil || hostValue(t, file, ContainersOverride) != "" {
 		t.Errorf("convert a file: %v, expected an error and no value", err)
 	}
 }

@@ -19,7 +19,7 @@ var house = Rules{
 		"control":             {"control/api", "docs", "internal/listen", "internal/ratelog"},
 		"control/api":         {},
 		"control/client":      {"control/api"},
-		"cmd/sluicectl":       {"control/api", "control/client"},
+		"cmd/sluicectl":       {"control/api", "control/client", "fsbackend/permshift"},
 		"cmd/sluice-agent":    {"control/api"},
 		"share/sharer":        {"control/api", "control/client"},
 		"internal/watch":      {"internal/ratelog"},

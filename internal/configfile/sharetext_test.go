@@ -50,3 +50,52 @@ func TestParseShare(t *testing.T) {
 		}
 	}
 }
+
+// TestParseShareRoots has a share be something else than a directory.
+func TestParseShareRoots(t *testing.T) {
+	dir := []api.LowerSpec{{Source: "/d"}}
+	for text, want := range map[string]api.GraftSpec{
+		"dir=/d,overlay=discard":                      {Backend: "overlay", Options: []string{"upper=discard"}, Lowers: dir},
+		"dir=/d,overlay=keep,option=from=c,option=ro": {Backend: "overlay", Options: []string{"upper=keep", "from=c", "ro"}, Lowers: dir},
+		"dir=/d,upperdir=/u,workdir=/w":               {Backend: "overlay", Options: []string{"upperdir=/u", "workdir=/w"}, Lowers: dir},
+		"lowerdir=/a:/b":                              {Backend: "overlay", Options: []string{"lowerdir=/a:/b"}},
+		"lowerdir=//p/x/,option=xino=on,overlay=keep": {Backend: "overlay", Options: []string{"lowerdir=//p/x/", "xino=on", "upper=keep"}},
+		"lowerdir=/a,upperdir=/u,workdir=/w":          {Backend: "overlay", Options: []string{"lowerdir=/a", "upperdir=/u", "workdir=/w"}},
+		"image=r/x:y,option=layer=1":                  {Backend: "lazyimage", Options: []string{"image=r/x:y", "layer=1"}},
+		"fuse=prog -o a {mnt}":                        {Backend: "fuse", Options: []string{"command=prog -o a {mnt}"}},
+		`fuse=prog -o a\,b {mnt}`:                     {Backend: "fuse", Options: []string{"command=prog -o a,b {mnt}"}},
+		"backend=permshift,dir=/d,option=format=auto": {Backend: "permshift", Source: "/d", Options: []string{"format=auto"}},
+		"backend=mem":                                 {Backend: "mem"},
+		"dir=/d,casefold":                             {Backend: "casefold", Lowers: dir},
+		"dir=/d,casefold,overlay=discard":             {Backend: "casefold", Lowers: []api.LowerSpec{{Backend: "overlay", Options: []string{"upper=discard"}, Lowers: dir}}},
+		"image=r/x:y,option=layer=1,overlay=discard":  {Backend: "overlay", Options: []string{"upper=discard"}, Lowers: []api.LowerSpec{{Backend: "lazyimage", Options: []string{"image=r/x:y", "layer=1"}}}},
+		"backend=x,dir=/d,upperdir=/u,workdir=/w":     {Backend: "overlay", Options: []string{"upperdir=/u", "workdir=/w"}, Lowers: []api.LowerSpec{{Backend: "x", Source: "/d"}}},
+	} {
+		want.Path = "/"
+		if s, err := ParseShare("tag=a," + text); err != nil || !reflect.DeepEqual(s.Grafts, []api.GraftSpec{want}) {
+			t.Errorf("%s: %+v, %v", text, s.Grafts, err)
+		}
+	}
+	for text, want := range map[string]string{
+		"dir=/d,lowerdir=/a":     "lowerdir and dir: each says what the share is",
+		"image=x,fuse=y":         "image and fuse: each says what the share is",
+		"backend=x,lowerdir=/a":  "backend and lowerdir: each says what the share is",
+		"overlay=discard":        "overlay: there is nothing under it",
+		"upperdir=/u,workdir=/w": "upperdir: there is nothing under it",
+		"casefold":               "casefold and option are for what the share is",
+		"option=x":               "casefold and option are for what the share is",
+		"dir=/d,option=x":        "option: a directory has none",
+		"dir=/d,casefold=yes":    "casefold: it has a value",
+		"image=":                 "image: it has no value: expected image=VALUE",
+		"dir=/d,overlay=keep,upperdir=/u,workdir=/w": "overlay and upperdir: each says where changes go",
+		"dir=d,overlay=keep":                         `dir: "d" is relative`,
+		"dir=/d,overlay=keep,overlay=discard":        "overlay: it is given twice",
+		"backend=a/b":                                `graft[0].backend: "a/b" cannot be a name`,
+		"backend=mem,dir=/d":                         "dir: backend mem begins empty",
+		"lowerdir=/a,uperdir=/u":                     "uperdir: there is no such key: did you mean upperdir?",
+	} {
+		if s, err := ParseShare("tag=a," + text); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: %+v, %v, want %s", text, s, err, want)
+		}
+	}
+}

@@ -268,6 +268,13 @@ func (s *Store) Keep(name string, root Attr) (u *Upper, created bool, err error)
 	return u, created, nil
 }
 
+// HasKept says whether there is an upper as of Keep of that name.
+func (s *Store) HasKept(name string) bool {
+	d, err := s.uppers.child(keepPrefix + name)
+	d.close()
+	return err == nil
+}
+
 // Given returns the upper that the operator has in the directories dir and work, absolute paths.
 func (s *Store) Given(dir, work string) (*Upper, error) {
 	u := &Upper{s: s, path: dir}
@@ -316,7 +323,12 @@ func (s *Store) make(name string, root Attr) (*Upper, error) {
 			root.Mode = 0o755
 		}
 		if root.UID != dir.st.Uid || root.GID != dir.st.Gid {
-			if errno := sys.ChownFD(dir.fd, root.UID, root.GID); errno != 0 {
+			switch errno := sys.ChownFD(dir.fd, root.UID, root.GID); errno {
+			case 0:
+			case unix.EPERM:
+				// An ordinary user, who can make no other's files: the guest sees that it is the user's.
+				s.log.Info("the root of an upper directory belongs to the daemon's user: it may not be given away", "owner", root.UID, "group", root.GID)
+			default:
 				return explain("chown", "upper", errno)
 			}
 		}

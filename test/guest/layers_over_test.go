@@ -82,7 +82,7 @@ func (s *steered) image() (dir, before string) {
 	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	s.check(err)
 	defer unix.Close(fd)
-	done, err := permshift.Convert(fd, permshift.OriginalPermissions, 0)
+	done, err := permshift.Convert(s.t.Context(), fd, permshift.OriginalPermissions, 0)
 	s.check(err)
 	if done.Files != 65 {
 		s.t.Errorf("converted %+v, expected 65 files", done)
