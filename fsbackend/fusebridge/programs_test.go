@@ -3,9 +3,7 @@ package fusebridge
 import (
 	"bytes"
 	"fmt"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -13,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fsbackend/fsbackendtest"
+	"github.com/sluicefs/sluice/internal/testguest/sshd"
 )
 
 // compare compares the tree under node with dir: names, types, modes, sizes, links, targets and contents.
@@ -186,43 +185,12 @@ func fill(t *testing.T, c *fsbackendtest.Client, node uint64, dir string) {
 // TestSshfs serves a directory by way of an SSH server on loopback.
 func TestSshfs(t *testing.T) {
 	dir := tree(t)
-	keys := t.TempDir()
-	for _, name := range []string{"host", "user"} {
-		run(t, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", filepath.Join(keys, name))
-	}
-	run(t, "cp", filepath.Join(keys, "user.pub"), filepath.Join(keys, "authorized"))
-	_ = os.MkdirAll("/run/sshd", 0o755) // where sshd, as root, becomes nobody
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	server, err := sshd.Start(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
-	config := filepath.Join(keys, "config")
-	text := fmt.Sprintf("Port %d\nListenAddress 127.0.0.1\nHostKey %s/host\nAuthorizedKeysFile %s/authorized\nStrictModes no\nUsePAM no\nPidFile none\nSubsystem sftp internal-sftp\nPermitRootLogin yes\n", port, keys, keys)
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	sshd := exec.Command("/usr/sbin/sshd", "-D", "-e", "-f", config)
-	if err := sshd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = sshd.Process.Kill()
-		_ = sshd.Wait()
-	})
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		conn, err := net.Dial("tcp", fmt.Sprint("127.0.0.1:", port))
-		if err == nil {
-			conn.Close()
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatal(err)
-		}
-	}
-	p := command("sshfs", "-f", "-p", fmt.Sprint(port), "-o", "IdentityFile="+filepath.Join(keys, "user"),
-		"-o", "StrictHostKeyChecking=no,UserKnownHostsFile=/dev/null,BatchMode=yes,LogLevel=ERROR", "root@127.0.0.1:"+dir, mnt)
+	t.Cleanup(server.Close)
+	p := command(append(append([]string{"sshfs", "-f"}, server.Options(dir)...), mnt)...)
 	p.Confine.Network = true
 	c, s := client(t, p, Config{RestartWait: 30 * time.Second})
 	if n := compare(t, c, fsbackendtest.Root, dir); n < 170 {

@@ -35,7 +35,7 @@ func validType(mode uint32) bool {
 }
 
 // checkAttr says whether attributes can be a file's, as fs/fuse/dir.c, fuse_invalid_attr, and completes them: what only /dev/fuse
-// has a use for goes, and what the guest insists on is filled in.
+// has a use for goes, and a number that there is none of is filled in. A file without links may be one that is open still.
 func checkAttr(a *fuseproto.Attr, id uint64) bool {
 	if !validType(a.Mode) || a.Size > math.MaxInt64 {
 		return false
@@ -43,9 +43,6 @@ func checkAttr(a *fuseproto.Attr, id uint64) bool {
 	a.Flags = 0 // a submount's root, or DAX
 	if a.Ino == 0 {
 		a.Ino = id
-	}
-	if a.Nlink == 0 {
-		a.Nlink = 1
 	}
 	// A nanosecond beyond the second is a kernel's trap.
 	for _, nsec := range []*uint32{&a.Atimensec, &a.Mtimensec, &a.Ctimensec} {

@@ -129,7 +129,13 @@ var posixtestResult = regexp.MustCompile(`(?m)^ +--- (PASS|FAIL|SKIP): TestAll/(
 // posixtest runs go-fuse's POSIX tests on the share. Those that are known to fail are run all the same.
 func (m *machine) posixtest(known ...string) {
 	m.t.Helper()
-	r, err := m.run(testguest.Command{Args: []string{"posixtest", "-posixdir=/mnt", "-test.v"}, Dir: "/tmp"})
+	m.posixtestAt("/mnt", known...)
+}
+
+// posixtestAt is posixtest in a directory of the guest's.
+func (m *machine) posixtestAt(dir string, known ...string) {
+	m.t.Helper()
+	r, err := m.run(testguest.Command{Args: []string{"posixtest", "-posixdir=" + dir, "-test.v"}, Dir: "/tmp"})
 	if err != nil {
 		m.t.Fatalf("%v\n%s%s", err, r.Stdout, r.Stderr)
 	}
