@@ -36,7 +36,7 @@ var options = []option{
 
 	{name: "config", usage: "serve the shares of the TOML `FILE`, and take options from it that the command line does not give", files: true, field: func(c *config.Config) any { return &c.File }},
 	{name: "check-config", usage: "say what is wrong with the file of --config and end", field: func(c *config.Config) any { return &c.CheckFile }},
-	{name: "share", usage: "serve one more share, `SPEC`: tag=TAG,dir=DIR,socket=PATH and any key of [[share]] in such a file; may be repeated", computed: true, field: func(c *config.Config) any { return &c.Shares }},
+	{name: "share", usage: "serve one more share, `SPEC`: tag=TAG,socket=PATH,dir=DIR and any key of [[share]] in such a file; image=REFERENCE, fuse=COMMAND or lowerdir=LAYERS instead of dir, and overlay=discard on any of them; may be repeated", computed: true, field: func(c *config.Config) any { return &c.Shares }},
 	{name: "control-socket", usage: "take orders by the control API on the Unix socket `PATH`: sluicectl(1), HTTP and JSON", files: true, field: func(c *config.Config) any { return &c.ControlSocket }},
 	{name: "control-group", usage: "`GROUP` that may connect to the control socket", field: func(c *config.Config) any { return &c.ControlGroup }},
 	{name: "allow-extension", usage: "let only the extension `NAME` serve what is added while the daemon runs; may be repeated; by default all may", computed: true, field: func(c *config.Config) any { return &c.AllowExtensions }},
