@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -127,7 +128,10 @@ func mountOf(m extensions.Mount, l Lower, has func(string) bool) extensions.Moun
 	switch {
 	case l.Plugin == "":
 	case has(l.Plugin):
-		part.Backend, part.Source = l.Plugin, l.Path
+		part.Backend = l.Plugin
+		if l.Path != "" {
+			part.Source = path.Join("/", l.Path) // of the host: //NAME//srv/base is /srv/base
+		}
 		if l.Data != "" {
 			part.Options = []string{"data=" + l.Data}
 		}

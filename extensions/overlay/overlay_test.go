@@ -476,7 +476,7 @@ func TestExtensionOrPlugin(t *testing.T) {
 		t.Errorf("LOOKUP: owner %d, %v", e.Uid, errno)
 	}
 	has := func(name string) bool { return name == "there" }
-	if got := mountOf(m, Lower{Plugin: "there", Data: "d", Path: "p"}, has); got.Backend != "there" || got.Source != "p" || !slices.Equal(got.Options, []string{"data=d"}) {
+	if got := mountOf(m, Lower{Plugin: "there", Data: "d", Path: "p"}, has); got.Backend != "there" || got.Source != "/p" || !slices.Equal(got.Options, []string{"data=d"}) {
 		t.Errorf("an extension: %+v", got)
 	}
 	got := mountOf(m, Lower{Plugin: "other", Data: "d", Path: "p"}, has)
