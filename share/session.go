@@ -99,7 +99,7 @@ func (p *part) adapt(flags uint64) error {
 	case lacks&fuseproto.FUSE_WRITEBACK_CACHE != 0:
 		return fmt.Errorf("%w: writeback caching; serve it in a share without", ErrUnfit)
 	}
-	return fmt.Errorf("%w: INIT flags %#x", ErrUnfit, lacks)
+	return fmt.Errorf("%w: INIT flags %#x; serve it as a share of its own", ErrUnfit, lacks)
 }
 
 // Init implements fsbackend.Initer.

@@ -3,21 +3,27 @@ package plugins
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
+	"github.com/sluicefs/sluice/internal/program"
 	"github.com/sluicefs/sluice/plugin"
 )
 
 // TestMain makes the test binary a plug-in where it is started by a name that begins with one of these words.
 func TestMain(m *testing.M) {
+	program.MaybeConfine()
 	kind, name, _ := strings.Cut(filepath.Base(os.Args[0]), "-")
 	switch kind {
 	case "good":
@@ -42,12 +48,47 @@ func TestMain(m *testing.M) {
 // good is a plug-in of that name.
 type good string
 
-func (g good) Name() string                                         { return string(g) }
-func (good) Needs() plugin.Needs                                    { return plugin.Needs{Network: true} }
-func (good) NumLayers(context.Context, string, string) (int, error) { return 1, nil }
-func (good) Load(context.Context, string, string, int) (plugin.Layer, error) {
-	return nil, errors.ErrUnsupported
+func (g good) Name() string      { return string(g) }
+func (good) Needs() plugin.Needs { return plugin.Needs{Network: true} }
+
+// NumLayers has as many layers as data says, and one without.
+func (good) NumLayers(_ context.Context, data, _ string) (int, error) {
+	if data == "" {
+		return 1, nil
+	}
+	return strconv.Atoi(data)
 }
+
+func (g good) Load(_ context.Context, _, path string, n int) (plugin.Layer, error) {
+	if path == "broken" {
+		return nil, fs.ErrPermission
+	}
+	return single(fmt.Sprintf("%s-%s-%d", g, path, n)), nil
+}
+
+// single is a layer with one empty directory of that name.
+type single string
+
+func (single) Info() plugin.Info { return plugin.Info{} }
+func (single) Close() error      { return nil }
+
+func (s single) Stat(_ context.Context, path string) (plugin.Attr, error) {
+	if path != "." && path != string(s) {
+		return plugin.Attr{}, fs.ErrNotExist
+	}
+	return plugin.Attr{Mode: unix.S_IFDIR | 0o755, Nlink: 2}, nil
+}
+
+func (s single) ReadDir(_ context.Context, path string) ([]plugin.DirEntry, error) {
+	if path != "." {
+		return nil, nil
+	}
+	return []plugin.DirEntry{{Name: string(s), Type: unix.DT_DIR}}, nil
+}
+
+func (single) Readlink(context.Context, string) (string, error) { return "", unix.EINVAL }
+
+func (single) Open(context.Context, string) (*os.File, error) { return nil, unix.EISDIR }
 
 // direct starts programs without anything around them.
 type direct struct{ started []string }

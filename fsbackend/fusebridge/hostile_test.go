@@ -570,3 +570,19 @@ func FuzzDirents(f *testing.F) {
 		}
 	})
 }
+
+// TestOneAtATime has a program that takes one operation in a directory at a time, as squashfuse: a share that it is grafted into later can
+// have more, for the others wait here.
+func TestOneAtATime(t *testing.T) {
+	b := &Bridge{first: offered &^ fuseproto.FUSE_PARALLEL_DIROPS}
+	const guests = fuseproto.FUSE_PARALLEL_DIROPS | fuseproto.FUSE_ASYNC_READ | fuseproto.FUSE_WRITEBACK_CACHE
+	if got := b.WantFlags(guests); got != guests&^fuseproto.FUSE_WRITEBACK_CACHE {
+		t.Errorf("of the guest's flags %#x it wants %#x", guests, got)
+	}
+	n := new(node)
+	c := &conn{flags: b.first}
+	if n.look(c) || n.names.TryRLock() {
+		t.Error("two operations in a directory go on at a time")
+	}
+	n.unlook(false)
+}

@@ -554,3 +554,40 @@ func TestPath(t *testing.T) {
 		t.Errorf("./x is %q, %v", got, err)
 	}
 }
+
+// TestLogOfEnds has a program end by itself, which is told, and for want of somebody to speak with, which is not.
+func TestLogOfEnds(t *testing.T) {
+	var log bytes.Buffer
+	c := self("fail")
+	c.Log = slog.New(slog.NewTextHandler(&log, nil))
+	s, line := start(t, c)
+	next(t, line)
+	next(t, line)
+	if err := s.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := log.String(); !strings.Contains(got, "is started again") || !strings.Contains(got, "out of luck") {
+		t.Errorf("the log of a program that fails: %s", got)
+	}
+
+	log.Reset()
+	c = self("stubborn")
+	c.Log = slog.New(slog.NewTextHandler(&log, nil))
+	s, line = start(t, c)
+	fd := next(t, line)
+	receive(t, fd)
+	pid := s.Status().PID
+	if err := line.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Shutdown(fd, unix.SHUT_RDWR); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, pid)
+	if err := s.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := log.String(); strings.Contains(got, "again") {
+		t.Errorf("the log of a program that nobody wants any more: %s", got)
+	}
+}

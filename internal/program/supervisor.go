@@ -19,6 +19,9 @@ import (
 // grace is how long a program may take to end by itself.
 const grace = 5 * time.Second
 
+// calm is how long the end of a program is not told of, for it may have been asked for.
+const calm = 100 * time.Millisecond
+
 // A Supervisor keeps a program running.
 type Supervisor struct {
 	c    Config
@@ -185,9 +188,9 @@ func (s *Supervisor) run(first chan<- error) {
 		var r request
 		if err == nil {
 			r = s.watch(p)
-			s.ended(p.status())
+			err = s.ended(p.status())
 		} else {
-			s.ended(err.Error())
+			_ = s.ended(err.Error())
 		}
 		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
 			delay = time.Hour // nobody will ever use it: what is left is Stop
@@ -202,7 +205,15 @@ func (s *Supervisor) run(first chan<- error) {
 		if time.Since(began) >= s.c.Backoff.Reset {
 			delay = s.c.Backoff.First
 		}
-		if s.pause(delay) {
+		// Who serves may have closed the program's socket on purpose: then the order to stop is on its way.
+		soon := min(delay, calm)
+		if s.pause(soon) {
+			return
+		}
+		if !errors.Is(err, unix.EPIPE) && !errors.Is(err, unix.ECONNRESET) {
+			s.c.Log.Warn("program ended, and is started again", "program", s.c.Name, "status", s.Status().Last)
+		}
+		if s.pause(delay - soon) {
 			return
 		}
 		delay = min(2*delay, s.c.Backoff.Max)
@@ -255,17 +266,14 @@ func (s *Supervisor) say(b []byte, socket *os.File) error {
 	return nil
 }
 
-// ended notes how the program has ended and tells the server.
-func (s *Supervisor) ended(status string) {
+// ended notes how the program has ended and tells the server. The error is EPIPE where that has closed its end: then the program has
+// ended for want of somebody to speak with.
+func (s *Supervisor) ended(status string) error {
 	s.mu.Lock()
 	s.pid, s.last = 0, status
-	stopping := s.ask.stop
 	s.mu.Unlock()
-	if !stopping {
-		s.c.Log.Warn("program ended, and will be started again", "program", s.c.Name, "status", status)
-	}
-	// A server that is gone, or has more to read already than it wants to, need not know.
-	_ = s.say(append([]byte{lineEnded}, status[:min(len(status), maxStatus)]...), nil)
+	// A server that has more to read already than it wants to need not know.
+	return s.say(append([]byte{lineEnded}, status[:min(len(status), maxStatus)]...), nil)
 }
 
 // pause waits, unless the program is to be started again at once. It reports whether it is to be never again.

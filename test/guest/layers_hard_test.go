@@ -207,3 +207,27 @@ func gone(pid int) bool {
 	_, after, _ := strings.Cut(string(text), ") ")
 	return strings.HasPrefix(after, "Z")
 }
+
+// TestRootsOverlay serves layers with the marks of root's overlays, as docker's are, to a daemon that may see them; what it writes is for
+// a plain mount of the kernel's.
+func TestRootsOverlay(t *testing.T) {
+	forRoot(t)
+	t.Parallel()
+	s := &steered{machine: newScratch(t)}
+	lower := s.source("lower", map[string]string{"d/hidden": "no\n", "e/gone": "no\n"})
+	upper := s.source("upper", map[string]string{"d/shown": "yes\n"})
+	s.check(unix.Setxattr(filepath.Join(upper, "d"), "trusted.overlay.opaque", []byte("y"), 0))
+	work := s.source("work", nil)
+	s.startSteered(testguest.DaemonConfig{Program: program, Shares: true, Args: []string{
+		"--modcaps", "+sys_admin", "--share", fmt.Sprintf("tag=x,socket=%s/x.sock,lowerdir=%s,upperdir=%s,workdir=%s", s.scratch, lower, upper, work),
+	}})
+	g := s.on("x")
+	g.says("shown", "ls /mnt/x/d; rm -r /mnt/x/e; mkdir /mnt/x/e; echo new >/mnt/x/e/new")
+	g.guest.Close()
+	s.daemon.Close()
+	kernel := filepath.Join(s.scratch, "kernel")
+	s.mountOverlay(kernel, fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", lower, upper, work))
+	if got := hostSh(t, "cd "+kernel+"; ls d e"); got != "d:\nshown\n\ne:\nnew" {
+		t.Errorf("to the kernel, the guest has left:\n%s", got)
+	}
+}
