@@ -37,14 +37,14 @@ const offered = fuseproto.FUSE_ASYNC_READ |
 	fuseproto.FUSE_SETXATTR_EXT |
 	fuseproto.FUSE_INIT_EXT
 
-// relied are those of them that the guest has only if the program has them, so that a restarted one must have them too.
+// relied are those of them that the guest has only if the program has them, so that a restarted one must have them too. Not among
+// them is FUSE_PARALLEL_DIROPS: for a program without it the bridge looks names up one after the other (node.look).
 const relied = fuseproto.FUSE_ASYNC_READ |
 	fuseproto.FUSE_POSIX_LOCKS |
 	fuseproto.FUSE_ATOMIC_O_TRUNC |
 	fuseproto.FUSE_FLOCK_LOCKS |
 	fuseproto.FUSE_DO_READDIRPLUS |
 	fuseproto.FUSE_ASYNC_DIO |
-	fuseproto.FUSE_PARALLEL_DIROPS |
 	fuseproto.FUSE_HANDLE_KILLPRIV |
 	fuseproto.FUSE_CACHE_SYMLINKS |
 	fuseproto.FUSE_HANDLE_KILLPRIV_V2
