@@ -19,6 +19,7 @@
 //	negotiate.go  INIT
 //	notify.go     what a program says without being asked
 //	node.go       the guest's nodes and the program's; forgetting
+//	idle.go       nodes that the guest has forgotten and may come back to
 //	cache.go      names and attributes that the program has said are good for a while
 //	handle.go     open files and directories
 //	recover.go    the next program: finding nodes and handles again
@@ -131,6 +132,7 @@ type Bridge struct {
 	closed   bool
 	arrival  chan struct{} // closed when current changes
 	nodes    map[uint64]*node
+	idle     idleList
 	root     *node
 	handles  map[uint64]*handle
 	lastNode uint64

@@ -100,7 +100,7 @@ func (b *Bridge) cachedEntry(parent uint64, name fsbackend.Name, out *fuseproto.
 		return false
 	}
 	d := p.children[string(name)]
-	if d == nil || d.until == 0 || d.node.until == 0 || b.nodes[d.node.id] != d.node {
+	if d == nil || d.until == 0 || d.node.until == 0 || b.nodes[d.node.id] != d.node && !d.node.idle {
 		return false
 	}
 	now := clock()
@@ -108,6 +108,13 @@ func (b *Bridge) cachedEntry(parent uint64, name fsbackend.Name, out *fuseproto.
 		return false
 	}
 	n := d.node
+	if n.idle {
+		if len(b.nodes) >= b.cfg.MaxNodes {
+			return false
+		}
+		b.idle.remove(n)
+		b.nodes[n.id] = n
+	}
 	n.count++
 	out.NodeId, out.Attr = n.id, n.attr
 	setValid(&out.AttrValid, &out.AttrValidNsec, now, n.until)

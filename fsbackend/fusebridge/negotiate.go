@@ -37,8 +37,8 @@ const offered = fuseproto.FUSE_ASYNC_READ |
 	fuseproto.FUSE_SETXATTR_EXT |
 	fuseproto.FUSE_INIT_EXT
 
-// relied are those of them that the guest has only if the program has them, so that a restarted one must have them too. Operations in
-// one directory at a time are not among them: those of a program that takes but one wait for each other here (node.look).
+// relied are those of them that the guest has only if the program has them, so that a restarted one must have them too. Not among
+// them is FUSE_PARALLEL_DIROPS: for a program without it the bridge looks names up one after the other (node.look).
 const relied = fuseproto.FUSE_ASYNC_READ |
 	fuseproto.FUSE_POSIX_LOCKS |
 	fuseproto.FUSE_ATOMIC_O_TRUNC |

@@ -42,6 +42,9 @@ type node struct {
 	attr    fuseproto.Attr
 	until   int64  // attr is good before this time, in nanoseconds of the bridge's clock
 	version uint64 // of attr: what was asked for before it went up must not be kept
+
+	idle         bool // in Bridge.idle, between these
+	older, newer *node
 }
 
 // A dentry is a name in a directory. Bridge.mu.
@@ -88,28 +91,36 @@ func (b *Bridge) pinDir(id uint64) (*node, fsbackend.Errno) {
 func (b *Bridge) unpin(n *node) {
 	b.mu.Lock()
 	n.pins--
-	at, held := b.drop(n)
+	g := b.drop(n)
 	b.mu.Unlock()
-	if held > 0 {
-		at.conn.forget(at.raw, held)
-	}
+	g.send()
 }
 
 // drop takes n out of the tables if neither the guest nor a call uses it, and returns what the program is then to forget.
-func (b *Bridge) drop(n *node) (at place, held uint64) {
+func (b *Bridge) drop(n *node) (g goodbye) {
 	if n == b.root || n.count > 0 {
-		return place{}, 0
+		return goodbye{}
 	}
 	delete(b.nodes, n.id) // the guest cannot name it from here on
 	if n.pins > 0 {
-		return place{}, 0
+		return goodbye{}
 	}
+	return b.rest(n)
+}
+
+// end takes n out of its directory and of where it is in the program, which is then to forget it. Bridge.mu is held.
+func (n *node) end() (at place, held uint64) {
+	n.unname()
+	return n.leave()
+}
+
+// unname takes n's name out of its directory. Bridge.mu is held.
+func (n *node) unname() {
 	if p := n.parent; p != nil {
 		if d := p.children[n.name]; d != nil && d.node == n {
 			delete(p.children, n.name)
 		}
 	}
-	return n.leave()
 }
 
 // leave takes n out of where it is in the program, which is then to forget it. Bridge.mu is held.
@@ -127,21 +138,23 @@ func (n *node) leave() (at place, held uint64) {
 func (b *Bridge) Forget(id, count uint64) {
 	b.mu.Lock()
 	n := b.nodes[id]
-	var at place
-	var held uint64
+	var g goodbye
 	if n != nil && n != b.root {
 		n.count -= min(count, n.count)
-		at, held = b.drop(n)
+		g = b.drop(n)
 	}
 	b.mu.Unlock()
-	if held > 0 {
-		at.conn.forget(at.raw, held)
-	}
+	g.send()
 }
 
 // Reset implements fsbackend.Backend.
 func (b *Bridge) Reset() {
 	lost := map[*conn][]fuseproto.ForgetOne{}
+	lose := func(at place, held uint64) {
+		if held > 0 {
+			lost[at.conn] = append(lost[at.conn], fuseproto.ForgetOne{Nodeid: at.raw, Nlookup: held})
+		}
+	}
 	var handles []*handle
 	b.mu.Lock()
 	for _, h := range b.handles {
@@ -154,9 +167,12 @@ func (b *Bridge) Reset() {
 	clear(b.handles)
 	for _, n := range b.nodes {
 		n.count = 0
-		if at, held := b.drop(n); held > 0 {
-			lost[at.conn] = append(lost[at.conn], fuseproto.ForgetOne{Nodeid: at.raw, Nlookup: held})
+		for _, f := range b.drop(n) {
+			lose(f.at, f.held)
 		}
+	}
+	for b.idle.oldest != nil {
+		lose(b.evict())
 	}
 	b.root.children = nil
 	b.mu.Unlock()
@@ -180,6 +196,13 @@ func (b *Bridge) adopt(c *conn, e *fuseproto.EntryOut, parent *node, name fsback
 	typ := e.Mode & unix.S_IFMT
 	b.mu.Lock()
 	n := c.byRaw[raw]
+	var held uint64
+	if n != nil && n.idle && (n.typ != typ || n.gen != e.Generation) {
+		// The number is another file's now, and so are the lookups, which the program counts by number.
+		b.idle.remove(n)
+		_, held = n.end()
+		n = nil
+	}
 	if n != nil && (n.typ != typ || n.gen != e.Generation) {
 		// It has given the number to another file while this one is in use.
 		b.mu.Unlock()
@@ -193,20 +216,23 @@ func (b *Bridge) adopt(c *conn, e *fuseproto.EntryOut, parent *node, name fsback
 			n.leave()
 		}
 	}
-	if n == nil {
-		if len(b.nodes) >= b.cfg.MaxNodes {
-			b.mu.Unlock()
-			c.forget(raw, 1)
-			return nil, unix.ENFILE
-		}
+	if (n == nil || n.idle) && len(b.nodes) >= b.cfg.MaxNodes {
+		b.mu.Unlock()
+		c.forget(raw, held+1)
+		return nil, unix.ENFILE
+	}
+	switch {
+	case n == nil:
 		b.lastNode++
 		n = &node{id: b.lastNode, typ: typ}
+	case n.idle:
+		b.idle.remove(n)
 	}
 	if n.at.conn != c {
 		n.at, n.gen = place{c, raw}, e.Generation
 		c.byRaw[raw] = n
 	}
-	n.held++
+	n.held += held + 1
 	n.count++
 	b.nodes[n.id] = n
 	if parent != nil {
@@ -231,10 +257,9 @@ func (b *Bridge) link(n, parent *node, name fsbackend.Name) {
 	if d := parent.children[text]; d != nil && d.node.parent == parent && d.node.name == text {
 		d.node.parent, d.node.name = nil, "" // another file has its name now
 	}
+	n.unname() // of a file's names the last one seen is kept
 	parent.children[text] = &dentry{node: n}
-	if n.parent != parent || n.name != text {
-		n.parent, n.name = parent, text
-	}
+	n.parent, n.name = parent, text
 }
 
 // unlink notes that name in parent is gone, and returns the node that it was. Bridge.mu is held.

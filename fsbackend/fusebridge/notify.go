@@ -127,4 +127,7 @@ func (c *conn) invalidateAll() {
 			d.until = 0
 		}
 	}
+	for n := c.b.idle.oldest; n != nil; n = n.newer {
+		n.changed()
+	}
 }
