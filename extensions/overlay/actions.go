@@ -52,14 +52,18 @@ func with[T any](f func(context.Context, T) (any, error)) func(context.Context, 
 
 // frozen runs f while the guest's changes wait, and everything that it has changed so far is in the upper directory.
 func (o *outside) frozen(ctx context.Context, f func() error) (err error) {
-	if _, err := o.Tell(ctx, tellFreeze, nil); err != nil {
+	// Whoever asked may have gone: then too what was frozen has to thaw, and nobody knows of a question that is given up whether it was heard.
+	through := context.WithoutCancel(ctx)
+	if _, err := o.Tell(through, tellFreeze, nil); err != nil {
 		return err
 	}
 	defer func() {
-		// However f has ended.
-		_, thawed := o.Tell(context.WithoutCancel(ctx), tellThaw, nil)
+		_, thawed := o.Tell(through, tellThaw, nil)
 		err = errors.Join(err, thawed)
 	}()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	return f()
 }
 

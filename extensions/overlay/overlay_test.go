@@ -532,3 +532,18 @@ func TestRootsMarks(t *testing.T) {
 		p.must(os.RemoveAll(p.path("upper/d")))
 	}
 }
+
+// TestFreezeIsEnded has whoever asks for something go away before the overlay is frozen.
+func TestFreezeIsEnded(t *testing.T) {
+	var told []string
+	o := &outside{Outside: &extensions.Outside{Tell: func(ctx context.Context, method string, _ any, _ ...*os.File) (json.RawMessage, error) {
+		told = append(told, method)
+		return nil, ctx.Err() // a question that is given up may have been heard
+	}}}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	err := o.frozen(ctx, func() error { t.Error("somebody who has gone is served"); return nil })
+	if !errors.Is(err, context.Canceled) || !slices.Equal(told, []string{tellFreeze, tellThaw}) {
+		t.Errorf("told was %q, with %v; expected a freeze and its end", told, err)
+	}
+}
