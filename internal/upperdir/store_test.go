@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -301,4 +302,31 @@ func TestFullDisk(t *testing.T) {
 	got := snapshot(t, target, true, true)
 	delete(got, "other")
 	sameTrees(t, "target", got, want)
+}
+
+// TestOrdinaryUser has a user without privileges make an upper for somebody else's directory: it is the user's own.
+func TestOrdinaryUser(t *testing.T) {
+	if os.Geteuid() == 0 {
+		const user = 65534
+		dir := t.TempDir()
+		must(t, os.Chown(dir, user, user))
+		cmd := exec.Command("/proc/self/exe", "-test.v", "-test.run", "^TestOrdinaryUser$")
+		cmd.Dir, cmd.Env = "/", []string{"TMPDIR=" + dir}
+		for parent := dir; parent != os.TempDir() && parent != "/"; parent = filepath.Dir(parent) {
+			must(t, os.Chmod(parent, 0o755))
+		}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}
+		if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS: TestOrdinaryUser") {
+			t.Errorf("as an ordinary user: %v\n%s", err, out)
+		}
+		return
+	}
+	u, err := openStore(t).Discard(Attr{Mode: 0o750, UID: 0, GID: 0})
+	must(t, err)
+	defer func() { must(t, u.Close()) }()
+	info, err := os.Stat(u.Path())
+	must(t, err)
+	if info.Mode().Perm() != 0o750 || int(info.Sys().(*syscall.Stat_t).Uid) != os.Geteuid() {
+		t.Errorf("the upper directory is %v", info.Mode())
+	}
 }
