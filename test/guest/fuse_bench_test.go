@@ -129,7 +129,7 @@ func BenchmarkFUSEPrograms(b *testing.B) {
 	f.check(os.WriteFile(in("share/names"), []byte(names.String()), 0o644))
 	f.must("tar", "cf", in("share/tar"), "-C", in("data/tree"), "dir0", "dir1")
 	f.must("mksquashfs", in("data"), in("image"), "-quiet", "-no-progress")
-	f.must("cp", "-a", in("data/."), in("remote"))
+	f.must("cp", "-a", in("data"), in("remote"))
 	server, err := sshd.Start(scratch)
 	f.check(err)
 	b.Cleanup(server.Close)
@@ -156,7 +156,7 @@ func BenchmarkFUSEPrograms(b *testing.B) {
 		{"squashfuse", []string{"squashfuse", "-f", "-o", "allow_other", in("image"), "{mnt}"}, false, nil},
 		{"squashfuse_ll", []string{"squashfuse_ll", "-f", "-o", "allow_other", in("image"), "{mnt}"}, false, nil},
 		{"fuse-overlayfs", []string{"fuse-overlayfs", "-f", "-o", fmt.Sprintf("allow_other,lowerdir=%s,upperdir=%s,workdir=%s", in("data"), in("up"), in("work")), "{mnt}"}, true, nil},
-		{"sshfs", append(append([]string{"sshfs", "-f", "-o", "allow_other"}, server.Options(in("remote"))...), "{mnt}"), true, []string{"network"}},
+		{"sshfs", append(append([]string{"sshfs", "-f", "-o", "allow_other"}, server.Options(in("remote/data"))...), "{mnt}"), true, []string{"network"}},
 	} {
 		b.Run(p.name, func(b *testing.B) {
 			f := *f
