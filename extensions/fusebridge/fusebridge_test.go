@@ -124,7 +124,7 @@ func hello(t *testing.T, c *fsbackendtest.Client) {
 func TestServe(t *testing.T) {
 	c, h, o := open(t, "command=squashfuse -f '"+image(t)+"' {mnt}", "timeout=7", "restart=20s")
 	hello(t, c)
-	if o.Stock || o.Inline || o.Timeout < 27*time.Second {
+	if o.Stock || !o.Inline || o.Timeout < 27*time.Second {
 		t.Errorf("options are %+v", o)
 	}
 	answer, err := h.actions["program"](t.Context(), nil)

@@ -263,9 +263,6 @@ func (b *Bridge) live(cancel <-chan struct{}) (*conn, fsbackend.Errno) {
 	}
 }
 
-// Slow implements fsbackend.Slow.
-func (b *Bridge) Slow() bool { return true }
-
 // Init implements fsbackend.Initer.
 func (b *Bridge) Init(f fsbackend.Features) { b.guest.Store(f.Flags) }
 

@@ -42,7 +42,7 @@ func (b *Bridge) unpinHandle(h *handle) {
 	last := h.closed && h.pins == 0
 	b.mu.Unlock()
 	if last {
-		b.release(h, true)
+		b.release(h, false) // it may be a queue's own thread
 	}
 }
 
@@ -67,8 +67,8 @@ func (b *Bridge) opened(n *node, h handle) uint64 {
 	return b.lastFh
 }
 
-// close takes fh from the guest; calls that use it end normally.
-func (b *Bridge) close(in *fuseproto.ReleaseIn, dir bool) {
+// close takes fh from the guest; calls that use it end normally. With wait it returns when the program has released it.
+func (b *Bridge) close(in *fuseproto.ReleaseIn, dir, wait bool) {
 	b.mu.Lock()
 	h := b.handles[in.Fh]
 	if h == nil || h.node.id != in.NodeId || h.dir != dir {
@@ -83,7 +83,7 @@ func (b *Bridge) close(in *fuseproto.ReleaseIn, dir bool) {
 	last := h.pins == 0
 	b.mu.Unlock()
 	if last {
-		b.releaseAs(h, in, true)
+		b.releaseAs(h, in, wait)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fsbackend/fsbackendtest"
 	"github.com/sluicefs/sluice/fuseproto"
 )
@@ -77,6 +78,15 @@ func TestIdle(t *testing.T) {
 	id := visit("a", 1)
 	if again := visit("a", 1); again != id {
 		t.Errorf("node %d is %d when looked up again", id, again)
+	}
+	var out fuseproto.EntryOut
+	quick := &fsbackend.Context{} // on a thread that must not sleep
+	if errno := b.Lookup(quick, fsbackendtest.Root, fsbackend.MakeName("a"), &out); errno != 0 || out.NodeId != id {
+		t.Errorf("LOOKUP of what is known: node %d, %v", out.NodeId, errno)
+	}
+	b.Forget(id, 1)
+	if errno := b.Lookup(quick, fsbackendtest.Root, fsbackend.MakeName("unknown"), &out); errno != fsbackend.ErrMayBlock || times() != 1 {
+		t.Errorf("LOOKUP of what is not known: %v, the program has been asked %d times", errno, times())
 	}
 
 	// Another name for it, and then another file by its number.

@@ -101,10 +101,14 @@ func (b *Bridge) openStateless(ctx *fsbackend.Context, n *node, h handle, in *fu
 }
 
 // Release implements fsbackend.Opener.
-func (b *Bridge) Release(_ *fsbackend.Context, in *fuseproto.ReleaseIn) { b.close(in, false) }
+func (b *Bridge) Release(ctx *fsbackend.Context, in *fuseproto.ReleaseIn) {
+	b.close(in, false, ctx.MayBlock)
+}
 
 // Releasedir implements fsbackend.DirReader.
-func (b *Bridge) Releasedir(_ *fsbackend.Context, in *fuseproto.ReleaseIn) { b.close(in, true) }
+func (b *Bridge) Releasedir(ctx *fsbackend.Context, in *fuseproto.ReleaseIn) {
+	b.close(in, true, ctx.MayBlock)
+}
 
 // Create implements fsbackend.Creater.
 func (b *Bridge) Create(ctx *fsbackend.Context, in *fuseproto.CreateIn, name fsbackend.Name, out *fuseproto.CreateOut) fsbackend.Errno {
@@ -310,6 +314,9 @@ func (b *Bridge) writeSome(ctx *fsbackend.Context, h *handle, in *fuseproto.Writ
 
 // Flush implements fsbackend.Flusher. A program that does not know of it has nothing to do.
 func (b *Bridge) Flush(ctx *fsbackend.Context, in *fuseproto.FlushIn) fsbackend.Errno {
+	if !ctx.MayBlock {
+		return fsbackend.ErrMayBlock // before locks are given back
+	}
 	h, errno := b.pinHandle(in.NodeId, in.Fh, false)
 	if errno != 0 {
 		return errno

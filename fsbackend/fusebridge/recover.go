@@ -12,6 +12,9 @@ const maxDepth = 1000
 
 // begin starts a request about n, which the caller has pinned, once there is a program.
 func (b *Bridge) begin(ctx *fsbackend.Context, n *node) (*request, fsbackend.Errno) {
+	if !ctx.MayBlock {
+		return nil, fsbackend.ErrMayBlock
+	}
 	c, errno := b.live(ctx.Cancel)
 	if errno != 0 {
 		return nil, errno

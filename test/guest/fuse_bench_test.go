@@ -22,7 +22,7 @@ import (
 
 // The tree that FUSE programs serve in the benchmark.
 const (
-	fuseBenchDirs  = 20
+	fuseBenchDirs  = 10
 	fuseBenchFiles = 100
 	fuseBenchBytes = 32 << 20 // of the file that is read
 )
@@ -73,6 +73,7 @@ func (f *fuseBench) mount(args []string) (path string, remove func()) {
 	}
 	cmd := exec.Command(args[0], mounted...)
 	f.check(cmd.Start())
+	f.b.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }) // in case that the benchmark fails
 	for end := time.Now().Add(20 * time.Second); now.Dev == 0 || now.Dev == before.Dev; time.Sleep(time.Millisecond) {
 		if _ = unix.Stat(dir, &now); time.Now().After(end) {
 			f.b.Fatalf("%q has mounted nothing", args)
@@ -103,7 +104,7 @@ var fuseWrites = []struct{ name, script string }{
 }
 
 // BenchmarkFUSEPrograms has a guest work with FUSE programs as shares, and with the same mounted on the host and shared from there, in
-// turn. The unit x is how many times as long the latter takes, the median of the rounds.
+// turn; gocryptfs agrees with the guest on less than a share's root of passthrough, and cannot be a graft there. The unit x is how many times as long the latter takes, the median of the rounds.
 func BenchmarkFUSEPrograms(b *testing.B) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
@@ -122,18 +123,13 @@ func BenchmarkFUSEPrograms(b *testing.B) {
 		}
 	}
 	f.check(tree.WriteRandom(in("data/big"), fuseBenchBytes, 1))
-	for _, dir := range []string{"share", "cipher", "plain", "up", "work", "remote"} {
+	for _, dir := range []string{"share", "up", "work", "remote"} {
 		f.check(os.Mkdir(in(dir), 0o755))
 	}
 	f.check(os.WriteFile(in("share/names"), []byte(names.String()), 0o644))
-	f.must("tar", "cf", in("share/tar"), "-C", in("data/tree"), ".")
+	f.must("tar", "cf", in("share/tar"), "-C", in("data/tree"), "dir0", "dir1")
 	f.must("mksquashfs", in("data"), in("image"), "-quiet", "-no-progress")
-	f.check(os.WriteFile(in("pass"), []byte("secret\n"), 0o600))
-	f.must("gocryptfs", "-q", "-init", "-passfile", in("pass"), "-scryptn", "10", in("cipher"))
-	f.must("gocryptfs", "-q", "-passfile", in("pass"), in("cipher"), in("plain"))
-	f.must("cp", "-a", in("data/."), in("plain"))
-	f.must("umount", in("plain"))
-	f.must("cp", "-a", in("data/."), in("remote"))
+	f.must("cp", "-a", in("data"), in("remote"))
 	server, err := sshd.Start(scratch)
 	f.check(err)
 	b.Cleanup(server.Close)
@@ -159,9 +155,8 @@ func BenchmarkFUSEPrograms(b *testing.B) {
 	}{
 		{"squashfuse", []string{"squashfuse", "-f", "-o", "allow_other", in("image"), "{mnt}"}, false, nil},
 		{"squashfuse_ll", []string{"squashfuse_ll", "-f", "-o", "allow_other", in("image"), "{mnt}"}, false, nil},
-		{"gocryptfs", []string{"gocryptfs", "-fg", "-q", "-allow_other", "-passfile", in("pass"), in("cipher"), "{mnt}"}, true, nil},
 		{"fuse-overlayfs", []string{"fuse-overlayfs", "-f", "-o", fmt.Sprintf("allow_other,lowerdir=%s,upperdir=%s,workdir=%s", in("data"), in("up"), in("work")), "{mnt}"}, true, nil},
-		{"sshfs", append(append([]string{"sshfs", "-f", "-o", "allow_other"}, server.Options(in("remote"))...), "{mnt}"), true, []string{"network"}},
+		{"sshfs", append(append([]string{"sshfs", "-f", "-o", "allow_other"}, server.Options(in("remote/data"))...), "{mnt}"), true, []string{"network"}},
 	} {
 		b.Run(p.name, func(b *testing.B) {
 			f := *f
@@ -185,7 +180,7 @@ func BenchmarkFUSEPrograms(b *testing.B) {
 							dir, remove = f.mount(p.args)
 						}
 						for _, step := range steps {
-							_, err := f.g.Sh(ctx, "sync; echo 3 >/proc/sys/vm/drop_caches")
+							_, err := f.g.Sh(ctx, "echo 3 >/proc/sys/vm/drop_caches")
 							f.check(err)
 							began := time.Now()
 							_, err = f.g.Sh(ctx, fmt.Sprintf(step.script, dir))

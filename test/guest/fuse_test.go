@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/internal/testguest"
 	"github.com/sluicefs/sluice/internal/testguest/sshd"
 )
@@ -64,6 +65,15 @@ func TestFUSEPrograms(t *testing.T) {
 	if got := g.sh(walkScript, "/mnt/sq"); got != want {
 		t.Errorf("squashfuse serves another tree:\n%s", difference(want, got))
 	}
+	// As a graft, too, though the guest may do more at once in a directory than the program.
+	_, err := p.c.AddGraft(p.ctx, "cr", api.GraftSpec{
+		Path: "/archive", Backend: "fuse", Options: []string{fmt.Sprintf("command=squashfuse -f %s {mnt}", p.in("tree.sqfs"))},
+	}, false)
+	p.check(err)
+	if got := g.sh(walkScript, "/mnt/cr/archive"); got != want {
+		t.Errorf("squashfuse serves another tree as a graft:\n%s", difference(want, got))
+	}
+	p.check(p.c.RemoveGraft(p.ctx, "cr", "/archive"))
 	for _, tag := range []string{"cr", "ov", "ss"} {
 		g.sh("cd /mnt/%s; mkdir -p new/sub; (cd /mnt/sq; tar c .) | tar x -C new/sub; diff -r new/sub /mnt/sq", tag)
 		g.sh("cd /mnt/%s/new; mv sub moved; rm moved/empty; echo more >>moved/a/b/c; ln -s a moved/link", tag)
