@@ -32,6 +32,12 @@ const Name = "plugin"
 //	programs=FILE:…     executables, instead of those of the daemon
 //	layers=all          more than one is as good: what merges them asks for them (extensions.Layered)
 type Extension struct {
+	// Compiled are plug-ins of a program of one's own. They work in the serving process, behind the filter: what they need of the
+	// host they have to bring.
+	Compiled []plugin.Plugin
+	// Rules are the system calls that those make.
+	Rules seccomp.Rules
+
 	mu    sync.Mutex
 	found map[string]Set // by the list of programs
 }
@@ -46,8 +52,8 @@ func (*Extension) TryHandleMount(*specs.Spec, *specs.Mount, string, bool) (fsbac
 
 // SeccompRules implements extensions.Extension: what it takes to speak with a program that was started outside. What comes over the
 // socket may be descriptors, so there is no read(2) to do with.
-func (*Extension) SeccompRules() seccomp.Rules {
-	return seccomp.Rules{
+func (e *Extension) SeccompRules() seccomp.Rules {
+	rules := seccomp.Rules{
 		"fcntl": seccomp.Or{ // descriptors that Go's poller waits for
 			seccomp.PerArg{1: seccomp.Int32(unix.F_DUPFD_CLOEXEC)},
 			seccomp.PerArg{1: seccomp.Int32(unix.F_GETFL)},
@@ -58,6 +64,16 @@ func (*Extension) SeccompRules() seccomp.Rules {
 		"sendmsg":    seccomp.MatchAll{},
 		"shutdown":   seccomp.MatchAll{},
 	}
+	if len(e.Compiled) > 0 {
+		rules["socketpair"] = seccomp.MatchAll{}
+	}
+	for name, rule := range e.Rules {
+		if had, ok := rules[name]; ok {
+			rule = seccomp.Or{had, rule}
+		}
+		rules[name] = rule
+	}
+	return rules
 }
 
 // request is what a mount asks for.
@@ -116,7 +132,7 @@ func (e *Extension) known(ctx context.Context, out *extensions.Outside, r reques
 	if set, ok := e.found[key]; ok {
 		return set, nil
 	}
-	set, err := Discover(ctx, Config{Lists: lists, Dir: DefaultDir(), Starter: starter{out}})
+	set, err := Discover(ctx, Config{Lists: lists, Dir: DefaultDir(), Compiled: e.Compiled, Starter: starter{out}})
 	if err == nil {
 		if e.found == nil {
 			e.found = make(map[string]Set)
@@ -173,6 +189,9 @@ func (e *Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m 
 	if err != nil {
 		return nil, err
 	}
+	if found.Compiled != nil {
+		return &extensions.Given{}, nil
+	}
 	p, err := program.Start(ctx, config(out, found.Path, found.Needs))
 	if err != nil {
 		return nil, err
@@ -189,14 +208,15 @@ func (e *Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *ext
 	// No call takes longer than what is put into a directory.
 	options := extensions.Options{ReadOnly: true, Timeout: pluginlayer.DefaultOnDemandTimeout + time.Minute}
 	r, err := parse(m)
-	if err == nil && len(g.Files) != 1 {
-		err = fmt.Errorf("%d descriptors for a layer plug-in: expected one", len(g.Files))
-	}
 	if err != nil {
 		g.Close()
 		return nil, options, err
 	}
-	line := program.NewLine(g.Files[0])
+	line, err := e.source(in, g, r.entry.Name)
+	if err != nil {
+		g.Close()
+		return nil, options, err
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), dialTime)
 	defer cancel()
 	conn, err := pluginlayer.Dial(ctx, pluginlayer.Config{
@@ -210,6 +230,25 @@ func (e *Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *ext
 		return nil, options, err
 	}
 	return l, options, nil
+}
+
+// source is what a plug-in's sockets come from.
+type source interface {
+	pluginlayer.Source
+	Close() error
+}
+
+// source takes over what the half outside has given, or makes sockets to a plug-in that is compiled in.
+func (e *Extension) source(in *extensions.Inside, g *extensions.Given, name string) (source, error) {
+	if len(g.Files) == 1 {
+		return program.NewLine(g.Files[0]), nil
+	}
+	for _, p := range e.Compiled {
+		if len(g.Files) == 0 && p.Name() == name {
+			return plugin.NewLocal(p, in.Log), nil
+		}
+	}
+	return nil, fmt.Errorf("%d descriptors for a layer plug-in: expected one", len(g.Files))
 }
 
 // layers are those of one entry. As a backend they are the first of them.

@@ -11,6 +11,8 @@ import (
 	"github.com/sluicefs/sluice/extensions/extensionstest"
 	"github.com/sluicefs/sluice/extensions/overlay"
 	"github.com/sluicefs/sluice/fsbackend/fsbackendtest"
+	"github.com/sluicefs/sluice/plugin"
+	"github.com/sluicefs/sluice/seccomp"
 )
 
 // host knows plug-ins and overlays, and is given this --plugin; none is the default directory.
@@ -92,5 +94,35 @@ func TestDefaultDirectory(t *testing.T) {
 	}
 	if err := host(filepath.Join(programs(t, "good-other"), "good-other")).OpenFails(t, lowerdir("lowerdir=//found//x")); !strings.Contains(err.Error(), "there are other") {
 		t.Error(err)
+	}
+}
+
+// TestCompiled serves layers of a plug-in that is part of the program, beside one that is not.
+func TestCompiled(t *testing.T) {
+	dir := programs(t, "good-one")
+	h := &extensionstest.Host{
+		Extensions: []extensions.Hosted{&Extension{Compiled: []plugin.Plugin{good("mine")}}, overlay.Extension{}}, Plugins: []string{dir + "/good-one"},
+	}
+	for _, c := range []struct {
+		m    extensions.Mount
+		want string
+	}{
+		{extensions.Mount{Backend: Name, Options: []string{"name=mine", "path=p"}}, "mine-p-0"},
+		{lowerdir("lowerdir=//mine/2/a://one//b"), "mine-a-0 mine-a-1 one-b-0"},
+	} {
+		if got := names(t, h.Open(t, c.m)); got != c.want {
+			t.Errorf("%v: it has %s, expected %s", c.m.Options, got, c.want)
+		}
+	}
+	h.Extensions[0].(*Extension).Compiled = []plugin.Plugin{good("one")}
+	h.Extensions[0].(*Extension).found = nil
+	if err := h.OpenFails(t, lowerdir("lowerdir=//one//")); !strings.Contains(err.Error(), "two layer plug-ins are called one") {
+		t.Error(err)
+	}
+	with, without := (&Extension{Compiled: []plugin.Plugin{good("x")}, Rules: seccomp.Rules{"memfd_create": seccomp.MatchAll{}}}).SeccompRules(), (&Extension{}).SeccompRules()
+	for _, call := range []string{"socketpair", "memfd_create"} {
+		if with[call] == nil || without[call] != nil {
+			t.Errorf("%s is allowed with a plug-in that is compiled in: %v, without: %v", call, with[call] != nil, without[call] != nil)
+		}
 	}
 }
