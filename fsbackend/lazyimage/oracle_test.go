@@ -142,7 +142,7 @@ func snapshotDir(t *testing.T, root string, linked bool) snapshot {
 		}
 		s[p] = describe(st.Mode, st.Uid, st.Gid, st.Mtim.Sec, st.Mtim.Nsec, uint64(st.Size), st.Rdev, target, content, xattrs)
 		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-			inodes[p], counts[p] = st.Ino, st.Nlink
+			inodes[p], counts[p] = st.Ino, uint64(st.Nlink)
 		}
 		return nil
 	})
