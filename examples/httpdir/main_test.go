@@ -117,7 +117,7 @@ func asPlugin(t *testing.T, o *origin, dir string) fsbackend.Backend {
 	return b
 }
 
-// TestOnDemand is seed row B4 over HTTP ranges: `ls` costs no body, `cat` one, a second `cat` none, and then the host has the file.
+// TestOnDemand is row B4 over HTTP ranges: `ls` costs no body, `cat` one, a second `cat` none, and then the host has the file.
 func TestOnDemand(t *testing.T) {
 	for name, serve := range map[string]func(*testing.T, *origin, string) fsbackend.Backend{"in process": inProcess, "plug-in": asPlugin} {
 		t.Run(name, func(t *testing.T) {

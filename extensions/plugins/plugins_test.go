@@ -128,7 +128,7 @@ func programs(t *testing.T, names ...string) string {
 	return dir
 }
 
-// TestDiscover is seed row B1: a list, or else a directory; what cannot be used is an error that says why.
+// TestDiscover is row B1: a list, or else a directory; what cannot be used is an error that says why.
 func TestDiscover(t *testing.T) {
 	dir := programs(t, "good-one", "good-two", "good-two-again", "old", "rubbish", "silent", "ends")
 	if err := os.WriteFile(filepath.Join(dir, "text"), nil, 0o644); err != nil {
@@ -238,7 +238,7 @@ func TestSplit(t *testing.T) {
 	}
 }
 
-// TestParseEntry is the grammar of seed row B2.
+// TestParseEntry is the grammar of row B2.
 func TestParseEntry(t *testing.T) {
 	for entry, want := range map[string]Entry{
 		"//test//rootfs/":                    {"test", "", "rootfs/"},

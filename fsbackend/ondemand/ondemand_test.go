@@ -159,7 +159,7 @@ func TestConformance(t *testing.T) {
 	})
 }
 
-// TestOnDemand is seed row B4: a listing takes no file's contents, the first open of a file takes them, the second nothing; the
+// TestOnDemand is row B4: a listing takes no file's contents, the first open of a file takes them, the second nothing; the
 // file is in the host's directory then.
 func TestOnDemand(t *testing.T) {
 	m := newCopier(t, suiteTree())

@@ -126,7 +126,7 @@ func TestDirectoryConformance(t *testing.T) {
 	fsbackendtest.RunReadOnly(t, fsbackendtest.ReadOnlyConfig{New: func(t *testing.T) fsbackend.Backend { return first(t, c) }, Strict: true})
 }
 
-// TestDirectory is seed row B4 with a plug-in: `ls` asks for no contents, `cat` for one file's, a second `cat` for none.
+// TestDirectory is row B4 with a plug-in: `ls` asks for no contents, `cat` for one file's, a second `cat` for none.
 func TestDirectory(t *testing.T) {
 	p := newFilling(t)
 	c := dial(t, Config{Name: "filling", Source: local(p)})

@@ -14,7 +14,7 @@ import (
 	"github.com/sluicefs/sluice/fsbackend/overlay"
 )
 
-// TestOverlayOfLayers is seed row B3 as a guest sees it: what the first layer has whited out of the third is not there.
+// TestOverlayOfLayers is row B3 as a guest sees it: what the first layer has whited out of the third is not there.
 func TestOverlayOfLayers(t *testing.T) {
 	dir := t.TempDir()
 	writeTar(t, filepath.Join(dir, "1.tar"),

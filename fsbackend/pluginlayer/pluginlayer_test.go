@@ -62,7 +62,7 @@ func TestBareListing(t *testing.T) {
 	}
 }
 
-// TestShared is seed row B7: backends of one layer share it, and have the same inode numbers; other layers have others.
+// TestShared is row B7: backends of one layer share it, and have the same inode numbers; other layers have others.
 func TestShared(t *testing.T) {
 	p := &files{FS: suiteTree()}
 	c := dial(t, Config{Name: "files", Source: local(p)})
@@ -125,7 +125,7 @@ func TestXattr(t *testing.T) {
 	}
 }
 
-// TestWhiteouts is the layers' side of seed row B3: one entry is three layers, each shown as it is, a device 0:0 among its files.
+// TestWhiteouts is the layers' side of row B3: one entry is three layers, each shown as it is, a device 0:0 among its files.
 func TestWhiteouts(t *testing.T) {
 	layer := fstest.MapFS{"hidden": {Mode: fs.ModeDevice | fs.ModeCharDevice | 0o600}, ".wh.other": {}}
 	c := dial(t, Config{Name: "files", Source: local(&files{FS: layer})})
@@ -182,7 +182,7 @@ func TestReadAllocs(t *testing.T) {
 	}
 }
 
-// TestRestart is seed row B12: the plug-in is killed with a request in flight. That is EIO, what is open goes on, another plug-in's
+// TestRestart is row B12: the plug-in is killed with a request in flight. That is EIO, what is open goes on, another plug-in's
 // layers do not notice, and when it has been started again all works.
 func TestRestart(t *testing.T) {
 	dir := t.TempDir()

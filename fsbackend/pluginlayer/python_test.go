@@ -81,7 +81,7 @@ func TestPython(t *testing.T) {
 	})
 }
 
-// TestReadsPassThePluginBy is seed row B5: 100 MiB are read without a read, a write or a message of the plug-in, another process.
+// TestReadsPassThePluginBy is row B5: 100 MiB are read without a read, a write or a message of the plug-in, another process.
 func TestReadsPassThePluginBy(t *testing.T) {
 	const size = 100 << 20
 	path := filepath.Join(t.TempDir(), "large.tar")
@@ -138,7 +138,7 @@ func TestReadsPassThePluginBy(t *testing.T) {
 	}
 }
 
-// TestThreeLayers is seed row B3: one entry is three layers. The first has a whiteout of each kind for files of the third; to merge
+// TestThreeLayers is row B3: one entry is three layers. The first has a whiteout of each kind for files of the third; to merge
 // them is the overlay's.
 func TestThreeLayers(t *testing.T) {
 	dir := t.TempDir()
