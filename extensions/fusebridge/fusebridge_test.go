@@ -142,6 +142,21 @@ func TestServe(t *testing.T) {
 	if again := answer.(status).PID; again == pid {
 		t.Errorf("process %d still", again)
 	}
+	// What is asked of the one that has ended, before its end is seen, is EIO.
+	e, errno := c.Lookup(fsbackendtest.Root, "hello")
+	for end := time.Now().Add(10 * time.Second); ; {
+		var fh uint64
+		if errno == 0 {
+			if fh, errno = c.Open(e.NodeId, unix.O_RDONLY); errno == 0 {
+				c.Release(e.NodeId, fh)
+				break
+			}
+		}
+		if errno != unix.EIO || time.Now().After(end) {
+			t.Fatalf("after a restart: %v", errno)
+		}
+		e, errno = c.Lookup(fsbackendtest.Root, "hello")
+	}
 	hello(t, c)
 }
 
