@@ -12,6 +12,8 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/sluicefs/sluice/extensions"
+	"github.com/sluicefs/sluice/extensions/builtin"
 	"github.com/sluicefs/sluice/internal/config"
 )
 
@@ -168,7 +170,11 @@ func TestGenerated(t *testing.T) {
 			continue
 		}
 		var out, errOut bytes.Buffer
-		p := program{stdio: stdio{out: &out, err: &errOut}}
+		registry, err := extensions.NewRegistry(builtin.All()...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := program{stdio: stdio{out: &out, err: &errOut}, registry: registry}
 		if status := p.run(t.Context(), tt.args); status != exitOK {
 			t.Errorf("%q: exit status %d: %s", tt.args, status, errOut.String())
 		}

@@ -5,6 +5,7 @@ import (
 	"os"
 
 	"github.com/sluicefs/sluice/daemon"
+	"github.com/sluicefs/sluice/extensions/builtin"
 )
 
 //go:generate sh -c "go run . man >../../docs/man/sluiced.1"
@@ -13,5 +14,5 @@ import (
 //go:generate sh -c "go run . completion fish >../../contrib/completions/sluiced.fish"
 
 func main() {
-	os.Exit(daemon.Main(builtin...))
+	os.Exit(daemon.Main(builtin.All()...))
 }
