@@ -108,7 +108,7 @@ func userland(t *testing.T) []imagetest.File {
 	if dir := os.Getenv("SLUICE_TREE"); dir != "" {
 		return treeFiles(t, dir)
 	}
-	return debianFiles(t, "libc6", "bash", "coreutils", "libtinfo6", "libselinux1", "libpcre2-8-0", "libattr1", "libacl1", "libgmp10", "libssl3")
+	return debianFiles(t, "libc6", "bash", "coreutils", "libtinfo6", "libselinux1", "libpcre2-8-0", "libattr1", "libacl1", "libgmp10")
 }
 
 // pull fetches and unpacks an image as it is done without laziness, and says how long that took.
