@@ -3,12 +3,12 @@ package overlay
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path"
 	"slices"
@@ -315,44 +315,27 @@ func (r *reader) names() ([][]byte, error) {
 	release.NodeId = r.node
 	defer r.b.Releasedir(r.c, &release)
 	var names [][]byte
-	in := fuseproto.ReadIn{Fh: opened.Fh, Size: 64 << 10}
+	in := fuseproto.ReadIn{Fh: opened.Fh}
 	in.NodeId = r.node
+	list := new(fsbackend.Listing)
 	for {
-		buf := make([]byte, in.Size)
-		list := fsbackend.DirList{}
-		list.Reset([]unix.Iovec{sys.MakeIovec(buf)}, 0, uint64(len(buf)))
-		if errno := r.b.Readdir(r.c, &in, &list); errno != fsbackend.OK {
+		in.Size = list.Begin(false, math.MaxInt)
+		if errno := r.b.Readdir(r.c, &in, &list.DirList); errno != fsbackend.OK {
 			return nil, errno
 		}
 		if list.Written() == 0 {
 			return names, nil
 		}
-		for b := buf[:list.Written()]; len(b) > 0; {
-			e, name, size, err := parseDirent(b)
-			if err != nil {
-				return nil, err
+		if !list.Each(func(_ *fuseproto.EntryOut, d fuseproto.Dirent, name []byte) bool {
+			if s := string(name); s != "." && s != ".." {
+				names = append(names, []byte(s))
 			}
-			if name != "." && name != ".." {
-				names = append(names, []byte(name))
-			}
-			in.Offset = e
-			b = b[size:]
+			in.Offset = d.Off
+			return true
+		}) {
+			return nil, errors.New("a layer lists what is no entry")
 		}
 	}
-}
-
-// parseDirent reads the struct fuse_dirent at the beginning of b: the offset of the next, its name, and its size.
-func parseDirent(b []byte) (next uint64, name string, size int, err error) {
-	const header = 24
-	if len(b) < header {
-		return 0, "", 0, fmt.Errorf("%d bytes of an entry", len(b))
-	}
-	n := int(binary.NativeEndian.Uint32(b[16:]))
-	size = (header + n + 7) &^ 7
-	if n > len(b)-header || size > len(b) {
-		return 0, "", 0, fmt.Errorf("an entry of %d bytes in %d", size, len(b))
-	}
-	return binary.NativeEndian.Uint64(b[8:]), string(b[header : header+n]), size, nil
 }
 
 func (r *reader) data(off int64) ([]byte, error) {
