@@ -52,12 +52,7 @@ func Base(o BaseOptions) Source {
 // addRules adds to the rules of s, beside those for the same call.
 func (s *Source) addRules(tables ...Rules) {
 	for _, rules := range tables {
-		for name, rule := range rules {
-			if had, ok := s.Rules[name]; ok {
-				rule = Or{had, rule}
-			}
-			s.Rules[name] = rule
-		}
+		s.Rules.Add(rules)
 	}
 }
 

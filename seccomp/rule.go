@@ -6,6 +6,16 @@ package seccomp
 // Rules are system calls, by their names in syscalls(2), and when each is allowed.
 type Rules map[string]Rule
 
+// Add adds more to r, which must not be nil: a call that both have is allowed where either allows it.
+func (r Rules) Add(more Rules) {
+	for name, rule := range more {
+		if had, ok := r[name]; ok {
+			rule = Or{had, rule}
+		}
+		r[name] = rule
+	}
+}
+
 // Rule says when a system call is allowed: MatchAll, PerArg, Or, And, or Deny around one of them.
 type Rule interface {
 	rule()

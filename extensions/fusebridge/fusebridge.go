@@ -44,12 +44,7 @@ func (Extension) TryHandleMount(*specs.Spec, *specs.Mount, string, bool) (fsback
 // SeccompRules implements extensions.Extension: messages over the program's socket, and what passthrough calls for mount=private.
 func (Extension) SeccompRules() seccomp.Rules {
 	rules := seccomp.Passthrough(seccomp.PassthroughOptions{Writable: true, Xattr: true, SwitchIDs: true, Locks: true, Opens: true}).Rules
-	for name, rule := range socketRules {
-		if had, ok := rules[name]; ok {
-			rule = seccomp.Or{had, rule}
-		}
-		rules[name] = rule
-	}
+	rules.Add(socketRules)
 	return rules
 }
 

@@ -109,7 +109,7 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 			return g, err
 		}
 		told.Upper = true
-		if options.UpperKind != UpperDir && !given1(m.Options, "redirect_dir") {
+		if options.UpperKind != UpperDir && !hasOption(m.Options, "redirect_dir") {
 			told.Redirect = RedirectOn // nobody else reads it
 		}
 	}
@@ -117,8 +117,8 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 	return g, err
 }
 
-// given1 says whether options have one of this name.
-func given1(options []string, name string) bool {
+// hasOption says whether options have one of this name.
+func hasOption(options []string, name string) bool {
 	return slices.ContainsFunc(options, func(o string) bool { return strings.HasPrefix(o, name+"=") })
 }
 

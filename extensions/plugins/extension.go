@@ -67,12 +67,7 @@ func (e *Extension) SeccompRules() seccomp.Rules {
 	if len(e.Compiled) > 0 {
 		rules["socketpair"] = seccomp.MatchAll{}
 	}
-	for name, rule := range e.Rules {
-		if had, ok := rules[name]; ok {
-			rule = seccomp.Or{had, rule}
-		}
-		rules[name] = rule
-	}
+	rules.Add(e.Rules)
 	return rules
 }
 
