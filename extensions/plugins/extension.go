@@ -71,18 +71,21 @@ func (e *Extension) SeccompRules() seccomp.Rules {
 	return rules
 }
 
+// entry is an entry of lowerdir that is a plug-in's, //NAME/DATA/PATH: data and path are for the plug-in alone.
+type entry struct{ name, data, path string }
+
 // request is what a mount asks for.
 type request struct {
-	entry    Entry
+	entry    entry
 	many     bool
 	programs []string // as Config.Lists; nil: the daemon's
 }
 
 func parse(m extensions.Mount) (r request, err error) {
 	err = m.ParseOptions(map[string]func(string) error{
-		"name": func(v string) error { r.entry.Name = v; return nil },
-		"data": func(v string) error { r.entry.Data = v; return nil },
-		"path": func(v string) error { r.entry.Path = v; return nil },
+		"name": func(v string) error { r.entry.name = v; return nil },
+		"data": func(v string) error { r.entry.data = v; return nil },
+		"path": func(v string) error { r.entry.path = v; return nil },
 		"programs": func(v string) error {
 			if r.programs = []string{}; v != "" {
 				r.programs = []string{v}
@@ -98,7 +101,7 @@ func parse(m extensions.Mount) (r request, err error) {
 	})
 	switch {
 	case err != nil:
-	case r.entry.Name == "":
+	case r.entry.name == "":
 		err = errors.New("option name is missing: expected that of a layer plug-in")
 	case m.Source != "" || len(m.Lowers) > 0:
 		err = errors.New("a layer plug-in has no source and is made of nothing: what it serves is said by data and path")
@@ -180,7 +183,7 @@ func (e *Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m 
 	if err != nil {
 		return nil, err
 	}
-	found, err := set.Find(r.entry.Name)
+	found, err := set.Find(r.entry.name)
 	if err != nil {
 		return nil, err
 	}
@@ -207,7 +210,7 @@ func (e *Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *ext
 		g.Close()
 		return nil, options, err
 	}
-	line, err := e.source(in, g, r.entry.Name)
+	line, err := e.source(in, g, r.entry.name)
 	if err != nil {
 		g.Close()
 		return nil, options, err
@@ -215,7 +218,7 @@ func (e *Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *ext
 	ctx, cancel := context.WithTimeout(context.Background(), dialTime)
 	defer cancel()
 	conn, err := pluginlayer.Dial(ctx, pluginlayer.Config{
-		Name: r.entry.Name, Source: line, ProcFD: in.ProcFD, NoFileHandles: in.NoFileHandles, MaxFDs: in.MaxFDs, MaxFiles: in.MaxFDs, MaxInodes: in.MaxInodes, Log: in.Log,
+		Name: r.entry.name, Source: line, ProcFD: in.ProcFD, NoFileHandles: in.NoFileHandles, MaxFDs: in.MaxFDs, MaxFiles: in.MaxFDs, MaxInodes: in.MaxInodes, Log: in.Log,
 	})
 	if err != nil {
 		return nil, options, errors.Join(err, line.Close())
@@ -275,12 +278,12 @@ func (l *layers) open(ctx context.Context, conn *pluginlayer.Conn, r request) (e
 		}
 		err = errors.Join(err, l.done())
 	}()
-	set, err := conn.Layers(ctx, r.entry.Data, r.entry.Path)
+	set, err := conn.Layers(ctx, r.entry.data, r.entry.path)
 	if err != nil {
 		return err
 	}
 	if n := set.Len(); n > 1 && !r.many {
-		return fmt.Errorf("the plug-in has %d layers: expected one, or an overlay of them: lowerdir=//%s/%s/%s", n, r.entry.Name, r.entry.Data, r.entry.Path)
+		return fmt.Errorf("the plug-in has %d layers: expected one, or an overlay of them: lowerdir=//%s/%s/%s", n, r.entry.name, r.entry.data, r.entry.path)
 	}
 	for i := range set.Len() {
 		b, err := set.Open(ctx, i)
