@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -12,11 +11,9 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/sluicefs/sluice/extensions"
+	"github.com/sluicefs/sluice/internal/cli"
 	"github.com/sluicefs/sluice/internal/config"
 )
-
-// version is set by the linker: -ldflags "-X github.com/sluicefs/sluice/daemon.version=v1.2.3".
-var version string
 
 // capabilities are the features of --print-capabilities and of the vhost-user discovery file, in the words of QEMU's
 // docs/interop/vhost-user.json. Only what is true belongs here: libvirt takes it as a promise.
@@ -40,7 +37,7 @@ func newCommand(cfg *config.Config, groups []extensions.FlagGroup, serve func(*p
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if wantsVersion(cmd) {
-				_, err := fmt.Fprintln(cmd.OutOrStdout(), cmd.Name(), buildVersion())
+				_, err := fmt.Fprintln(cmd.OutOrStdout(), cmd.Name(), cli.Version())
 				return err
 			}
 			return serve(cmd.Flags())
@@ -64,26 +61,18 @@ func newCommand(cfg *config.Config, groups []extensions.FlagGroup, serve func(*p
 		cmd.Flags().AddFlagSet(g.Flags) // which passes over those that there are already: see checkNames
 	}
 
-	shells := []string{"bash", "zsh", "fish"}
 	cmd.AddCommand(&cobra.Command{
 		Use:       "completion {bash | zsh | fish}",
 		Short:     "Print a completion script for a shell",
-		ValidArgs: shells,
+		ValidArgs: cli.Shells,
 		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) != 1 || !slices.Contains(shells, args[0]) {
+			if len(args) != 1 || !slices.Contains(cli.Shells, args[0]) {
 				return usageError{fmt.Errorf("completion: expected one of bash, zsh, fish")}
 			}
 			return nil
 		},
 		RunE: func(sub *cobra.Command, args []string) error {
-			switch out := sub.OutOrStdout(); args[0] {
-			case "bash":
-				return cmd.GenBashCompletionV2(out, true)
-			case "zsh":
-				return cmd.GenZshCompletion(out)
-			default:
-				return cmd.GenFishCompletion(out, true)
-			}
+			return cli.WriteCompletion(sub.OutOrStdout(), cmd, args[0])
 		},
 	}, &cobra.Command{
 		Use:   "man",
@@ -160,15 +149,4 @@ func printCapabilities(w io.Writer) error {
 		Type     string   `json:"type"`
 		Features []string `json:"features"`
 	}{"fs", capabilities})
-}
-
-// buildVersion is the version given by the linker, else that of the module (go install …@version), else "devel".
-func buildVersion() string {
-	if version != "" {
-		return version
-	}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
-		return info.Main.Version
-	}
-	return "devel"
 }

@@ -3,12 +3,11 @@ package daemon
 import (
 	"errors"
 	"fmt"
-	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
+	"github.com/sluicefs/sluice/internal/cli"
 	"github.com/sluicefs/sluice/internal/config"
 )
 
@@ -150,27 +149,11 @@ func addFlags(cmd *cobra.Command, cfg *config.Config) {
 	fs := cmd.Flags()
 	fs.SortFlags = false
 	for _, o := range options {
-		switch p := o.field(cfg).(type) {
-		case *string:
-			fs.StringVar(p, o.name, *p, o.usage)
-		case *[]string:
-			fs.StringArrayVar(p, o.name, *p, o.usage)
-		case *bool:
-			fs.BoolVar(p, o.name, *p, o.usage)
-		case *int:
-			fs.IntVar(p, o.name, *p, o.usage)
-		case *int64:
-			fs.Int64Var(p, o.name, *p, o.usage)
-		case pflag.Value:
-			fs.Var(p, o.name, o.usage)
-		default:
-			panic(fmt.Sprintf("option %s: no flag type for a %T", o.name, p))
-		}
-		f := fs.Lookup(o.name)
+		f := cli.AddFlag(fs, o.name, o.usage, o.field(cfg))
 		if strings.HasPrefix(f.DefValue, "-") {
 			f.DefValue = "0" // pflag then shows no default; the usage says it
 		}
-		complete(cmd, o, f)
+		cli.CompleteFlag(cmd, o.name, o.files)
 	}
 	for i := range settledOptions {
 		s := &settledOptions[i]
@@ -183,52 +166,13 @@ func addFlags(cmd *cobra.Command, cfg *config.Config) {
 	fs.BoolP("help", "h", false, "print this help and end")
 }
 
-// complete tells the shells' completions what o's argument may be.
-func complete(cmd *cobra.Command, o option, f *pflag.Flag) {
-	values := cobra.NoFileCompletions
-	if c, ok := f.Value.(interface{ Choices() []string }); ok {
-		values = cobra.FixedCompletions(c.Choices(), cobra.ShellCompDirectiveNoFileComp)
-	} else if o.files {
-		values = func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			return nil, cobra.ShellCompDirectiveDefault
-		}
-	}
-	if err := cmd.RegisterFlagCompletionFunc(o.name, values); err != nil {
-		panic(err) // the flag is there, and has no other function
-	}
-}
-
 // explainFlagError says in our words what pflag found wrong with the command line.
 func explainFlagError(_ *cobra.Command, err error) error {
-	var (
-		refused  refusedError
-		invalid  *pflag.InvalidValueError
-		missing  *pflag.ValueRequiredError
-		notExist *pflag.NotExistError
-	)
-	switch {
-	case errors.As(err, &refused):
-		err = refused
-	case errors.As(err, &invalid):
-		cause := invalid.Unwrap()
-		switch name, value := invalid.GetFlag().Name, invalid.GetValue(); {
-		case errors.Is(cause, strconv.ErrRange):
-			err = fmt.Errorf("--%s: %s is out of range", name, value)
-		case invalid.GetFlag().Value.Type() == "bool":
-			err = fmt.Errorf("--%s: %q is not true or false; expected the option alone", name, value)
-		case strings.HasPrefix(invalid.GetFlag().Value.Type(), "int"):
-			err = fmt.Errorf("--%s: %q is not a whole number", name, value)
-		default:
-			err = fmt.Errorf("--%s: %w", name, cause)
-		}
-	case errors.As(err, &missing):
-		err = fmt.Errorf("--%s needs an argument", missing.GetFlag().Name)
-	case errors.As(err, &notExist) && notExist.GetSpecifiedShortnames() != "":
-		err = fmt.Errorf("unknown option -%s", notExist.GetSpecifiedName())
-	case errors.As(err, &notExist):
-		err = fmt.Errorf("unknown option --%s", notExist.GetSpecifiedName())
+	var refused refusedError
+	if errors.As(err, &refused) {
+		return usageError{refused}
 	}
-	return usageError{err}
+	return usageError{cli.FlagError(err)}
 }
 
 // usageError is a command line that cannot be run: exit status 2.

@@ -17,6 +17,7 @@ import (
 	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/internal/bundle"
+	"github.com/sluicefs/sluice/internal/cli"
 	"github.com/sluicefs/sluice/internal/config"
 	"github.com/sluicefs/sluice/internal/configfile"
 	"github.com/sluicefs/sluice/internal/link"
@@ -115,7 +116,7 @@ func (k *keeper) Info(ctx context.Context) (api.Info, error) {
 		return api.Info{}, err
 	}
 	info := api.Info{
-		ID: k.id, Version: buildVersion(), State: "READY", PID: os.Getpid(), Started: k.started, Sandbox: k.sandbox.String(),
+		ID: k.id, Version: cli.Version(), State: "READY", PID: os.Getpid(), Started: k.started, Sandbox: k.sandbox.String(),
 		Shares: len(shares), Backends: k.backends,
 	}
 	for _, s := range shares {

@@ -1,21 +1,15 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"github.com/sluicefs/sluice/control/api"
+	"github.com/sluicefs/sluice/internal/cli"
 )
-
-// version is set by the linker: -ldflags "-X main.version=v1.2.3".
-var version string
 
 // newRoot builds the command line of p.
 func newRoot(p *program) *cobra.Command {
@@ -25,7 +19,7 @@ func newRoot(p *program) *cobra.Command {
 sluicectl status
 sluicectl graft add data /models /srv/models --ro
 sluicectl stat`)
-	root.Version = buildVersion()
+	root.Version = cli.Version()
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
 	root.SilenceErrors, root.SilenceUsage = true, true
 	root.CompletionOptions.DisableDefaultCmd = true
@@ -41,7 +35,7 @@ sluicectl stat`)
 	fs.BoolVar(&p.json, "json", false, "print the control API's JSON, one line for each answer, also of errors")
 	fs.BoolP("help", "h", false, "print this help and end")
 	root.Flags().BoolP("version", "V", false, "print the version and end")
-	must(root.RegisterFlagCompletionFunc("socket", files))
+	must(root.RegisterFlagCompletionFunc("socket", cli.Files))
 
 	share := group("share", "Add, remove and list shares",
 		"A share is what one guest mounts by its tag. It has a socket of its own, to which the virtual machine monitor connects.", `
@@ -152,37 +146,7 @@ Options of all commands:
 
 // explainFlagError says in our words what pflag found wrong with the command line.
 func explainFlagError(cmd *cobra.Command, err error) error {
-	var (
-		invalid  *pflag.InvalidValueError
-		missing  *pflag.ValueRequiredError
-		notExist *pflag.NotExistError
-	)
-	switch {
-	case errors.As(err, &invalid):
-		err = invalidValue("--"+invalid.GetFlag().Name, invalid.GetFlag(), invalid.GetValue(), invalid.Unwrap())
-	case errors.As(err, &missing):
-		err = fmt.Errorf("--%s needs an argument", missing.GetFlag().Name)
-	case errors.As(err, &notExist) && notExist.GetSpecifiedShortnames() != "":
-		err = fmt.Errorf("unknown option -%s", notExist.GetSpecifiedName())
-	case errors.As(err, &notExist):
-		err = fmt.Errorf("unknown option --%s", notExist.GetSpecifiedName())
-	}
-	return usageError{err, cmd.CommandPath()}
-}
-
-// invalidValue says why value cannot be that of the option f, which is called name here.
-func invalidValue(name string, f *pflag.Flag, value string, cause error) error {
-	switch kind := f.Value.Type(); {
-	case errors.Is(cause, strconv.ErrRange):
-		return fmt.Errorf("%s: %s is out of range", name, value)
-	case kind == "bool":
-		return fmt.Errorf("%s: %q is not true or false", name, value)
-	case strings.HasPrefix(kind, "int"), strings.HasPrefix(kind, "uint"):
-		return fmt.Errorf("%s: %q is not a whole number", name, value)
-	case kind == "duration":
-		return fmt.Errorf("%s: %q is not a time; expected one such as 500ms or 2s", name, value)
-	}
-	return fmt.Errorf("%s: %w", name, cause)
+	return usageError{cli.FlagError(err), cmd.CommandPath()}
 }
 
 // must is for what only a mistake in this package can make fail.
@@ -190,15 +154,4 @@ func must(err error) {
 	if err != nil {
 		panic(err)
 	}
-}
-
-// buildVersion is the version given by the linker, else that of the module (go install …@version), else "devel".
-func buildVersion() string {
-	if version != "" {
-		return version
-	}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
-		return info.Main.Version
-	}
-	return "devel"
 }

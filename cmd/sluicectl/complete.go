@@ -10,15 +10,11 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/sluicefs/sluice/control/client"
+	"github.com/sluicefs/sluice/internal/cli"
 )
 
 // impatience is how long a shell that completes a word waits for the daemon.
 const impatience = 500 * time.Millisecond
-
-// files completes names of files.
-func files(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-	return nil, cobra.ShellCompDirectiveDefault
-}
 
 // completing asks the daemon for words. Without one there are none, and no error in the middle of somebody's command line.
 func (p *program) completing(cmd *cobra.Command, f func(context.Context, *client.Client) ([]string, error)) ([]string, cobra.ShellCompDirective) {
@@ -83,22 +79,16 @@ func (p *program) completeBackend(cmd *cobra.Command, _ []string, _ string) ([]s
 
 // completion is the command that writes what shells need for all this.
 func (p *program) completion(root *cobra.Command) *cobra.Command {
-	shells := []string{"bash", "zsh", "fish"}
 	cmd := command("completion SHELL", "Print a completion script for bash, zsh or fish",
 		"Print a completion script for bash, zsh or fish. It completes tags and paths of grafts, too, by asking the daemon.", `
 source <(sluicectl completion bash)
 sluicectl completion fish >~/.config/fish/completions/sluicectl.fish`,
 		func(cmd *cobra.Command, args []string) error {
-			switch args[0] {
-			case "bash":
-				return root.GenBashCompletionV2(p.out, true)
-			case "zsh":
-				return root.GenZshCompletion(p.out)
-			case "fish":
-				return root.GenFishCompletion(p.out, true)
+			if err := cli.WriteCompletion(p.out, root, args[0]); err != nil {
+				return usage(cmd, "%w", err)
 			}
-			return usage(cmd, "%q is not a shell known here: expected one of %s", args[0], strings.Join(shells, ", "))
+			return nil
 		})
-	cmd.ValidArgs = shells
+	cmd.ValidArgs = cli.Shells
 	return cmd
 }

@@ -7,6 +7,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"github.com/sluicefs/sluice/internal/cli"
 )
 
 func (p *program) man(root *cobra.Command) *cobra.Command {
@@ -27,18 +29,18 @@ func writeMan(w io.Writer, root *cobra.Command) error {
 			b.WriteString(".br\n")
 		}
 		path, arguments := spelled(cmd)
-		fmt.Fprintf(&b, "\\fB%s\\fR %s\n", roff(path), roff(arguments))
+		fmt.Fprintf(&b, "\\fB%s\\fR %s\n", cli.Roff(path), cli.Roff(arguments))
 	}
-	fmt.Fprintf(&b, ".SH DESCRIPTION\n%s\n", roff(root.Long))
+	fmt.Fprintf(&b, ".SH DESCRIPTION\n%s\n", cli.Roff(root.Long))
 	b.WriteString(manDescription)
 	b.WriteString(".SH OPTIONS OF ALL COMMANDS\n")
-	manFlags(&b, root.PersistentFlags())
+	cli.ManFlags(&b, root.PersistentFlags(), timed)
 	b.WriteString(".SH COMMANDS\n")
 	for _, cmd := range all {
 		path, arguments := spelled(cmd)
-		fmt.Fprintf(&b, ".SS \"%s %s\"\n%s\n", roff(strings.TrimPrefix(path, root.Name()+" ")), roff(arguments), roff(cmd.Long))
-		manFlags(&b, cmd.LocalNonPersistentFlags())
-		fmt.Fprintf(&b, ".PP\nExamples:\n.PP\n.nf\n%s\n.fi\n", roff(cmd.Example))
+		fmt.Fprintf(&b, ".SS \"%s %s\"\n%s\n", cli.Roff(strings.TrimPrefix(path, root.Name()+" ")), cli.Roff(arguments), cli.Roff(cmd.Long))
+		cli.ManFlags(&b, cmd.LocalNonPersistentFlags(), timed)
+		fmt.Fprintf(&b, ".PP\nExamples:\n.PP\n.nf\n%s\n.fi\n", cli.Roff(cmd.Example))
 	}
 	b.WriteString(manRest)
 	_, err := io.WriteString(w, b.String())
@@ -65,39 +67,8 @@ func spelled(cmd *cobra.Command) (path, arguments string) {
 	return cmd.CommandPath(), arguments
 }
 
-func manFlags(b *strings.Builder, fs *pflag.FlagSet) {
-	fs.SortFlags = false
-	fs.VisitAll(func(f *pflag.Flag) {
-		if f.Hidden {
-			return
-		}
-		arg, usage := pflag.UnquoteUsage(f)
-		b.WriteString(".TP\n")
-		if f.Shorthand != "" {
-			fmt.Fprintf(b, "\\fB\\-%s\\fR, ", f.Shorthand)
-		}
-		fmt.Fprintf(b, "\\fB\\-\\-%s\\fR", roff(f.Name))
-		if f.NoOptDefVal == "" {
-			fmt.Fprintf(b, " \\fI%s\\fR", roff(arg))
-		}
-		b.WriteString("\n" + roff(strings.ToUpper(usage[:1])+usage[1:]+"."))
-		if f.Value.Type() == "duration" {
-			fmt.Fprintf(b, " The default is %s.", roff(f.DefValue))
-		}
-		b.WriteString("\n")
-	})
-}
-
-// roff escapes s for lines of troff.
-func roff(s string) string {
-	s = roffEscapes.Replace(s)
-	if strings.HasPrefix(s, ".") || strings.HasPrefix(s, "'") {
-		s = `\&` + s
-	}
-	return s
-}
-
-var roffEscapes = strings.NewReplacer(`\`, `\e`, `-`, `\-`, "\n.", "\n\\&.", "\n'", "\n\\&'", "…", "...")
+// timed says of which options the default is told: those that are times.
+func timed(f *pflag.Flag) bool { return f.Value.Type() == "duration" }
 
 const manDescription = `.PP
 TAG is a share's, by which its guest mounts it. PATH is absolute, as the guest sees it below its mount point; / is the root of

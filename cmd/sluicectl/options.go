@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/sluicefs/sluice/control/api"
+	"github.com/sluicefs/sluice/internal/cli"
 )
 
 // option is an option and the field of T that it sets.
@@ -96,33 +97,7 @@ var graftOptions = []graftOption{
 
 // addTo gives fs the flag of o, which sets its field of v.
 func (o option[T]) addTo(fs *pflag.FlagSet, v *T) {
-	switch p := o.field(v).(type) {
-	case *string:
-		fs.StringVar(p, o.name, *p, o.usage)
-	case *[]string:
-		fs.StringArrayVar(p, o.name, *p, o.usage)
-	case *bool:
-		fs.BoolVar(p, o.name, *p, o.usage)
-	case *int:
-		fs.IntVar(p, o.name, *p, o.usage)
-	case *uint64:
-		fs.Uint64Var(p, o.name, *p, o.usage)
-	case pflag.Value:
-		fs.Var(p, o.name, o.usage)
-	default:
-		panic(fmt.Sprintf("option %s: no flag type for a %T", o.name, p))
-	}
-}
-
-// completeIn tells the shells' completions what the argument of cmd's o may be.
-func (o option[T]) completeIn(cmd *cobra.Command) {
-	values := cobra.NoFileCompletions
-	if c, ok := cmd.Flag(o.name).Value.(interface{ Choices() []string }); ok {
-		values = cobra.FixedCompletions(c.Choices(), cobra.ShellCompDirectiveNoFileComp)
-	} else if o.files {
-		values = files
-	}
-	must(cmd.RegisterFlagCompletionFunc(o.name, values))
+	cli.AddFlag(fs, o.name, o.usage, o.field(v))
 }
 
 // addGraftFlags gives cmd the options of grafts, or only those of graft set.
@@ -135,7 +110,7 @@ func (p *program) addGraftFlags(cmd *cobra.Command, g *api.GraftSpec, changeable
 		if o.name == "backend" {
 			must(cmd.RegisterFlagCompletionFunc(o.name, p.completeBackend))
 		} else {
-			o.completeIn(cmd)
+			cli.CompleteFlag(cmd, o.name, o.files)
 		}
 	}
 }
@@ -191,7 +166,7 @@ func parseGraft(text string) (g api.GraftSpec, err error) {
 			err = f.Value.Set(f.NoOptDefVal)
 		default:
 			if err = f.Value.Set(plain(pair[1])); err != nil {
-				err = invalidValue(f.Name, f, plain(pair[1]), err)
+				err = cli.InvalidValue(f.Name, f, plain(pair[1]), err)
 			}
 		}
 		if err != nil {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/control/client"
+	"github.com/sluicefs/sluice/internal/cli"
 )
 
 // overlay are the commands for what a guest has written into an overlay.
@@ -82,7 +83,7 @@ sluicectl overlay diff box --tar work.tar`,
 		}, p.showChanges)
 	cmd.Flags().StringVar(&want.Checkpoint, "checkpoint", "", "what there was at the checkpoint `NAME`")
 	cmd.Flags().StringVar(&want.Tar, "tar", "", "also write the changes to the new `FILE`, as a layer of an OCI image")
-	must(cmd.RegisterFlagCompletionFunc("tar", files))
+	must(cmd.RegisterFlagCompletionFunc("tar", cli.Files))
 	return cmd
 }
 

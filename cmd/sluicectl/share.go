@@ -9,6 +9,7 @@ import (
 
 	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/control/client"
+	"github.com/sluicefs/sluice/internal/cli"
 )
 
 func (p *program) shareAdd() *cobra.Command {
@@ -64,7 +65,7 @@ sluicectl share add box --graft /tmp=,backend=mem,max-bytes=64M`,
 	must(cmd.RegisterFlagCompletionFunc("graft", cobra.NoFileCompletions))
 	for _, o := range shareOptions {
 		o.addTo(fs, &spec)
-		o.completeIn(cmd)
+		cli.CompleteFlag(cmd, o.name, o.files)
 	}
 	return cmd
 }
