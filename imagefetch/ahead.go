@@ -94,7 +94,7 @@ func (m *Image) listed(layers []*layer, list []TraceEntry) (jobs []ahead) {
 		}
 	}
 	var a ahead
-	n := int64(0)
+	n, batch := int64(0), m.limit.batch(m.cfg.Background.Batch)
 	flush := func() {
 		if len(a.streams) > 0 {
 			slices.Sort(a.streams)
@@ -106,7 +106,7 @@ func (m *Image) listed(layers []*layer, list []TraceEntry) (jobs []ahead) {
 	for _, e := range list {
 		f := files[e]
 		for _, s := range f.streams {
-			if a.l != f.l || n >= m.cfg.Background.Batch || len(a.streams) >= registry.MaxRanges {
+			if a.l != f.l || n >= batch || len(a.streams) >= registry.MaxRanges {
 				flush()
 				a.l = f.l
 			}
@@ -120,11 +120,12 @@ func (m *Image) listed(layers []*layer, list []TraceEntry) (jobs []ahead) {
 
 // batches are pieces of a that are fetched with one request each.
 func (m *Image) batches(a ahead) (jobs []ahead) {
+	batch := m.limit.batch(m.cfg.Background.Batch)
 	for len(a.streams) > 0 {
 		n, bytes := 0, int64(0)
 		for n < len(a.streams) && n < maxBatch {
 			st := a.l.streams[a.streams[n]]
-			if n > 0 && (bytes+st.end-st.off > m.cfg.Background.Batch || a.l.streams[a.streams[n-1]].end != st.off) {
+			if n > 0 && (bytes+st.end-st.off > batch || a.l.streams[a.streams[n-1]].end != st.off) {
 				break
 			}
 			bytes += st.end - st.off

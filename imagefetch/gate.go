@@ -106,8 +106,17 @@ type limiter struct {
 	next time.Time // when the next byte is due
 }
 
-// burst is for how long what was not used may be used later.
-const burst = 50 * time.Millisecond
+// burst is for how long what was not used may be used later: a timer that is late, on a machine that is busy, costs nothing then.
+const burst = 100 * time.Millisecond
+
+// batch is how many bytes are asked for at once, of at most so many: what has been asked for comes, as fast as the network has it and
+// as far as sockets hold it, whatever is read of it.
+func (l *limiter) batch(most int64) int64 {
+	if l == nil {
+		return most
+	}
+	return min(most, max(l.rate/16, 1))
+}
 
 // wait returns when n more bytes may pass, or hurry is closed.
 func (l *limiter) wait(ctx context.Context, n int, hurry <-chan struct{}) error {

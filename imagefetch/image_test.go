@@ -1,16 +1,11 @@
 package imagefetch
 
 import (
-	"encoding/binary"
 	"errors"
-	"fmt"
-	"slices"
 	"strings"
 	"testing"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
-	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/klauspost/compress/zstd"
 
 	"github.com/sluicefs/sluice/imagefetch/imagetest"
 	"github.com/sluicefs/sluice/imagefetch/registry"
@@ -93,65 +88,6 @@ func TestFormats(t *testing.T) {
 				}
 			}
 		})
-	}
-}
-
-// TestPodmanLayer is of zstd:chunked as podman makes it: the manifest says where the table of contents is, which has more in it than
-// eStargz' has, and each chunk is a frame of its own.
-func TestPodmanLayer(t *testing.T) {
-	z, err := zstd.NewWriter(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer z.Close()
-	first, second := noise(1, 40_000), noise(2, 10_000)
-	content := slices.Concat(first, make([]byte, 20_000), second)
-	blob := z.EncodeAll([]byte("a tar header"), nil)
-	var entries []string
-	for _, c := range []struct {
-		at   int
-		data []byte
-	}{{0, first}, {40_000, nil}, {60_000, second}} {
-		e := fmt.Sprintf(`{"type":"chunk","name":"f","chunkOffset":%d,"chunkSize":20000,"chunkType":"zeros"}`, c.at)
-		if c.data != nil {
-			frame := z.EncodeAll(c.data, nil)
-			e = fmt.Sprintf(`{"type":"chunk","name":"f","chunkOffset":%d,"chunkSize":%d,"offset":%d,"endOffset":%d,"chunkDigest":%q}`,
-				c.at, len(c.data), len(blob), len(blob)+len(frame), registry.DigestOf(c.data))
-			blob = append(append(blob, frame...), z.EncodeAll([]byte("more of the tar"), nil)...)
-		}
-		if c.at == 0 {
-			e = strings.Replace(e, `"chunk","name":"f"`, `"reg","name":"f","size":70000,"mode":420,"accesstime":"2020-01-01T00:00:00Z"`, 1)
-		}
-		entries = append(entries, e)
-	}
-	packed := z.EncodeAll([]byte(`{"version":1,"entries":[`+strings.Join(entries, ",")+`],"tarSplitDigest":"x"}`), nil)
-	at := len(blob) + 8
-	blob = append(append(append(blob, 0x50, 0x2a, 0x4d, 0x18), binary.LittleEndian.AppendUint32(nil, uint32(len(packed)))...), packed...)
-	layer := imagetest.Layer{
-		Files: []imagetest.File{{Name: "f", Data: content}}, Blob: blob, MediaType: types.OCILayerZStd, Digest: registry.DigestOf(blob),
-		Annotations: map[string]string{
-			"io.github.containers.zstd-chunked.manifest-checksum": registry.DigestOf(packed),
-			"io.github.containers.zstd-chunked.manifest-position": fmt.Sprintf("%d:%d:%d:1", at, len(packed), 1000),
-		},
-	}
-	img := imagetest.NewServer(t).Push(t, "a/b", layer)
-	m := open(t, quick(img))
-	layersOf(t, m)
-	if n := len(img.Server.Requests()); n != 2 {
-		t.Errorf("opening took %d requests, expected the manifest and the table of contents", n)
-	}
-	check(t, m, img)
-	for _, bad := range []string{"", "x", "1:2", "0:0:0:1", "1:99999999:1:1", "-1:5:5:1", "9223372036854775807:5:1:1", "1:2:3:4:5"} {
-		layer.Annotations["io.github.containers.zstd-chunked.manifest-position"] = bad
-		img := imagetest.NewServer(t).Push(t, "a/b", layer)
-		if _, err := open(t, quick(img)).Layers(within(t)); !errors.Is(err, errNoTOC) {
-			t.Errorf("a table of contents at %q: %v", bad, err)
-		}
-	}
-	layer.Annotations["io.github.containers.zstd-chunked.manifest-position"] = fmt.Sprintf("%d:%d:%d:1", at, len(packed), 1000)
-	layer.Annotations["io.github.containers.zstd-chunked.manifest-checksum"] = registry.DigestOf(nil)
-	if _, err := open(t, quick(imagetest.NewServer(t).Push(t, "a/b", layer))).Layers(within(t)); !errors.Is(err, registry.ErrContent) {
-		t.Errorf("a table of contents of another digest: %v", err)
 	}
 }
 

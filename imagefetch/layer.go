@@ -157,6 +157,15 @@ type tocAt struct {
 
 const footerSize = estargz.FooterSize
 
+// The footer of zstd:chunked is a frame that decoders skip. It begins with where the table of contents is and its size, and ends with a
+// mark: that of 40 bytes with one, and that of 64, which podman has made since 2024, with another.
+// (estargz/zstdchunked; containers/storage, pkg/chunked/internal/minimal)
+const (
+	zstdMark       = "GnUlInUx"
+	longZstdMark   = "GNUlInUx"
+	longZstdFooter = 64
+)
+
 // The footer of a layer whose table of contents is in another image is an empty gzip stream with this as its extra field. It is shorter
 // than the others. (estargz/externaltoc)
 const (
@@ -181,7 +190,7 @@ func (l *layer) loadTOC(ctx context.Context) error {
 	}
 	if at.kind == "" {
 		if at.skip || l.cachedFooter() == nil || at.decodeFooter(l.cachedFooter(), l.blob.Size()) != nil {
-			footer, err := fetchRange(ctx, l.blob, registry.Range{Off: l.blob.Size() - footerSize, Len: footerSize})
+			footer, err := l.fetchFooter(ctx)
 			if err != nil {
 				return err
 			}
@@ -228,10 +237,18 @@ func (l *layer) metaName(what string) string {
 }
 
 func (l *layer) cachedFooter() []byte {
-	if b := l.img.cache.Meta(l.metaName("footer")); len(b) == footerSize {
+	if b := l.img.cache.Meta(l.metaName("footer")); len(b) == footerSize || len(b) == longZstdFooter {
 		return b
 	}
 	return nil
+}
+
+func (l *layer) fetchFooter(ctx context.Context) ([]byte, error) {
+	footer, err := fetchRange(ctx, l.blob, registry.Range{Off: l.blob.Size() - footerSize, Len: footerSize})
+	if err != nil || !bytes.HasSuffix(footer, []byte(longZstdMark)) {
+		return footer, err
+	}
+	return fetchRange(ctx, l.blob, registry.Range{Off: l.blob.Size() - longZstdFooter, Len: longZstdFooter})
 }
 
 // annotated finds out where the table of contents is from what the manifest says of a zstd:chunked layer.
@@ -282,9 +299,13 @@ func (at *tocAt) decodeFooter(footer []byte, size int64) error {
 		at.packing, at.kind, at.external, at.end = packedGzip, "eStargz with its table of contents elsewhere", true, size
 		return nil
 	}
-	if tail := footer[footerSize-zstdchunked.FooterSize:]; bytes.HasSuffix(tail, []byte("GNUlInUx")) {
+	tail := footer[footerSize-zstdchunked.FooterSize:]
+	if len(footer) == longZstdFooter {
+		tail = footer
+	}
+	if bytes.HasSuffix(tail, []byte(zstdMark)) || bytes.HasSuffix(tail, []byte(longZstdMark)) {
 		at.packing, at.kind = packedZstd, "zstd:chunked"
-		_, off, n, err = (&zstdchunked.Decompressor{}).ParseFooter(tail)
+		off, n = int64(binary.LittleEndian.Uint64(tail)), int64(binary.LittleEndian.Uint64(tail[8:]))
 		end = off
 	} else {
 		at.packing, at.kind = packedGzip, "eStargz"

@@ -147,6 +147,7 @@ type builder struct {
 	file   int            // the entry that chunks are of, -1 for one that is none
 	next   int64          // where its next chunk should begin
 	whole  string         // its digest
+	stop   int64          // where its last chunk ends in the blob, 0 if it does not say so
 }
 
 type chunkData struct{ off, end, inner int64 }
@@ -189,7 +190,7 @@ func (b *builder) add(e *tocEntry) error {
 	if e.Type != "reg" || e.Size == 0 {
 		return nil
 	}
-	b.file, b.next, b.whole = i, 0, e.Digest
+	b.file, b.next, b.whole, b.stop = i, 0, e.Digest, e.EndOffset
 	if e.ChunkOffset != 0 {
 		return errors.New("its first chunk does not begin at offset 0")
 	}
@@ -222,6 +223,9 @@ func (b *builder) addChunk(e *tocEntry) error {
 	at := b.next
 	b.next += size
 	if e.ChunkType == "zeros" {
+		if e.Offset > 0 {
+			b.offs = append(b.offs, e.Offset) // it is packed all the same
+		}
 		return nil
 	}
 	digest := e.ChunkDigest
@@ -232,8 +236,14 @@ func (b *builder) addChunk(e *tocEntry) error {
 	if err != nil {
 		return fmt.Errorf("the chunk at %d has no digest that can be verified", at)
 	}
-	if e.Offset < 0 || e.Offset >= b.end || e.EndOffset < 0 || e.EndOffset > b.end || e.InnerOffset < 0 || e.InnerOffset > maxInner ||
-		e.EndOffset != 0 && e.EndOffset <= e.Offset {
+	end := e.EndOffset
+	if e.Type != "chunk" {
+		end = 0
+	}
+	if end == 0 && b.next == int64(f.Size) {
+		end = b.stop // a file's endOffset is that of its last chunk
+	}
+	if e.Offset < 0 || e.Offset >= b.end || end < 0 || end > b.end || e.InnerOffset < 0 || e.InnerOffset > maxInner || end != 0 && end <= e.Offset {
 		return fmt.Errorf("the chunk at %d is not in the blob's data, which ends at %d", at, b.end)
 	}
 	if len(b.c.chunks) == math.MaxUint32 {
@@ -241,7 +251,7 @@ func (b *builder) addChunk(e *tocEntry) error {
 	}
 	f.Chunks = append(f.Chunks, store.Span{Off: uint64(at), Len: uint64(size), Chunk: uint32(len(b.c.chunks))})
 	b.c.chunks = append(b.c.chunks, store.Chunk{Digest: sum, Size: uint32(size)})
-	b.data = append(b.data, chunkData{e.Offset, e.EndOffset, e.InnerOffset})
+	b.data = append(b.data, chunkData{e.Offset, end, e.InnerOffset})
 	b.offs = append(b.offs, e.Offset)
 	b.c.total += size
 	return nil

@@ -73,6 +73,7 @@ func TestBadTOC(t *testing.T) {
 		{toc(reg("x", 1<<40, 5, "")), "a chunk of"},
 		{toc(reg("x", 10, 5, ""), reg("y", 10, 5, `,"innerOffset":9`)), "overlap"},
 		{toc(reg("x", 10, 5, `,"endOffset":20`), reg("y", 10, 15, "")), "overlap"},
+		{toc(reg("x", 10, 5, `,"chunkSize":5,"endOffset":50`), fmt.Sprintf(`{"type":"chunk","chunkOffset":5,"offset":50,"chunkDigest":%q}`, sumA)), "not in the blob"},
 		{toc(fmt.Sprintf(`{"name":%q,"type":"reg","size":1,"offset":5000}`, ".prefetch.landmark")), "landmark"},
 	} {
 		c, err := readTOC(strings.NewReader(tt.toc), end)
@@ -84,15 +85,16 @@ func TestBadTOC(t *testing.T) {
 
 // TestOddTOC is of tables of contents that others make, and that can be served.
 func TestOddTOC(t *testing.T) {
-	zeros := fmt.Sprintf(`{"name":"holes","type":"reg","size":30,"offset":5,"endOffset":9,"chunkSize":10,"chunkDigest":%q},`+
-		`{"name":"holes","type":"chunk","chunkOffset":10,"chunkSize":10,"chunkType":"zeros"},`+
-		`{"name":"holes","type":"chunk","chunkOffset":20,"chunkSize":10,"offset":9,"endOffset":20,"chunkDigest":%q}`, sumA, sumA)
+	// A file's endOffset is that of its last chunk; zeros are packed as well.
+	zeros := fmt.Sprintf(`{"name":"holes","type":"reg","size":30,"offset":5,"endOffset":20,"chunkSize":10,"chunkDigest":%q},`+
+		`{"name":"holes","type":"chunk","chunkOffset":10,"chunkSize":10,"offset":9,"chunkType":"zeros"},`+
+		`{"name":"holes","type":"chunk","chunkOffset":20,"chunkSize":10,"offset":12,"chunkDigest":%q}`, sumA, sumA)
 	c, err := readTOC(strings.NewReader(toc(zeros)), 100)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if e := c.entries[0]; len(e.Chunks) != 2 || e.Chunks[1].Off != 20 || e.Chunks[1].Len != 10 || c.streams[1].end != 20 {
-		t.Errorf("a file with a hole is %+v", e)
+	if e := c.entries[0]; len(e.Chunks) != 2 || e.Chunks[1].Off != 20 || e.Chunks[1].Len != 10 || c.streams[0].end != 9 || c.streams[1].off != 12 || c.streams[1].end != 20 {
+		t.Errorf("a file with a hole is %+v, in %+v", e, c.streams)
 	}
 	// The last of several entries of one name counts, whatever the others were.
 	c, err = readTOC(strings.NewReader(toc(`{"name":"x","type":"dir"}`, reg("x", 3, 5, ""), `{"name":"y","type":"hardlink","linkName":"x"}`, reg("x", 4, 50, ""))), 100)
@@ -107,7 +109,7 @@ func FuzzTOC(f *testing.F) {
 		toc(`{"name":"./","type":"dir"}`, reg("a", 10, 0, ""), reg("c", 10, 500, ""), reg("c2", 10, 500, `,"innerOffset":10`)),
 		toc(`{"name":".prefetch.landmark","type":"reg","size":1,"offset":7}`, `{"name":"x","type":"symlink","linkName":"y","xattrs":{"user.a":"eA=="}}`),
 		toc(reg("x", 10, 5, ""), `{"name":"y","type":"hardlink","linkName":"z"}`, `{"name":"z","type":"hardlink","linkName":"x"}`),
-		toc(fmt.Sprintf(`{"name":"h","type":"reg","size":9,"offset":5,"endOffset":9,"chunkSize":4,"chunkDigest":%q},{"type":"chunk","chunkOffset":4,"chunkType":"zeros"}`, sumA)),
+		toc(fmt.Sprintf(`{"name":"h","type":"reg","size":9,"offset":5,"endOffset":9,"chunkSize":4,"chunkDigest":%q},{"type":"chunk","chunkOffset":4,"chunkType":"zeros","offset":7}`, sumA)),
 		`{"entries":[],"entries":[{"name":"a","type":"fifo","modtime":"2020-01-01T00:00:00.5Z"}]}`,
 	} {
 		f.Add([]byte(s))

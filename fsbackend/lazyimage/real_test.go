@@ -46,6 +46,24 @@ func imageFiles(t *testing.T, packed []byte) []imagetest.File {
 	}
 }
 
+// compareImage compares the tree of an image, read with a fetcher of its own, with what it should be.
+func compareImage(t *testing.T, what string, want snapshot, cfg imagefetch.Config) {
+	t.Helper()
+	store, err := imagefetch.NewFetcher(nil).Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := New(context.Background(), Config{Store: store, Merge: true})
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	i := &image{Client: &fsbackendtest.Client{R: fsbackend.Resolve(f)}, fs: f}
+	snapshotOf(t, i).compare(t, what, want)
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 // T-D9, T-D14: images of a registry, fetched into memory or a directory, are what unpacking their layers gives; and those in a directory
 // are still when the registry is gone.
 func TestRealImages(t *testing.T) {
@@ -66,19 +84,7 @@ func TestRealImages(t *testing.T) {
 		}
 		ref := server.Push(t, "test/image", built...).Ref
 		look := func(what, dir string) {
-			store, err := imagefetch.NewFetcher(nil).Open(imagefetch.Config{Reference: ref, Cache: imagefetch.CacheConfig{Dir: dir}})
-			if err != nil {
-				t.Fatal(err)
-			}
-			f, err := New(context.Background(), Config{Store: store, Merge: true})
-			if err != nil {
-				t.Fatalf("%s: %v", what, err)
-			}
-			i := &image{Client: &fsbackendtest.Client{R: fsbackend.Resolve(f)}, fs: f}
-			snapshotOf(t, i).compare(t, fmt.Sprintf("format %d, %s", format, what), want)
-			if err := f.Close(); err != nil {
-				t.Error(err)
-			}
+			compareImage(t, fmt.Sprintf("format %d, %s", format, what), want, imagefetch.Config{Reference: ref, Cache: imagefetch.CacheConfig{Dir: dir}})
 		}
 		dir := t.TempDir()
 		look("in memory", "")

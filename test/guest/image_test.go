@@ -6,10 +6,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -173,7 +175,7 @@ func TestImage(t *testing.T) {
 }
 
 // TestImageLayers serves the layers of an image one by one, for the guest's own overlayfs to merge, and compares that with the kernel's on
-// the host over what tar(1) has unpacked. It also reads what the daemon says of each layer.
+// the host over what tar(1) has unpacked. It also reads what the daemon says of each layer. The layers are as podman makes them.
 func TestImageLayers(t *testing.T) {
 	forRoot(t)
 	t.Parallel()
@@ -193,7 +195,11 @@ func TestImageLayers(t *testing.T) {
 	}
 	middle := []imagetest.File{{Name: ".wh.gone"}, {Name: "dir/"}, {Name: "dir/.wh..wh..opq"}, {Name: "dir/z", Data: []byte("only this\n")}}
 	top := []imagetest.File{{Name: "etc/"}, {Name: "etc/.wh.b"}, {Name: "etc/a", Data: []byte("top\n")}}
-	image := imagetest.New(t, lowest, middle, top)
+	// A file of several chunks, with a hole.
+	noise := make([]byte, 200<<10)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(noise)
+	lowest = append(lowest, imagetest.File{Name: "big", Data: slices.Concat(noise, make([]byte, 200<<10), noise[:50<<10])})
+	image := imagetest.New(t, lowest, middle, top).Skopeo(t, imagetest.NewServer(t).Host()+"/test/image:latest", "--dest-compress-format=zstd:chunked")
 	args := []string{"--lazyimage-fetcher", fetch, "--state-dir", filepath.Join(s.scratch, "state")}
 	var tags, mounts []string
 	for i, l := range image.Layers {
