@@ -312,6 +312,35 @@ func TestActions(t *testing.T) {
 	}
 }
 
+// TestPathsOfChanges has changes at names that begin with a dot, or have any bytes: nothing of them is lost.
+func TestPathsOfChanges(t *testing.T) {
+	p := newPlace(t)
+	const odd = "\xff\n\""
+	p.must(os.MkdirAll(p.path("lower/"+odd), 0o755))
+	g := p.Open(t, p.mount("upper=discard"))
+	c := p.guest(g)
+	c.create(".config", "")
+	c.create("...", "")
+	c.ok("RENAME", c.Rename(fsbackendtest.Root, odd, fsbackendtest.Root, odd+"2", 0))
+	c.ok("UNLINK", c.Unlink(fsbackendtest.Root, "f"))
+	_, errno := c.Mkdir(fsbackendtest.Root, "f", 0o755)
+	c.ok("MKDIR", errno)
+	_, errno = c.Chmod(fsbackendtest.Root, 0o700)
+	c.ok("CHMOD", errno)
+	var all []api.OverlayChange
+	p.act(g, api.ActDiff, api.OverlayDiff{}, &all)
+	var got []string
+	for _, change := range all {
+		got = append(got, fmt.Sprintf("%s %q %q %s", change.Kind, change.FullPath(), change.FullFrom(), change.Was))
+	}
+	want := []string{
+		`metadata "/" "" `, `added "/..." "" `, `added "/.config" "" `, `modified "/f" "" file`, `deleted "/\xff\n\"" "" `, `added "/\xff\n\"2" "/\xff\n\"" `,
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("diff:\n%s\nexpected:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
 // TestActionErrors asks for what cannot be.
 func TestActionErrors(t *testing.T) {
 	p := newPlace(t)
