@@ -233,11 +233,11 @@ func (o *outside) apply(ctx context.Context, arg api.OverlayApply) (any, error) 
 	}
 	changes := []api.OverlayChange{}
 	err = o.at(ctx, arg.Checkpoint, func(u *upperdir.Upper) error {
-		return u.Apply(ctx, arg.Target, upperdir.ApplyOptions{Below: below, DryRun: arg.DryRun}, gather(&changes))
+		return u.Apply(ctx, arg.Target, upperdir.ApplyOptions{Below: below, DryRun: arg.DryRun, Devices: arg.Devices}, gather(&changes))
 	})
 	var conflict *upperdir.ConflictError
 	if errors.As(err, &conflict) {
-		err = &extensions.ActionError{Message: conflict.Error(), Hint: "apply --dry-run says what would be changed"}
+		err = &extensions.ActionError{Message: conflict.Error(), Hint: "put the target back to what the overlay began with, or take the changes over by hand: diff --tar writes them to a file"}
 	}
 	return changes, err
 }

@@ -302,7 +302,7 @@ func TestActions(t *testing.T) {
 	p.write("target/new", "in the way")
 	var action *extensions.ActionError
 	_, err = g.Act(t.Context(), api.ActApply, api.OverlayApply{Target: p.path("target")})
-	if !errors.As(err, &action) || !strings.Contains(action.Hint, "--dry-run") {
+	if !errors.As(err, &action) || !strings.Contains(action.Hint, "by hand") {
 		t.Errorf("apply to what does not fit: %v", err)
 	}
 	p.must(os.Remove(p.path("target/new")))
@@ -338,6 +338,33 @@ func TestPathsOfChanges(t *testing.T) {
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("diff:\n%s\nexpected:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+// TestApplyConflicts has changes that do not fit: every one of them is said, and devices are made if they are asked for.
+func TestApplyConflicts(t *testing.T) {
+	p := newPlace(t)
+	g := p.Open(t, p.mount("upper=discard"))
+	c := p.guest(g)
+	for _, name := range []string{"a", "b", "c\xff"} {
+		c.create(name, "")
+		p.write("other/"+name, "")
+	}
+	_, errno := c.Mknod(fsbackendtest.Root, "z", unix.S_IFCHR|0o600, 0x103)
+	if errno == unix.EPERM {
+		t.Skip("not allowed to make devices")
+	}
+	c.ok("MKNOD", errno)
+	_, err := g.Act(t.Context(), api.ActApply, api.OverlayApply{Target: p.path("other"), DryRun: true})
+	for _, want := range []string{"in 4 places", `"a": `, `"b": `, `"c\xff": `, `"z": `, "allow devices"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("apply to what does not fit: %v, expected %s", err, want)
+		}
+	}
+	p.act(g, api.ActApply, api.OverlayApply{Target: p.path("lower"), Devices: true}, nil)
+	var st unix.Stat_t
+	if err := unix.Lstat(p.path("lower/z"), &st); err != nil || st.Rdev != 0x103 {
+		t.Errorf("the device is %#x, %v", st.Rdev, err)
 	}
 }
 
