@@ -41,7 +41,7 @@ func (Extension) TryHandleMount(*specs.Spec, *specs.Mount, string, bool) (fsback
 // given is what the half outside tells the one inside.
 type given struct {
 	Lowers []lower `json:"lowers"`
-	// Upper says that the first two files are an upper directory and its work directory.
+	// Upper says that the first two files are an upper directory and its work directory. With Options.ReadOnly it is but shown.
 	Upper   bool     `json:"upper,omitempty"`
 	Options *Options `json:"options"`
 	// Redirect says that directories of lower layers may be renamed.
@@ -104,7 +104,8 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 		told.Lowers = append(told.Lowers, lower{Name: layerName(l), Dir: l.Backend == extensions.Passthrough})
 		o.warnOfMarks(p)
 	}
-	if !m.ReadOnly && !options.ReadOnly && options.UpperKind != UpperNone {
+	// That the graft is read-only can change while guests use it, and is seen to above; the option ro is for good.
+	if options.hasUpper() {
 		if err := o.openUpper(ctx, g); err != nil {
 			return g, err
 		}

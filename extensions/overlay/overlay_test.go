@@ -176,9 +176,7 @@ func TestUpperKinds(t *testing.T) {
 // TestReadOnly opens overlays into which nothing can be written: they need no place for it, and make none.
 func TestReadOnly(t *testing.T) {
 	p := newPlace(t)
-	readOnly := p.mount("upper=discard")
-	readOnly.ReadOnly = true
-	for _, m := range []extensions.Mount{p.mount(), p.mount("upper=none"), p.mount("upper=discard", "ro"), readOnly} {
+	for _, m := range []extensions.Mount{p.mount(), p.mount("upper=none"), p.mount("upper=discard", "ro")} {
 		g := p.Open(t, m)
 		if _, errno := g.Client().Create(fsbackendtest.Root, "new", unix.O_WRONLY, 0o644); errno != unix.EROFS {
 			t.Errorf("%v: CREATE: %v, expected EROFS", m.Options, errno)
@@ -189,6 +187,48 @@ func TestReadOnly(t *testing.T) {
 	}
 	if _, err := os.Lstat(p.path("state")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a place for what is written was made: %v", err)
+	}
+}
+
+// TestReadOnlyShowsTheUpper opens overlays read-only in which something was written before: it shows. That of a graft, which may be
+// lifted while it is used, is not the overlay's to see to.
+func TestReadOnlyShowsTheUpper(t *testing.T) {
+	p := newPlace(t)
+	for _, options := range [][]string{{"upper=keep"}, {"upperdir=" + p.path("upper"), "workdir=" + p.path("work")}, {"upper=discard", "from=one"}} {
+		if len(options) == 1 || options[1] != "from=one" {
+			g, err := p.TryOpen(t.Context(), p.mount(options...))
+			p.must(err)
+			c := p.guest(g)
+			c.create("new", "above")
+			c.ok("UNLINK", c.Unlink(fsbackendtest.Root, "f"))
+			if options[0] == "upper=keep" {
+				p.act(g, api.ActCheckpoint, api.OverlayName{Name: "one"}, nil)
+			}
+			p.must(g.Close())
+		}
+		ro := p.mount(append(slices.Clone(options), "ro")...)
+		policy := p.mount(options...)
+		policy.ReadOnly = true
+		for _, m := range []extensions.Mount{ro, policy} {
+			g, err := p.TryOpen(t.Context(), m)
+			p.must(err)
+			if got := p.guest(g).names(); got != "d new" {
+				t.Errorf("%v: the guest sees %s", m.Options, got)
+			}
+			var all []api.OverlayChange
+			p.act(g, api.ActDiff, api.OverlayDiff{}, &all)
+			if got := changes(all); got != "deleted /f; added /new" {
+				t.Errorf("%v: diff: %s", m.Options, got)
+			}
+			want := fsbackend.Errno(0)
+			if !m.ReadOnly {
+				want = unix.EROFS
+			}
+			if errno := g.Client().Unlink(fsbackendtest.Root, "new"); errno != want {
+				t.Errorf("%v: UNLINK: %v, expected %v", m.Options, errno, want)
+			}
+			p.must(g.Close())
+		}
 	}
 }
 
