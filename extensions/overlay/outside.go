@@ -96,6 +96,9 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 	g := &extensions.Given{}
 	told := given{Options: options, Redirect: options.Redirect}
 	for _, l := range lowers {
+		if l.Backend == extensions.Passthrough && !filepath.IsAbs(l.Source) {
+			return g, fmt.Errorf("layer %q is relative: expected an absolute path of the host, or //NAME/DATA/PATH for a plug-in", l.Source)
+		}
 		p, err := out.Open(ctx, l)
 		if err != nil {
 			return g, fmt.Errorf("layer %s: %w", layerName(l), err)

@@ -536,6 +536,7 @@ func TestOpenErrors(t *testing.T) {
 		{bare, "lowerdir= is missing"},
 		{p.mount("upper=some"), "expected one of discard, keep, none"},
 		{p.mount("lowerdir=" + p.path("none")), "layer " + p.path("none")},
+		{p.mount("lowerdir=lower"), `layer "lower" is relative`},
 		{p.mount("lowerdir=//none//"), `layer plug-in "none" is not known`},
 		{p.mount("lowerdir=//permshift/data/" + p.path("lower")), `option "data"`},
 		{p.mount("lowerdir=//permshift//" + p.path("none")), "no such file"},
