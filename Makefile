@@ -108,7 +108,8 @@ seccomp-seen: setup
 	$(GO) run ./seccomp/internal/seen $$dir seccomp/testdata/seen-$$($(GO) env GOARCH).txt
 
 # The same with the full sizes: 1 GiB files, a million inodes, 10,000 opens in each kind of guest.
-test-guest-full: setup
+test-guest-full:
+	@scripts/setup.sh --full
 	SLUICE_FULL=1 $(GO) test -count=1 -timeout 120m -exec '$(SUDO)' -v $(GUEST_TESTS)
 
 fuzz:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the build and the tests need on Debian 12: the packages of packages.txt, and the guest kit in build/guest-kit.
-# Does nothing, quickly, where everything is there. --bench adds what the benchmark in a guest needs: packages-bench.txt and the peers.
+# Does nothing, quickly, where everything is there. --bench adds what the benchmark in a guest needs: packages-bench.txt and the peers;
+# --full what `make test-guest-full` needs: packages-full.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -11,7 +12,10 @@ export PATH=$PATH:$PWD/build/go/bin
 command -v apt-get dpkg-query >/dev/null || fail "this is not Debian (no apt-get); install by hand what scripts/packages*.txt list"
 
 lists=(scripts/packages.txt)
-if [ "${1:-}" = --bench ]; then
+if [ "${1:-}" = --full ]; then
+  lists+=(scripts/packages-full.txt)
+  shift
+elif [ "${1:-}" = --bench ]; then
   lists+=(scripts/packages-bench.txt)
   set -- --peers
 fi

@@ -101,6 +101,7 @@ sluicectl overlay apply box /srv/src`,
 		}, p.showChanges)
 	cmd.Flags().StringVar(&want.Checkpoint, "checkpoint", "", "what there was at the checkpoint `NAME`")
 	cmd.Flags().BoolVar(&want.DryRun, "dry-run", false, "only say what would be changed")
+	cmd.Flags().BoolVar(&want.Devices, "devices", false, "make device nodes that the guest has made, too")
 	return cmd
 }
 
@@ -111,12 +112,15 @@ func (p *program) showChanges(answer json.RawMessage) error {
 	}
 	t := table{head: []string{"CHANGE", "TYPE", "SIZE", "PATH"}, numbers: map[int]bool{2: true}}
 	for _, c := range changes {
-		size, path := "-", name(c.Path)
+		size, path := "-", name(c.FullPath())
 		if c.Type == "file" && c.Kind != api.ChangeDeleted {
 			size = bytesText(float64(c.Size))
 		}
 		if c.From != "" {
-			path += " (was " + name(c.From) + ")"
+			path += " (was " + name(c.FullFrom()) + ")"
+		}
+		if c.Was != "" {
+			path += " (was a " + c.Was + ")"
 		}
 		t.add(c.Kind, c.Type, size, path)
 	}

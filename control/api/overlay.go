@@ -42,6 +42,8 @@ type OverlayApply struct {
 	Checkpoint string `json:"checkpoint,omitempty"`
 	// DryRun changes nothing.
 	DryRun bool `json:"dry_run,omitempty"`
+	// Devices has device nodes that the guest has made be made there, too.
+	Devices bool `json:"devices,omitempty"`
 }
 
 // Kinds of OverlayChange.
@@ -55,11 +57,30 @@ const (
 // OverlayChange is one file that differs from the lower layers.
 type OverlayChange struct {
 	Path string `json:"path"` // from the root of the graft on, absolute
-	Kind string `json:"kind"`
+	// RawPath is the bytes of Path, in base64 in JSON, where they are no UTF-8; Path has replacement characters then.
+	RawPath []byte `json:"raw_path,omitempty"`
+	Kind    string `json:"kind"`
 	// Type is that of the file as it is now, or was if it is deleted: file, directory, symlink, fifo, socket, char, block.
 	Type string `json:"type"`
+	// Was is the type below, if that was another one.
+	Was string `json:"was,omitempty"`
 	// Size is that of a regular file, in bytes.
 	Size uint64 `json:"size,omitempty"`
 	// From is where a directory was before it was renamed.
 	From string `json:"from,omitempty"`
+	// RawFrom is to From what RawPath is to Path.
+	RawFrom []byte `json:"raw_from,omitempty"`
+}
+
+// FullPath is the path with its own bytes.
+func (c *OverlayChange) FullPath() string { return whole(c.Path, c.RawPath) }
+
+// FullFrom is where a directory was, with its own bytes.
+func (c *OverlayChange) FullFrom() string { return whole(c.From, c.RawFrom) }
+
+func whole(path string, raw []byte) string {
+	if raw != nil {
+		return string(raw)
+	}
+	return path
 }

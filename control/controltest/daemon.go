@@ -428,6 +428,7 @@ func (d *Daemon) ActGraft(ctx context.Context, tag, path, action string, arg jso
 		{Path: "/etc/motd", Kind: api.ChangeModified, Type: "file", Size: 2048},
 		{Path: "/old", Kind: api.ChangeDeleted, Type: "directory"},
 		{Path: "/renamed", Kind: api.ChangeAdded, Type: "directory", From: "/was"},
+		{Path: "/\uFFFD\nx", RawPath: []byte("/\xff\nx"), Kind: api.ChangeAdded, Type: "file", Was: "directory"},
 	}
 	answer, ok := map[string]any{
 		api.ActCheckpoint: made, api.ActCheckpoints: []api.Checkpoint{made}, api.ActDiff: changes, api.ActApply: changes,

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/extensions"
@@ -147,13 +148,26 @@ func gather(all *[]api.OverlayChange) func(*upperdir.Change) error {
 				Message: fmt.Sprintf("more than %d files are changed", maxChanges), Hint: "take the changes as a tar file: overlay diff --tar",
 			}
 		}
-		change := api.OverlayChange{Path: "/" + strings.TrimPrefix(c.Path, "."), Kind: string(c.Kind), Type: c.Type, Size: uint64(c.Size)}
+		change := api.OverlayChange{Kind: string(c.Kind), Type: c.Type, Was: c.Was, Size: uint64(c.Size)}
+		change.Path, change.RawPath = absolute(c.Path)
 		if c.From != "" {
-			change.From = "/" + c.From
+			change.From, change.RawFrom = absolute(c.From)
 		}
 		*all = append(*all, change)
 		return nil
 	}
+}
+
+// absolute is a path of package upperdir as the control API has it: JSON has no other strings than UTF-8.
+func absolute(path string) (text string, raw []byte) {
+	if path == "." {
+		return "/", nil
+	}
+	path = "/" + path
+	if utf8.ValidString(path) {
+		return path, nil
+	}
+	return strings.ToValidUTF8(path, "\uFFFD"), []byte(path)
 }
 
 // maxTar bounds the data of a layer in bytes: a sparse file takes a terabyte in a tar archive that takes nothing on the disk.
@@ -219,11 +233,11 @@ func (o *outside) apply(ctx context.Context, arg api.OverlayApply) (any, error) 
 	}
 	changes := []api.OverlayChange{}
 	err = o.at(ctx, arg.Checkpoint, func(u *upperdir.Upper) error {
-		return u.Apply(ctx, arg.Target, upperdir.ApplyOptions{Below: below, DryRun: arg.DryRun}, gather(&changes))
+		return u.Apply(ctx, arg.Target, upperdir.ApplyOptions{Below: below, DryRun: arg.DryRun, Devices: arg.Devices}, gather(&changes))
 	})
 	var conflict *upperdir.ConflictError
 	if errors.As(err, &conflict) {
-		err = &extensions.ActionError{Message: conflict.Error(), Hint: "apply --dry-run says what would be changed"}
+		err = &extensions.ActionError{Message: conflict.Error(), Hint: "put the target back to what the overlay began with, or take the changes over by hand: diff --tar writes them to a file"}
 	}
 	return changes, err
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -56,15 +57,21 @@ func (Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *extens
 	if options, err = i.openLowers(&cfg, g, told.Lowers); err != nil {
 		return nil, options, err
 	}
-	if told.Upper {
-		options.Timeout = longer(options.Timeout, upperTimeout)
-		if cfg.Upper, err = i.upper(g.Files); err != nil {
-			return nil, options, err
-		}
-		cfg.Format = i.format(o, g.Files[1])
-	}
 	if len(i.lowers) == 1 {
 		i.below = fsbackend.Resolve(i.lowers[0])
+	}
+	if told.Upper {
+		options.Timeout = longer(options.Timeout, upperTimeout)
+		upper, err := i.upper(g.Files)
+		if err != nil {
+			return nil, options, err
+		}
+		if o.ReadOnly {
+			i.lowers = append(i.lowers, upper)
+			cfg.Lowers = slices.Insert(cfg.Lowers, 0, overlay.Layer{Backend: upper, Name: "upper directory", StableIno: true})
+		} else {
+			cfg.Upper, cfg.Format = upper, i.format(o, g.Files[1])
+		}
 	}
 	i.lowers = nil // they are New's
 	if i.fs, err = overlay.New(cfg); err != nil {

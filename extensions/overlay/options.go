@@ -130,6 +130,11 @@ func Split(list string) []string {
 	return options
 }
 
+// hasUpper says whether there is an upper directory, or has to be one: a new one that nothing can be written to would show nothing.
+func (o *Options) hasUpper() bool {
+	return o.UpperKind != UpperNone && !(o.ReadOnly && o.UpperKind == UpperDiscard && o.From == "")
+}
+
 // Parse reads options as they are written for fuse-overlayfs(1), for the kernel's overlayfs, and for this daemon. Every option
 // that one of them knows is taken, ignored with a note, or refused with the reason; others are errors.
 func Parse(options []string) (*Options, error) {

@@ -41,7 +41,7 @@ func (Extension) TryHandleMount(*specs.Spec, *specs.Mount, string, bool) (fsback
 // given is what the half outside tells the one inside.
 type given struct {
 	Lowers []lower `json:"lowers"`
-	// Upper says that the first two files are an upper directory and its work directory.
+	// Upper says that the first two files are an upper directory and its work directory. With Options.ReadOnly it is but shown.
 	Upper   bool     `json:"upper,omitempty"`
 	Options *Options `json:"options"`
 	// Redirect says that directories of lower layers may be renamed.
@@ -96,6 +96,9 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 	g := &extensions.Given{}
 	told := given{Options: options, Redirect: options.Redirect}
 	for _, l := range lowers {
+		if l.Backend == extensions.Passthrough && !filepath.IsAbs(l.Source) {
+			return g, fmt.Errorf("layer %q is relative: expected an absolute path of the host, or //NAME/DATA/PATH for a plug-in", l.Source)
+		}
 		p, err := out.Open(ctx, l)
 		if err != nil {
 			return g, fmt.Errorf("layer %s: %w", layerName(l), err)
@@ -104,7 +107,8 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 		told.Lowers = append(told.Lowers, lower{Name: layerName(l), Dir: l.Backend == extensions.Passthrough})
 		o.warnOfMarks(p)
 	}
-	if !m.ReadOnly && !options.ReadOnly && options.UpperKind != UpperNone {
+	// That the graft is read-only can change while guests use it, and is seen to above; the option ro is for good.
+	if options.hasUpper() {
 		if err := o.openUpper(ctx, g); err != nil {
 			return g, err
 		}

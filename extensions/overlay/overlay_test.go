@@ -176,9 +176,7 @@ func TestUpperKinds(t *testing.T) {
 // TestReadOnly opens overlays into which nothing can be written: they need no place for it, and make none.
 func TestReadOnly(t *testing.T) {
 	p := newPlace(t)
-	readOnly := p.mount("upper=discard")
-	readOnly.ReadOnly = true
-	for _, m := range []extensions.Mount{p.mount(), p.mount("upper=none"), p.mount("upper=discard", "ro"), readOnly} {
+	for _, m := range []extensions.Mount{p.mount(), p.mount("upper=none"), p.mount("upper=discard", "ro")} {
 		g := p.Open(t, m)
 		if _, errno := g.Client().Create(fsbackendtest.Root, "new", unix.O_WRONLY, 0o644); errno != unix.EROFS {
 			t.Errorf("%v: CREATE: %v, expected EROFS", m.Options, errno)
@@ -189,6 +187,48 @@ func TestReadOnly(t *testing.T) {
 	}
 	if _, err := os.Lstat(p.path("state")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a place for what is written was made: %v", err)
+	}
+}
+
+// TestReadOnlyShowsTheUpper opens overlays read-only in which something was written before: it shows. That of a graft, which may be
+// lifted while it is used, is not the overlay's to see to.
+func TestReadOnlyShowsTheUpper(t *testing.T) {
+	p := newPlace(t)
+	for _, options := range [][]string{{"upper=keep"}, {"upperdir=" + p.path("upper"), "workdir=" + p.path("work")}, {"upper=discard", "from=one"}} {
+		if len(options) == 1 || options[1] != "from=one" {
+			g, err := p.TryOpen(t.Context(), p.mount(options...))
+			p.must(err)
+			c := p.guest(g)
+			c.create("new", "above")
+			c.ok("UNLINK", c.Unlink(fsbackendtest.Root, "f"))
+			if options[0] == "upper=keep" {
+				p.act(g, api.ActCheckpoint, api.OverlayName{Name: "one"}, nil)
+			}
+			p.must(g.Close())
+		}
+		ro := p.mount(append(slices.Clone(options), "ro")...)
+		policy := p.mount(options...)
+		policy.ReadOnly = true
+		for _, m := range []extensions.Mount{ro, policy} {
+			g, err := p.TryOpen(t.Context(), m)
+			p.must(err)
+			if got := p.guest(g).names(); got != "d new" {
+				t.Errorf("%v: the guest sees %s", m.Options, got)
+			}
+			var all []api.OverlayChange
+			p.act(g, api.ActDiff, api.OverlayDiff{}, &all)
+			if got := changes(all); got != "deleted /f; added /new" {
+				t.Errorf("%v: diff: %s", m.Options, got)
+			}
+			want := fsbackend.Errno(0)
+			if !m.ReadOnly {
+				want = unix.EROFS
+			}
+			if errno := g.Client().Unlink(fsbackendtest.Root, "new"); errno != want {
+				t.Errorf("%v: UNLINK: %v, expected %v", m.Options, errno, want)
+			}
+			p.must(g.Close())
+		}
 	}
 }
 
@@ -302,13 +342,69 @@ func TestActions(t *testing.T) {
 	p.write("target/new", "in the way")
 	var action *extensions.ActionError
 	_, err = g.Act(t.Context(), api.ActApply, api.OverlayApply{Target: p.path("target")})
-	if !errors.As(err, &action) || !strings.Contains(action.Hint, "--dry-run") {
+	if !errors.As(err, &action) || !strings.Contains(action.Hint, "by hand") {
 		t.Errorf("apply to what does not fit: %v", err)
 	}
 	p.must(os.Remove(p.path("target/new")))
 	p.act(g, api.ActApply, api.OverlayApply{Target: p.path("target")}, nil)
 	if text, err := os.ReadFile(p.path("target/new")); err != nil || string(text) != "above" {
 		t.Errorf("applied: %q, %v", text, err)
+	}
+}
+
+// TestPathsOfChanges has changes at names that begin with a dot, or have any bytes: nothing of them is lost.
+func TestPathsOfChanges(t *testing.T) {
+	p := newPlace(t)
+	const odd = "\xff\n\""
+	p.must(os.MkdirAll(p.path("lower/"+odd), 0o755))
+	g := p.Open(t, p.mount("upper=discard"))
+	c := p.guest(g)
+	c.create(".config", "")
+	c.create("...", "")
+	c.ok("RENAME", c.Rename(fsbackendtest.Root, odd, fsbackendtest.Root, odd+"2", 0))
+	c.ok("UNLINK", c.Unlink(fsbackendtest.Root, "f"))
+	_, errno := c.Mkdir(fsbackendtest.Root, "f", 0o755)
+	c.ok("MKDIR", errno)
+	_, errno = c.Chmod(fsbackendtest.Root, 0o700)
+	c.ok("CHMOD", errno)
+	var all []api.OverlayChange
+	p.act(g, api.ActDiff, api.OverlayDiff{}, &all)
+	var got []string
+	for _, change := range all {
+		got = append(got, fmt.Sprintf("%s %q %q %s", change.Kind, change.FullPath(), change.FullFrom(), change.Was))
+	}
+	want := []string{
+		`metadata "/" "" `, `added "/..." "" `, `added "/.config" "" `, `modified "/f" "" file`, `deleted "/\xff\n\"" "" `, `added "/\xff\n\"2" "/\xff\n\"" `,
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("diff:\n%s\nexpected:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+// TestApplyConflicts has changes that do not fit: every one of them is said, and devices are made if they are asked for.
+func TestApplyConflicts(t *testing.T) {
+	p := newPlace(t)
+	g := p.Open(t, p.mount("upper=discard"))
+	c := p.guest(g)
+	for _, name := range []string{"a", "b", "c\xff"} {
+		c.create(name, "")
+		p.write("other/"+name, "")
+	}
+	_, errno := c.Mknod(fsbackendtest.Root, "z", unix.S_IFCHR|0o600, 0x103)
+	if errno == unix.EPERM {
+		t.Skip("not allowed to make devices")
+	}
+	c.ok("MKNOD", errno)
+	_, err := g.Act(t.Context(), api.ActApply, api.OverlayApply{Target: p.path("other"), DryRun: true})
+	for _, want := range []string{"in 4 places", `"a": `, `"b": `, `"c\xff": `, `"z": `, "allow devices"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("apply to what does not fit: %v, expected %s", err, want)
+		}
+	}
+	p.act(g, api.ActApply, api.OverlayApply{Target: p.path("lower"), Devices: true}, nil)
+	var st unix.Stat_t
+	if err := unix.Lstat(p.path("lower/z"), &st); err != nil || st.Rdev != 0x103 {
+		t.Errorf("the device is %#x, %v", st.Rdev, err)
 	}
 }
 
@@ -440,6 +536,7 @@ func TestOpenErrors(t *testing.T) {
 		{bare, "lowerdir= is missing"},
 		{p.mount("upper=some"), "expected one of discard, keep, none"},
 		{p.mount("lowerdir=" + p.path("none")), "layer " + p.path("none")},
+		{p.mount("lowerdir=lower"), `layer "lower" is relative`},
 		{p.mount("lowerdir=//none//"), `layer plug-in "none" is not known`},
 		{p.mount("lowerdir=//permshift/data/" + p.path("lower")), `option "data"`},
 		{p.mount("lowerdir=//permshift//" + p.path("none")), "no such file"},

@@ -32,25 +32,39 @@ type ApplyOptions struct {
 
 // Conflict is a path of the target that is not what was expected there.
 type Conflict struct {
-	Path string `json:"path"`
-	Why  string `json:"why"`
+	Path string
+	Why  string
 }
 
-// maxConflicts is how many a ConflictError lists.
-const maxConflicts = 100
+// maxConflicts is how many a ConflictError lists, and maxConflictPath how many bytes of a path it shows.
+const (
+	maxConflicts    = 100
+	maxConflictPath = 1000
+)
 
 // ConflictError says that changes do not fit the target, which is as it was.
 type ConflictError struct {
-	Target string `json:"target"`
+	Target string
 	// Conflicts are the first ones; More are not listed.
-	Conflicts []Conflict `json:"conflicts"`
-	More      int        `json:"more,omitempty"`
+	Conflicts []Conflict
+	More      int
 }
 
+// Error has a line for each path.
 func (e *ConflictError) Error() string {
-	c := e.Conflicts[0]
-	return fmt.Sprintf("%s does not fit the changes in %d places, first %q: %s; nothing was changed: put it back to what the overlay began with, or take the changes over by hand",
-		e.Target, len(e.Conflicts)+e.More, c.Path, c.Why)
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s does not fit the changes in %d places, and nothing was changed:", e.Target, len(e.Conflicts)+e.More)
+	for _, c := range e.Conflicts {
+		path := c.Path
+		if len(path) > maxConflictPath {
+			path = path[:maxConflictPath] + "…"
+		}
+		fmt.Fprintf(&b, "\n  %q: %s", path, c.Why)
+	}
+	if e.More > 0 {
+		fmt.Fprintf(&b, "\n  and %d more", e.More)
+	}
+	return b.String()
 }
 
 // Apply makes the changes of u in the directory target, an absolute path, which should be what was below u. emit, if not nil, is told
@@ -553,7 +567,7 @@ func (a *applier) file(f, t, old *node, name, path string) error {
 		return explain("copy", path, err)
 	}
 	if k := f.kind(); !a.do && !a.o.Devices && (k == unix.S_IFCHR || k == unix.S_IFBLK) {
-		a.conflict(path, "the guest has made a device node; allow devices to have it there")
+		a.conflict(path, "the guest has made a device node; allow devices (--devices) to have it there")
 	}
 	kind := Added
 	var was *unix.Stat_t

@@ -77,7 +77,7 @@ func (s *Store) Checkpoint(ctx context.Context, u *Upper, name string) (Checkpoi
 }
 
 func (s *Store) exists(name string) error {
-	return fmt.Errorf("checkpoint %s exists already in %s; delete it, or choose another name", name, s.path)
+	return fmt.Errorf("checkpoint %s exists already in %s; forget it first, or choose another name", name, s.path)
 }
 
 // fill makes d/upper a copy of the directory from.

@@ -10,7 +10,6 @@ import (
 	"maps"
 	"slices"
 	"strings"
-	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 )
@@ -32,19 +31,17 @@ const (
 
 // Change is one path that is not as it is below.
 type Change struct {
-	// Path has no slash at its beginning; the root is ".".
-	Path string `json:"path"`
-	// RawPath is the path where it is not UTF-8, and Path has replacement characters.
-	RawPath []byte `json:"raw_path,omitempty"`
-	Kind    Kind   `json:"kind"`
+	// Path has no slash at its beginning; the root is ".". It need not be UTF-8, nor need From.
+	Path string
+	Kind Kind
 	// Type is file, directory, symlink, fifo, socket, char or block.
-	Type string `json:"type"`
+	Type string
 	// Was is the type below, where that is another one.
-	Was string `json:"was,omitempty"`
+	Was string
 	// From is where a directory was before it was renamed. It came with what it held then: only further changes are listed.
-	From string `json:"from,omitempty"`
+	From string
 	// Size is a regular file's, in bytes.
-	Size int64 `json:"size"`
+	Size int64
 }
 
 // typeName names the type in a mode.
@@ -98,9 +95,6 @@ func newChange(path string, kind Kind, mode uint32) *Change {
 	c := &Change{Path: path, Kind: kind, Type: typeName(mode)}
 	if path == "" {
 		c.Path = "."
-	}
-	if !utf8.ValidString(path) {
-		c.Path, c.RawPath = strings.ToValidUTF8(path, "\uFFFD"), []byte(path)
 	}
 	return c
 }

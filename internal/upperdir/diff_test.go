@@ -1,8 +1,8 @@
 package upperdir
 
 import (
-	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -50,24 +50,23 @@ func TestDiff(t *testing.T) {
 
 	var lines []string
 	must(t, u.Diff(t.Context(), s.lowersOf(t, lower), func(c *Change) error {
-		text, err := json.Marshal(c)
-		lines = append(lines, string(text))
-		return err
+		lines = append(lines, fmt.Sprintf("%s %s %s %q %q %d", c.Path, c.Kind, c.Type, c.Was, c.From, c.Size))
+		return nil
 	}))
 	expected := []string{
-		`{"path":"attr","kind":"metadata","type":"file","size":4}`,
-		`{"path":"data","kind":"modified","type":"file","size":4}`,
-		`{"path":"dir/gone","kind":"deleted","type":"file","size":4}`,
-		`{"path":"dir/link","kind":"added","type":"symlink","size":0}`,
-		`{"path":"dir/new","kind":"added","type":"file","size":3}`,
-		`{"path":"gone","kind":"deleted","type":"file","size":4}`,
-		`{"path":"mode","kind":"metadata","type":"directory","size":0}`,
-		`{"path":"moved","kind":"deleted","type":"directory","size":0}`,
-		`{"path":"opaque/hidden","kind":"deleted","type":"file","size":4}`,
-		`{"path":"renamed","kind":"added","type":"directory","from":"moved","size":0}`,
-		`{"path":"renamed/too","kind":"added","type":"file","size":0}`,
-		`{"path":"time","kind":"metadata","type":"file","size":4}`,
-		`{"path":"was-file","kind":"modified","type":"directory","was":"file","size":0}`,
+		`attr metadata file "" "" 4`,
+		`data modified file "" "" 4`,
+		`dir/gone deleted file "" "" 4`,
+		`dir/link added symlink "" "" 0`,
+		`dir/new added file "" "" 3`,
+		`gone deleted file "" "" 4`,
+		`mode metadata directory "" "" 0`,
+		`moved deleted directory "" "" 0`,
+		`opaque/hidden deleted file "" "" 4`,
+		`renamed added directory "" "moved" 0`,
+		`renamed/too added file "" "" 0`,
+		`time metadata file "" "" 4`,
+		`was-file modified directory "file" "" 0`,
 	}
 	if got, want := strings.Join(lines, "\n"), strings.Join(expected, "\n"); got != want {
 		t.Errorf("the changes are\n%s\nexpected\n%s", got, want)

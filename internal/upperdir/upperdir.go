@@ -11,6 +11,7 @@
 //	BASE/uppers/NAME/upper     what the guest has written, under a random NAME, or keep-NAME
 //	BASE/uppers/NAME/work      for what an overlay has not finished
 //	BASE/checkpoints/NAME/     lock, upper, info.json; names that begin with a dot are not whole
+//	BASE/given                 locked, a byte for each, for directories in use that operators have given
 //	BASE/trash/                what is being removed
 //
 // A lock that nobody holds says that its daemon is dead: what was to go with it goes at the next Open.
@@ -18,8 +19,10 @@ package upperdir
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -234,6 +237,7 @@ type Upper struct {
 	name    string // in s.uppers; "" for one given
 	path    string
 	lock    *sys.FD
+	mine    *sys.FD // of one given: see claim
 	dir     *node
 	work    *node
 	discard bool
@@ -287,18 +291,21 @@ func (s *Store) Given(dir, work string) (*Upper, error) {
 
 func (u *Upper) given(dir, work string) error {
 	for _, d := range []struct {
-		path string
-		to   **node
-	}{{dir, &u.dir}, {work, &u.work}} {
+		what, path string
+		to         **node
+	}{{"upperdir", dir, &u.dir}, {"workdir", work, &u.work}} {
 		if !filepath.IsAbs(d.path) {
-			return fmt.Errorf("upper directory %q is no absolute path", d.path)
+			return fmt.Errorf("%s %q is no absolute path", d.what, d.path)
 		}
 		fd, err := unix.Open(d.path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+			return fmt.Errorf("open %s %q: %w: expected a directory that is there: make it", d.what, d.path, err)
+		}
 		if err != nil {
-			return explain("open", d.path, err)
+			return explain("open "+d.what, d.path, err)
 		}
 		if *d.to, err = u.s.h.take(fd); err != nil {
-			return explain("open", d.path, err)
+			return explain("open "+d.what, d.path, err)
 		}
 	}
 	if u.dir.st.Dev != u.work.st.Dev {
@@ -313,7 +320,37 @@ func (u *Upper) given(dir, work string) error {
 	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return fmt.Errorf("workdir %s is in use by another overlay: end that one, or give each its own upperdir and workdir", work)
 	}
+	return u.claim()
+}
+
+// claim refuses directories that another overlay of this store has as its upper or work directory already. A lock on the directories
+// themselves would be within the guest's reach, and in its way.
+func (u *Upper) claim() error {
+	fd, err := unix.Openat(u.s.base.fd, "given", unix.O_RDWR|unix.O_CREAT|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return explain("open", u.s.path+"/given", err)
+	}
+	u.mine = sys.NewFD(fd)
+	for _, d := range []struct {
+		what string
+		dir  *node
+	}{{"upperdir " + u.path, u.dir}, {"workdir of upperdir " + u.path, u.work}} {
+		err := unix.FcntlFlock(uintptr(u.mine.Int()), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK, Start: d.dir.place(), Len: 1})
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+			return fmt.Errorf("%s is in use by another overlay: end that one, or give each its own upperdir and workdir", d.what)
+		}
+		if err != nil {
+			return explain("lock", u.s.path+"/given", err)
+		}
+	}
 	return nil
+}
+
+// place is the byte that stands for the directory n in a file of locks.
+func (n *node) place() int64 {
+	h := fnv.New64a()
+	_ = binary.Write(h, binary.NativeEndian, []uint64{n.st.Dev, n.st.Ino}) // never fails
+	return int64(h.Sum64() >> 2)
 }
 
 // make makes an upper under a temporary name and renames it when it is whole.
@@ -458,6 +495,7 @@ func (u *Upper) release() {
 	u.dir.close()
 	u.work.close()
 	_ = u.lock.Close()
+	_ = u.mine.Close()
 }
 
 func fsyncDir(d *node) error {
