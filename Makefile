@@ -112,9 +112,7 @@ test-guest-full: setup
 	SLUICE_FULL=1 $(GO) test -count=1 -timeout 120m -exec '$(SUDO)' -v $(GUEST_TESTS)
 
 fuzz:
-	@for p in $$($(GO) list $(FUZZ)); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz); do \
-		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x $$p| grep -v '^fuzz: elapsed'; \
-		[ $${PIPESTATUS[0]} = 0 ] || exit 1; done; done
+	@scripts/fuzz.sh $(FUZZTIME) $(FUZZ)
 
 clean:
 	rm -rf bin build
