@@ -20,7 +20,7 @@ import (
 const (
 	root = fuseproto.FUSE_ROOT_ID
 	// patience is how long a reply may take: a request that hangs is a failure, never a measure.
-	patience = 15 * time.Second
+	patience = 30 * time.Second
 	// requestQueue is the index of the only queue that the guest uses.
 	requestQueue = 1
 	inHeaderSize = 40

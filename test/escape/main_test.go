@@ -19,6 +19,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -75,6 +76,9 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv("SLUICE_FULL") != "" {
+		raceTime = 2 * time.Second
+	}
 	if os.Getenv("SLUICE_FULL") == "" && testguest.TraceDir() == "" {
 		configurations = slices.DeleteFunc(configurations, func(c configuration) bool { return c.rare })
 	}

@@ -14,10 +14,12 @@ import (
 
 const (
 	// A race ends after raceTime or raceRounds, whichever is first, but not before it was one.
-	raceTime   = 800 * time.Millisecond
 	raceRounds = 400
 	leastRaces = 10 // of each outcome
 )
+
+// raceTime is longer with SLUICE_FULL.
+var raceTime = 300 * time.Millisecond
 
 // TestRenameRace has the host swap names in the share, as fast as it can, for what leads out or must not be opened, while the guest does
 // to them whatever it can do.

@@ -59,7 +59,7 @@ func (m *machine) process(spec *specs.Spec, script string) string {
 
 // TestBundle boots a guest from an OCI bundle: it changes its root directory to what is served and runs the process there.
 func TestBundle(t *testing.T) {
-	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+	eachKindInFull(t, func(t *testing.T, kind testguest.Kind) {
 		m := newScratch(t)
 		dir := m.makeBundle()
 		text, err := os.ReadFile(filepath.Join(dir, "config.json"))

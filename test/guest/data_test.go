@@ -29,7 +29,7 @@ func digest(t *testing.T, dir string) string {
 
 // TestBigFile writes a big file on each side and reads it on the other, and in the guest again after a new mount.
 func TestBigFile(t *testing.T) {
-	mib := map[testguest.Kind]size{testguest.UML: {1024, 1024}, testguest.QEMU: {128, 1024}}
+	mib := map[testguest.Kind]size{testguest.UML: {256, 1024}, testguest.QEMU: {64, 1024}}
 	eachKind(t, func(t *testing.T, kind testguest.Kind) {
 		m := newMachine(t)
 		n := int64(mib[kind].n()) << 20
@@ -187,7 +187,7 @@ func (m *machine) openFlags(file string) (all []uint) {
 
 // TestNoOpen has a guest read what it need not open, on a mount that it may write to as far as its own kernel goes.
 func TestNoOpen(t *testing.T) {
-	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+	eachKindInFull(t, func(t *testing.T, kind testguest.Kind) {
 		m := newMachine(t, "--readonly", "--cache", "always", "--no-open", "--max-fds", "64")
 		m.check(os.Mkdir(m.path("dir"), 0o755))
 		for i := range 100 {

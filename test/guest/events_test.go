@@ -301,6 +301,14 @@ func (e *events) single(elsewhere func(e *events, name string) string) {
 	e.sh("until tail -n 1 /tmp/single | grep -q 'DELETE 0 single'; do sleep 0.05; done")
 }
 
+// latencyLimit is how long the median change may take to be heard of. Where other things run it says only that nothing waits for a timer.
+func latencyLimit() time.Duration {
+	if full() {
+		return 100 * time.Millisecond
+	}
+	return 5 * time.Second
+}
+
 // latency measures from before the host's change to after the watcher's answer.
 func (e *events) latency(n int) {
 	e.t.Helper()
@@ -315,8 +323,8 @@ func (e *events) latency(n int) {
 	slices.Sort(times)
 	median, p99 := times[n/2], times[min(n-1, n*99/100)]
 	e.t.Logf("from the host's change to the guest's watcher: median %v, 99th percentile %v", median, p99)
-	if median > 100*time.Millisecond {
-		e.t.Errorf("a change takes %v (median) to be heard of, want less than 100 ms", median)
+	if median > latencyLimit() {
+		e.t.Errorf("a change takes %v (median) to be heard of, want less than %v", median, latencyLimit())
 	}
 }
 

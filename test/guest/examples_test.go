@@ -131,7 +131,7 @@ func TestExampleHttpfs(t *testing.T) {
 	}
 	// Connections that are gone are made anew, under the filter: resolver, socket and connect. What the resolver has read is good
 	// for 5 s to it; then it looks at its files again.
-	for i := range 3 {
+	for i := range (size{2, 3}).n() {
 		if i > 0 {
 			time.Sleep(5100 * time.Millisecond)
 		}

@@ -424,7 +424,7 @@ func TestGraftCycles(t *testing.T) {
 	// By then Go's heap has its least size.
 	cycles(100)
 	keeper, server, goroutines := m.processes()
-	n := size{500, 5000}.n()
+	n := size{200, 5000}.n()
 	begin := time.Now()
 	cycles(n)
 	took := time.Since(begin)
@@ -494,7 +494,7 @@ func TestReplacedGraft(t *testing.T) {
 
 // TestReadOnlyGraft makes a graft read-only while the guest has files in it open for writing (C3).
 func TestReadOnlyGraft(t *testing.T) {
-	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+	eachKindInFull(t, func(t *testing.T, kind testguest.Kind) {
 		m := newSteered(t, "--xattr")
 		dir := m.source("dir", map[string]string{"file": "content"})
 		m.check(os.Mkdir(filepath.Join(dir, "sub"), 0o755))
@@ -669,7 +669,7 @@ func TestGraftIDs(t *testing.T) {
 
 // TestGraftedRoot runs a program in a root directory that was grafted (C7).
 func TestGraftedRoot(t *testing.T) {
-	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+	eachKindInFull(t, func(t *testing.T, kind testguest.Kind) {
 		m := newSteered(t)
 		m.boot(testguest.Config{Kind: kind})
 		rootfs := m.source("rootfs", map[string]string{"etc/name": "grafted\n", "tmp/there": "", "var/log/x": "", "proc/x": ""})

@@ -1,7 +1,8 @@
 // Package guest_test runs a daemon in front of real Linux guests, of both kinds, and looks at what they see.
 //
 // The daemon is $SLUICED, or else ./cmd/sluiced built here. Everything is of a size that `make test` can afford on two CPUs without
-// hardware virtualisation; with SLUICE_FULL set (`make test-guest-full`) each test takes its full size.
+// hardware virtualisation; with SLUICE_FULL set (`make test-guest-full`) each test takes its full size, and all that can be is done in
+// both kinds of guest.
 package guest_test
 
 import (
@@ -283,6 +284,21 @@ func (m *machine) check(err error) {
 // eachKind runs a test for each kind of guest.
 func eachKind(t *testing.T, test func(t *testing.T, kind testguest.Kind)) {
 	t.Parallel()
+	inKinds(t, kinds, test)
+}
+
+// eachKindInFull is eachKind in a full run, and otherwise for User-Mode Linux alone: to boot QEMU without KVM takes as much as the
+// whole of a small test does there. It is for what the emulated machine has no part in.
+func eachKindInFull(t *testing.T, test func(t *testing.T, kind testguest.Kind)) {
+	t.Parallel()
+	if full() {
+		inKinds(t, kinds, test)
+	} else {
+		inKinds(t, kinds[:1], test)
+	}
+}
+
+func inKinds(t *testing.T, kinds []testguest.Kind, test func(t *testing.T, kind testguest.Kind)) {
 	for _, kind := range kinds {
 		t.Run(string(kind), func(t *testing.T) {
 			t.Parallel()

@@ -101,7 +101,7 @@ func (m *machine) runCases(t *testing.T, name string, command testguest.Command)
 
 // TestReadonly tries to change a share that the guest has mounted for writing.
 func TestReadonly(t *testing.T) {
-	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+	eachKindInFull(t, func(t *testing.T, kind testguest.Kind) {
 		m := newMachine(t, "--readonly", "--xattr")
 		m.check(os.WriteFile(m.path("file"), []byte("content"), 0o666))
 		m.check(os.Mkdir(m.path("sub"), 0o777))
@@ -157,7 +157,7 @@ func (m *machine) posixtestAt(dir string, known ...string) {
 
 // TestHostView makes something of each type in the guest and looks at it on the host.
 func TestHostView(t *testing.T) {
-	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+	eachKindInFull(t, func(t *testing.T, kind testguest.Kind) {
 		m := newMachine(t)
 		m.check(os.Chmod(m.share, 0o777))
 		m.boot(testguest.Config{Kind: kind})
@@ -207,7 +207,7 @@ func TestHostView(t *testing.T) {
 
 // TestSubmount has a file system of the host's inside the share: to the guest it is a mount of its own.
 func TestSubmount(t *testing.T) {
-	eachKind(t, func(t *testing.T, kind testguest.Kind) {
+	eachKindInFull(t, func(t *testing.T, kind testguest.Kind) {
 		m := newScratch(t)
 		m.check(os.Mkdir(m.path("sub"), 0o755))
 		m.check(os.Mkdir(m.path("dir"), 0o755))

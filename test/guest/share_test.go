@@ -179,7 +179,7 @@ func TestManyGrafts(t *testing.T) {
 	t.Logf("and read a file in each in %v", time.Since(begin))
 	g.says(fmt.Sprint(n), "find /mnt/many -type f | wc -l")
 	g.says(fmt.Sprint(n), "grep -c ' /mnt/many/g/' /proc/self/mountinfo")
-	times := strings.Fields(g.sh("guestprog timestat %d /mnt/one/g/500/file /mnt/many/g/500/file", size{1000, 50_000}.n()))
+	times := strings.Fields(g.sh("guestprog timestat %d /mnt/one/g/500/file /mnt/many/g/500/file", size{200, 50_000}.n()))
 	t.Logf("a stat takes %s ns with one graft, %s ns with %d", times[0], times[1], n)
 	begin = time.Now()
 	for i := range n {
@@ -278,17 +278,15 @@ func TestKilled(t *testing.T) {
 		begin := time.Now()
 		m.check(unix.Kill(victim, unix.SIGKILL))
 		left := []string{}
-		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
 			if left = processesOf(m.scratch + "/ctl"); len(left) == 0 {
 				break
 			}
 		}
 		if len(left) > 0 {
-			t.Fatalf("round %d: 10 s after one process was killed there are %v of %d and %d", i, left, m.daemon.PID(), m.daemon.Server())
+			t.Fatalf("round %d: 30 s after one process was killed there are %v of %d and %d", i, left, m.daemon.PID(), m.daemon.Server())
 		}
 		slowest = max(slowest, time.Since(begin))
-		if time.Since(begin) > time.Second {
-		}
 		operators.Wait()
 		if guest {
 			m.guest.Close()
@@ -298,7 +296,7 @@ func TestKilled(t *testing.T) {
 		}
 	}
 	t.Logf("%d times both processes were gone, within %v at most", 2*rounds, slowest)
-	if slowest > 4*time.Second {
+	if full() && slowest > 4*time.Second {
 		t.Errorf("it took %v until both processes were gone: something was waited for", slowest)
 	}
 	m.startSteered(testguest.DaemonConfig{Program: program, Share: m.share})
