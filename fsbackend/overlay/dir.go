@@ -57,11 +57,11 @@ func nextDirent(reply []byte, plus bool, d *dirent) (rest []byte, ok bool) {
 // each calls do for every entry of a layer's directory, whiteouts among them, but "." and "..", until do returns false. ENOSYS says
 // that the layer lists nothing.
 func (fs *FS) each(c *fsbackend.Context, dir real, do func(*dirent) bool) errno {
-	f, e := fs.openRealDir(c, dir)
-	if e != 0 {
-		return e
-	}
-	defer f.close(c, &handle{dir: true}, 0)
+	return fs.readNames(c, nil, dir, nil, do)
+}
+
+// eachOf is each for a directory that is open.
+func (fs *FS) eachOf(c *fsbackend.Context, f *file, do func(*dirent) bool) errno {
 	s := getScratch()
 	defer s.put()
 	var d dirent
@@ -69,8 +69,8 @@ func (fs *FS) each(c *fsbackend.Context, dir real, do func(*dirent) bool) errno 
 		s.list = fsbackend.DirList{}
 		s.iov[0] = sys.MakeIovec(s.buf[:])
 		s.list.Reset(s.iov[:], 0, uint64(len(s.buf)))
-		in := fuseproto.ReadIn{InHeader: header(dir.node), Fh: f.fh, Offset: off, Size: uint32(len(s.buf))}
-		if e := dir.l.r.Readdir(c, &in, &s.list); e != 0 && s.list.Written() == 0 {
+		in := fuseproto.ReadIn{InHeader: header(f.node), Fh: f.fh, Offset: off, Size: uint32(len(s.buf))}
+		if e := f.l.r.Readdir(c, &in, &s.list); e != 0 && s.list.Written() == 0 {
 			return e
 		}
 		reply := s.buf[:s.list.Written()]
@@ -483,7 +483,7 @@ func (fs *FS) merge(c *fsbackend.Context, n *node, before *listing) (*listing, e
 		}
 		var hidden []string
 		var failed errno
-		e = fs.each(c, dir, func(d *dirent) bool {
+		e = fs.eachIn(c, n, i, func(d *dirent) bool {
 			if target, ok := bytes.CutPrefix(d.name, []byte(whPrefix)); ok {
 				hidden = append(hidden, string(target))
 				return true
