@@ -30,6 +30,7 @@ type names struct {
 // indexed is one of the entries.
 type indexed struct {
 	ino uint64
+	off uint64 // where a reading of the directory goes on after it
 	at  uint32 // of its name in text
 	len uint8
 	typ uint8 // DT_*
@@ -42,7 +43,7 @@ func (x *names) name(e *indexed) []byte { return x.text[e.at:][:e.len] }
 // add adds an entry of a listing.
 func (x *names) add(d *dirent) {
 	x.hiding = x.hiding || bytes.HasPrefix(d.name, []byte(whPrefix))
-	x.entries = append(x.entries, indexed{d.ino, uint32(len(x.text)), uint8(len(d.name)), uint8(d.typ)})
+	x.entries = append(x.entries, indexed{d.ino, d.off, uint32(len(x.text)), uint8(len(d.name)), uint8(d.typ)})
 	x.text = append(x.text, d.name...)
 }
 
@@ -88,7 +89,7 @@ func (x *names) hides(name []byte) bool {
 
 // size is how much memory the names take, of which a part is for an index of none.
 func (x *names) size() int64 {
-	return 256 + 16*int64(cap(x.entries)) + int64(cap(x.text)) + 4*int64(len(x.table))
+	return 256 + 24*int64(cap(x.entries)) + int64(cap(x.text)) + 4*int64(len(x.table))
 }
 
 // asking is what a part of a directory whose names are not known has been asked for.
@@ -153,7 +154,7 @@ func (fs *FS) namesOf(c *fsbackend.Context, p *node, i int) (*names, errno) {
 		most = min(most, inlineNames)
 	}
 	tooMany := false
-	e := fs.readNames(c, p, dir, x, func(*dirent) bool {
+	e := fs.readNames(c, p, dir, x, nil, func(*dirent) bool {
 		tooMany = len(x.entries) >= most
 		return !tooMany
 	})
@@ -180,12 +181,16 @@ func (fs *FS) newNames(p *node, i int) *names {
 }
 
 // readNames calls do for each entry of a part of p, as each does, and keeps all of them if x is not nil and do has seen the last one.
-func (fs *FS) readNames(c *fsbackend.Context, p *node, dir real, x *names, do func(*dirent) bool) errno {
-	f, e := fs.openRealDir(c, dir)
+// h is where it is left open, if it is not nil.
+func (fs *FS) readNames(c *fsbackend.Context, p *node, dir real, x *names, h *handle, do func(*dirent) bool) errno {
+	if h == nil {
+		h = &handle{dir: true}
+		defer func() { h.reading.close(c, h, 0) }()
+	}
+	f, e := fs.openPart(c, h, dir)
 	if e != 0 {
 		return e
 	}
-	defer f.close(c, &handle{dir: true}, 0)
 	if x != nil && !dir.l.complete.ListsAll(dir.node, f.fh) {
 		x.of.asking.due.Store(never)
 		x = nil
@@ -295,6 +300,15 @@ func (t *indexes) dropOf(d *dir) {
 	}
 }
 
+// mayHave is ENOENT if part i of p is known not to have name.
+func (fs *FS) mayHave(c *fsbackend.Context, p *node, i int, name []byte) errno {
+	x, e := fs.namesOf(c, p, i)
+	if e == 0 && x != nil && x.find(name) == nil {
+		e = unix.ENOENT
+	}
+	return e
+}
+
 // missed notes that part i of p has been asked for what names would have said.
 func (p *node) missed(i int) {
 	if i > 0 {
@@ -331,19 +345,20 @@ func (fs *FS) below(c *fsbackend.Context, p *node, i int, name []byte) (uint32, 
 }
 
 // eachIn calls do for every entry of part i of n as each does. The layer is only asked if the names are not known, which they are then.
-func (fs *FS) eachIn(c *fsbackend.Context, n *node, i int, do func(*dirent) bool) errno {
+// It stays open in h.
+func (fs *FS) eachIn(c *fsbackend.Context, n *node, i int, h *handle, do func(*dirent) bool) errno {
 	if x := fs.knownNames(n, i); x != nil {
 		var d dirent
 		for j := range x.entries {
 			e := &x.entries[j]
-			if d.ino, d.typ, d.name = e.ino, uint32(e.typ), x.name(e); !do(&d) {
+			if d.ino, d.off, d.typ, d.name = e.ino, e.off, uint32(e.typ), x.name(e); !do(&d) {
 				break
 			}
 		}
 		return 0
 	}
 	dir, _ := n.part(fs, i)
-	return fs.readNames(c, n, dir, fs.newNames(n, i), do)
+	return fs.readNames(c, n, dir, fs.newNames(n, i), h, do)
 }
 
 // lowersChanged forgets what is known of the lower layers.

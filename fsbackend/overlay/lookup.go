@@ -67,14 +67,14 @@ func (fs *FS) Lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name, o
 
 // find fills f with what name in p is: ENOENT if that is nothing, and f says whether there is a whiteout. p's lock is held.
 func (fs *FS) find(c *fsbackend.Context, p *node, name fsbackend.Name, f *found) errno {
-	return fs.findFrom(c, p, 0, name, f)
+	return fs.findFrom(c, p, 0, name, nil, f)
 }
 
-// findFrom is find without the parts above the one with number first.
-func (fs *FS) findFrom(c *fsbackend.Context, p *node, first int, name fsbackend.Name, f *found) errno {
+// findFrom is find without the parts above the one with number first. given is what a lookup in that one has found, if it is not nil.
+func (fs *FS) findFrom(c *fsbackend.Context, p *node, first int, name fsbackend.Name, given *fuseproto.EntryOut, f *found) errno {
 	*f = found{}
 	f.lowers = f.room[:0]
-	e := fs.search(c, p, first, name, f)
+	e := fs.search(c, p, first, name, given, f)
 	if e == 0 && !f.exists() {
 		e = unix.ENOENT
 	}
@@ -85,7 +85,7 @@ func (fs *FS) findFrom(c *fsbackend.Context, p *node, first int, name fsbackend.
 }
 
 // search goes through p's parts from the uppermost down.
-func (fs *FS) search(c *fsbackend.Context, p *node, first int, name fsbackend.Name, f *found) errno {
+func (fs *FS) search(c *fsbackend.Context, p *node, first int, name fsbackend.Name, given *fuseproto.EntryOut, f *found) errno {
 	cur := name
 	for i := first; i <= len(p.lowers); i++ {
 		dir, ok := p.part(fs, i)
@@ -94,14 +94,11 @@ func (fs *FS) search(c *fsbackend.Context, p *node, first int, name fsbackend.Na
 		}
 		last := i == len(p.lowers)
 		var out fuseproto.EntryOut
-		known, e := fs.namesOf(c, p, i)
-		if e != 0 {
-			return e
-		}
-		if known == nil || known.find(cur) != nil {
+		e := errno(0)
+		if i == first && given != nil {
+			out = *given
+		} else if e = fs.mayHave(c, p, i, cur); e == 0 {
 			e = dir.l.lookup(c, dir.node, cur, &out)
-		} else {
-			e = unix.ENOENT
 		}
 		if e != 0 && e != unix.ENOENT {
 			return e

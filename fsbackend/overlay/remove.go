@@ -48,7 +48,7 @@ func (fs *FS) isBelow(c *fsbackend.Context, p *node, name fsbackend.Name) (bool,
 		return below == belowSomething, e
 	}
 	var f found
-	switch e := fs.findFrom(c, p, 1, name, &f); e {
+	switch e := fs.findFrom(c, p, 1, name, nil, &f); e {
 	case 0:
 		fs.release(&f)
 		return true, 0
