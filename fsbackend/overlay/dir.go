@@ -34,9 +34,7 @@ func nextDirent(reply []byte, plus bool, d *dirent) (rest []byte, ok bool) {
 		if len(reply) < entryHead {
 			return nil, false
 		}
-		if _, err := binary.Decode(reply, binary.NativeEndian, &d.entry); err != nil {
-			return nil, false
-		}
+		copy(entryBytes(&d.entry)[:], reply)
 		at = entryHead
 	}
 	if len(reply) < at+direntHead {
