@@ -64,7 +64,7 @@ func (fs *FS) check() error {
 			wrong("the names of a directory are kept that does not know them")
 		}
 	}
-	if size != fs.indexes.size || size > fs.cfg.MaxNames {
+	if size != fs.indexes.size || size > max(fs.cfg.MaxNames, 0) {
 		wrong("names take %d bytes, %d are counted, %d may be", size, fs.indexes.size, fs.cfg.MaxNames)
 	}
 	kept := 0
