@@ -110,6 +110,15 @@ type Slow interface {
 	Slow() bool
 }
 
+// Complete marks a backend some of whose directories tell all by their listings, so that who knows them need not ask for other names:
+// an overlay, of its lower layers. It is not for those where a lookup makes files appear that no listing has. Wrappers do not have it by
+// themselves.
+type Complete interface {
+	// ListsAll says whether the directory node, open as fh, has the names that a READDIR lists and no others, for as long as nobody
+	// changes it.
+	ListsAll(node, fh uint64) bool
+}
+
 // Readlinker reads symbolic links.
 type Readlinker interface {
 	// Readlink writes the target to dst, without a NUL.

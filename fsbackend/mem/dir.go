@@ -7,6 +7,9 @@ import (
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
+// ListsAll implements fsbackend.Complete.
+func (f *FS) ListsAll(uint64, uint64) bool { return true }
+
 // Opendir implements fsbackend.DirReader.
 func (f *FS) Opendir(_ *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) fsbackend.Errno {
 	f.mu.Lock()

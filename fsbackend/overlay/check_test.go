@@ -3,10 +3,14 @@ package overlay
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 )
 
 // check compares the tables with each other.
 func (fs *FS) check() error {
+	fs.indexes.mu.Lock()
+	defer fs.indexes.mu.Unlock()
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	var errs []error
@@ -52,6 +56,30 @@ func (fs *FS) check() error {
 		if fs.nodes[n.id] != n || n.upper.Load() != up {
 			wrong("upper file %d is node %d, which does not say so", up, n.id)
 		}
+	}
+	size := int64(0)
+	for x := range fs.indexes.all {
+		size += x.size()
+		if x.of.names.Load() != x {
+			wrong("the names of a directory are kept that does not know them")
+		}
+	}
+	if size != fs.indexes.size || size > max(fs.cfg.MaxNames, 0) {
+		wrong("names take %d bytes, %d are counted, %d may be", size, fs.indexes.size, fs.cfg.MaxNames)
+	}
+	kept := 0
+	for _, n := range append(slices.Collect(maps.Values(fs.nodes)), fs.root) {
+		if n.dir == nil {
+			continue
+		}
+		for i := range n.dir.parts {
+			if n.dir.parts[i].names.Load() != nil {
+				kept++
+			}
+		}
+	}
+	if kept != len(fs.indexes.all) {
+		wrong("the names of %d parts of directories are kept, %d are known", len(fs.indexes.all), kept)
 	}
 	return errors.Join(errs...)
 }

@@ -37,6 +37,9 @@ type Config struct {
 	Xino Xino
 	// MaxInodes bounds the inodes known to the guest at a time, DefaultMaxInodes if 0; ENFILE answers beyond.
 	MaxInodes int
+	// MaxNames bounds the bytes that the names of lower layers' directories take which are kept so as not to ask for them again,
+	// DefaultMaxNames if 0. Less than 0 keeps none.
+	MaxNames int64
 	// Log is told of what is worth knowing once; nothing if nil.
 	Log *slog.Logger
 }
@@ -56,6 +59,9 @@ type Layer struct {
 
 // DefaultMaxInodes is Config.MaxInodes where that is 0.
 const DefaultMaxInodes = 1 << 22
+
+// DefaultMaxNames is Config.MaxNames where that is 0.
+const DefaultMaxNames = 64 << 20
 
 // Format is a name space of the extended attributes that are marks.
 type Format int

@@ -459,7 +459,7 @@ func (fs *FS) publish(c *fsbackend.Context, n *node, m *made) errno {
 	var out fuseproto.AttrOut
 	_ = fs.upper.r.Setattr(c, &in, &out)
 	p.dir.version.Add(1)
-	n.below.Store(belowSomething)
+	fs.noteBelow(n, belowSomething)
 	return fs.adopt(c, n, m)
 }
 

@@ -121,17 +121,14 @@ func (fs *FS) make(c *fsbackend.Context, epoch uint64, p *node, name fsbackend.N
 		return nil, e
 	}
 	var f found
-	below := uint32(belowNothing)
-	e = fs.findBelow(c, p, name, &f)
-	switch {
-	case e == 0:
-		fs.release(&f)
-		below = belowSomething
-	case e != unix.ENOENT:
+	isBelow, e := fs.isBelow(c, p, name)
+	if e != 0 {
 		return nil, e
 	}
+	below := uint32(belowSomething)
 	e = unix.EEXIST
-	if below == belowNothing {
+	if !isBelow {
+		below = belowNothing
 		e = do(as, p.upper.Load(), name, out)
 	}
 	if e == unix.EEXIST {

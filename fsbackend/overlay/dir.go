@@ -34,9 +34,7 @@ func nextDirent(reply []byte, plus bool, d *dirent) (rest []byte, ok bool) {
 		if len(reply) < entryHead {
 			return nil, false
 		}
-		if _, err := binary.Decode(reply, binary.NativeEndian, &d.entry); err != nil {
-			return nil, false
-		}
+		copy(entryBytes(&d.entry)[:], reply)
 		at = entryHead
 	}
 	if len(reply) < at+direntHead {
@@ -57,11 +55,11 @@ func nextDirent(reply []byte, plus bool, d *dirent) (rest []byte, ok bool) {
 // each calls do for every entry of a layer's directory, whiteouts among them, but "." and "..", until do returns false. ENOSYS says
 // that the layer lists nothing.
 func (fs *FS) each(c *fsbackend.Context, dir real, do func(*dirent) bool) errno {
-	f, e := fs.openRealDir(c, dir)
-	if e != 0 {
-		return e
-	}
-	defer f.close(c, &handle{dir: true}, 0)
+	return fs.readNames(c, nil, dir, nil, nil, do)
+}
+
+// eachOf is each for a directory that is open.
+func (fs *FS) eachOf(c *fsbackend.Context, f *file, do func(*dirent) bool) errno {
 	s := getScratch()
 	defer s.put()
 	var d dirent
@@ -69,8 +67,8 @@ func (fs *FS) each(c *fsbackend.Context, dir real, do func(*dirent) bool) errno 
 		s.list = fsbackend.DirList{}
 		s.iov[0] = sys.MakeIovec(s.buf[:])
 		s.list.Reset(s.iov[:], 0, uint64(len(s.buf)))
-		in := fuseproto.ReadIn{InHeader: header(dir.node), Fh: f.fh, Offset: off, Size: uint32(len(s.buf))}
-		if e := dir.l.r.Readdir(c, &in, &s.list); e != 0 && s.list.Written() == 0 {
+		in := fuseproto.ReadIn{InHeader: header(f.node), Fh: f.fh, Offset: off, Size: uint32(len(s.buf))}
+		if e := f.l.r.Readdir(c, &in, &s.list); e != 0 && s.list.Written() == 0 {
 			return e
 		}
 		reply := s.buf[:s.list.Written()]
@@ -104,6 +102,19 @@ func (fs *FS) openRealDir(c *fsbackend.Context, r real) (*file, errno) {
 		return nil, e
 	}
 	return &file{r, out.Fh}, 0
+}
+
+// openPart opens a part of a directory for h, which has one of them open at a time. h.mu is held.
+func (fs *FS) openPart(c *fsbackend.Context, h *handle, dir real) (*file, errno) {
+	if h.reading != nil && h.reading.real == dir {
+		return h.reading, 0
+	}
+	f, e := fs.openRealDir(c, dir)
+	if e == 0 {
+		h.reading.close(c, h, 0)
+		h.reading = f
+	}
+	return f, e
 }
 
 // plain says whether a directory is listed as the one layer that has it lists it: nothing is merged, and no file in it has another
@@ -261,7 +272,7 @@ func (fs *FS) rewind(c *fsbackend.Context, h *handle) errno {
 	if h.list != nil && h.list.version == n.dir.version.Load() {
 		return 0
 	}
-	list, e := fs.merge(c, n, h.list)
+	list, e := fs.merge(c, n, h)
 	if e != 0 {
 		return e
 	}
@@ -427,7 +438,10 @@ type listed struct {
 	name   string
 	cookie uint64
 	ino    uint64
-	typ    uint32
+	// part is the uppermost part of the directory that has the name, and before the offset in it of what is listed before.
+	before uint64
+	part   uint16
+	typ    uint8
 }
 
 // Cookies of the entries that every directory has.
@@ -456,22 +470,19 @@ func (fs *FS) setListing(h *handle, list *listing) bool {
 	return true
 }
 
-// merge lists all parts of n: what is in one hides what is in those below. before is the listing that the handle had.
-func (fs *FS) merge(c *fsbackend.Context, n *node, before *listing) (*listing, errno) {
+// merge lists all parts of n: what is in one hides what is in those below. h has the listing, or is nil.
+func (fs *FS) merge(c *fsbackend.Context, n *node, h *handle) (*listing, errno) {
 	list := &listing{version: n.dir.version.Load(), last: cookieDotDot}
-	cookies := make(map[string]uint64)
-	if before != nil {
-		list.last = before.last
-		for i := range before.entries {
-			cookies[before.entries[i].name] = before.entries[i].cookie
+	var cookies map[string]uint64
+	if h != nil && h.list != nil {
+		list.last = h.list.last
+		cookies = make(map[string]uint64, len(h.list.entries))
+		for i := range h.list.entries {
+			cookies[h.list.entries[i].name] = h.list.entries[i].cookie
 		}
 	}
-	type seen struct {
-		hidden bool // by a whiteout
-		at     int
-		parts  int
-	}
-	names := make(map[string]*seen)
+	names := make(map[string]struct{}) // that are not to be taken from further parts
+	var doubtful []int                 // entries whose number may be another layer's
 	for i := 0; i <= len(n.lowers); i++ {
 		dir, ok := n.part(fs, i)
 		if !ok {
@@ -483,13 +494,15 @@ func (fs *FS) merge(c *fsbackend.Context, n *node, before *listing) (*listing, e
 		}
 		var hidden []string
 		var failed errno
-		e = fs.each(c, dir, func(d *dirent) bool {
+		before := uint64(0)
+		e = fs.eachIn(c, n, i, h, func(d *dirent) bool {
+			start := before
+			before = d.off
 			if target, ok := bytes.CutPrefix(d.name, []byte(whPrefix)); ok {
 				hidden = append(hidden, string(target))
 				return true
 			}
-			if s := names[string(d.name)]; s != nil {
-				s.parts++
+			if _, ok := names[string(d.name)]; ok {
 				return true
 			}
 			if len(list.entries) >= maxListed {
@@ -511,21 +524,24 @@ func (fs *FS) merge(c *fsbackend.Context, n *node, before *listing) (*listing, e
 					return false
 				}
 				if isWhiteout(&entry.Attr) {
-					names[name] = &seen{hidden: true}
+					names[name] = struct{}{}
 					return true
 				}
 			}
-			s := &seen{at: len(list.entries), parts: 1}
 			if impure || typ == unix.DT_DIR && dir.l == fs.upper {
-				s.parts = 2 // its number may be another layer's
+				doubtful = append(doubtful, len(list.entries))
 			}
-			names[name] = s
+			if i < len(n.lowers) {
+				names[name] = struct{}{}
+			}
 			cookie := cookies[name]
 			if cookie == 0 {
 				list.last++
 				cookie = list.last
 			}
-			list.entries = append(list.entries, listed{name: name, cookie: cookie, ino: dir.l.ino(d.ino), typ: typ})
+			list.entries = append(list.entries, listed{
+				name: name, cookie: cookie, ino: dir.l.ino(d.ino), before: start, part: uint16(i), typ: uint8(typ),
+			})
 			return true
 		})
 		if e == 0 {
@@ -535,17 +551,12 @@ func (fs *FS) merge(c *fsbackend.Context, n *node, before *listing) (*listing, e
 			return nil, e
 		}
 		for _, name := range hidden {
-			if names[name] == nil {
-				names[name] = &seen{hidden: true}
-			}
+			names[name] = struct{}{}
 		}
 	}
 	gone := false
-	for _, s := range names {
-		if s.hidden || s.parts < 2 {
-			continue
-		}
-		l := &list.entries[s.at]
+	for _, at := range doubtful {
+		l := &list.entries[at]
 		switch e := fs.trueIno(c, n, l); e {
 		case 0:
 		case unix.ENOENT:
@@ -557,7 +568,9 @@ func (fs *FS) merge(c *fsbackend.Context, n *node, before *listing) (*listing, e
 	if gone {
 		list.entries = slices.DeleteFunc(list.entries, func(l listed) bool { return l.name == "" })
 	}
-	sort.Slice(list.entries, func(i, j int) bool { return list.entries[i].cookie < list.entries[j].cookie })
+	if cookies != nil {
+		sort.Slice(list.entries, func(i, j int) bool { return list.entries[i].cookie < list.entries[j].cookie })
+	}
 	return list, 0
 }
 
@@ -591,11 +604,13 @@ func (fs *FS) listMerged(c *fsbackend.Context, epoch uint64, h *handle, off uint
 	entries := h.list.entries
 	i := sort.Search(len(entries), func(i int) bool { return entries[i].cookie > off })
 	var room [unix.NAME_MAX]byte
+	var a ahead
+	defer a.end(fs)
 	for ; i < len(entries); i++ {
 		l := &entries[i]
 		name := room[:copy(room[:], l.name)]
 		if !out.Plus {
-			if !out.Add(l.ino, l.cookie, l.typ, name) {
+			if !out.Add(l.ino, l.cookie, uint32(l.typ), name) {
 				return 0
 			}
 			continue
@@ -605,7 +620,7 @@ func (fs *FS) listMerged(c *fsbackend.Context, epoch uint64, h *handle, off uint
 		}
 		var f found
 		var entry fuseproto.EntryOut
-		e := fs.find(c, n, fsbackend.MakeName(l.name), &f)
+		e := fs.findListed(c, n, h, l, &a, out.Len(), &f)
 		if e == unix.ENOENT {
 			continue
 		}
@@ -620,7 +635,7 @@ func (fs *FS) listMerged(c *fsbackend.Context, epoch uint64, h *handle, off uint
 			}
 			return e
 		case e != 0:
-			d := dirent{off: l.cookie, typ: l.typ, name: name}
+			d := dirent{off: l.cookie, typ: uint32(l.typ), name: name}
 			if !fs.addUnknown(l.ino, &d, out) {
 				return 0
 			}
@@ -632,6 +647,19 @@ func (fs *FS) listMerged(c *fsbackend.Context, epoch uint64, h *handle, off uint
 		}
 	}
 	return 0
+}
+
+// findListed is find for an entry of h's listing.
+func (fs *FS) findListed(c *fsbackend.Context, n *node, h *handle, l *listed, a *ahead, room int, f *found) errno {
+	name, part := fsbackend.MakeName(l.name), int(l.part)
+	if part > 0 && h.list.version != n.dir.version.Load() {
+		return fs.find(c, n, name, f) // the parts above may have it by now
+	}
+	given, e := a.of(fs, c, n, h, l, room)
+	if e != 0 {
+		return e
+	}
+	return fs.findFrom(c, n, part, name, given, f)
 }
 
 // empty says whether a directory has no entry that the guest sees.

@@ -128,7 +128,7 @@ func (f *faulty) Fsync(*fsbackend.Context, *fuseproto.FsyncIn) errno {
 func (f *faulty) FileOf(uint64, uint64, func(int) errno) errno { return unix.EOPNOTSUPP }
 
 // memDir returns a directory in memory, where there is one: many files are made.
-func memDir(t *testing.T) string {
+func memDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "sluice-overlay")
 	if err != nil {

@@ -28,7 +28,9 @@ type handle struct {
 	mu   sync.Mutex
 	old  []*file // what cur was before; calls may still use it
 	list *listing
-	gone bool // released
+	// reading is the part of a merged directory that was listed last.
+	reading *file
+	gone    bool // released
 }
 
 // maxHandles bounds the files and directories open at once; one more is ENFILE.
@@ -116,10 +118,10 @@ func (fs *FS) closeHandle(c *fsbackend.Context, h *handle, owner uint64) {
 	defer h.mu.Unlock()
 	h.gone = true
 	fs.setListing(h, nil)
-	for _, f := range append(h.old, h.cur.Load()) {
+	for _, f := range append(h.old, h.cur.Load(), h.reading) {
 		f.close(c, h, owner)
 	}
-	h.old = nil
+	h.old, h.reading = nil, nil
 }
 
 func (f *file) close(c *fsbackend.Context, h *handle, owner uint64) {

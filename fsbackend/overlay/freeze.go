@@ -93,7 +93,7 @@ func (fs *FS) Freeze(ctx context.Context) error {
 	g.opened, g.left = make(chan struct{}), make(chan struct{}, 1)
 	left := g.left
 	g.closed.Store(true)
-	g.timer = time.AfterFunc(MaxFreeze, func() { _ = g.thaw() })
+	g.timer = time.AfterFunc(MaxFreeze, func() { _ = fs.thaw() })
 	g.mu.Unlock()
 	for {
 		under := int64(0)
@@ -106,7 +106,7 @@ func (fs *FS) Freeze(ctx context.Context) error {
 		select {
 		case <-left:
 		case <-ctx.Done():
-			_ = g.thaw()
+			_ = fs.thaw()
 			return fmt.Errorf("freeze overlay: wait for %d changes under way: %w", under, ctx.Err())
 		}
 	}
@@ -114,13 +114,19 @@ func (fs *FS) Freeze(ctx context.Context) error {
 
 // Thaw ends Freeze. ErrFreezeLost says that it had ended before.
 func (fs *FS) Thaw() error {
-	if !fs.gate.thaw() {
+	if !fs.thaw() {
 		return ErrFreezeLost
 	}
 	return nil
 }
 
-// thaw says whether the gate was closed.
+// thaw says whether the gate was closed. Behind it, lower layers may have been changed too: what the upper one holds is applied to
+// them so.
+func (fs *FS) thaw() bool {
+	fs.lowersChanged()
+	return fs.gate.thaw()
+}
+
 func (g *gate) thaw() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()

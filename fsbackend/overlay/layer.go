@@ -15,6 +15,8 @@ type layer struct {
 	index  int  // 0 is the uppermost
 	bottom bool // nothing is below
 	noACL  bool
+	// complete says of which of its directories the names can be known; nil: of none.
+	complete fsbackend.Complete
 	// domain goes to the upper bits of inode numbers, unless keepIno.
 	domain  uint64
 	keepIno bool
@@ -24,7 +26,8 @@ func newLayer(r *fsbackend.Resolved, root uint64, name string) *layer {
 	if root == 0 {
 		root = rootID
 	}
-	return &layer{r: r, root: root, name: name}
+	complete, _ := r.Backend.(fsbackend.Complete)
+	return &layer{r: r, root: root, name: name, complete: complete}
 }
 
 // real is a file of a layer.

@@ -25,7 +25,7 @@ const root = fsbackendtest.Root
 
 // put makes files below dir: "name/" is a directory, "name" a file that holds its layer's number, "name>target" a symbolic link,
 // "name!" a device 0:0, "name%" an empty file with the mark of a whiteout, "name=mark" sets the mark of a directory that is there.
-func put(t *testing.T, dir string, layer int, files ...string) {
+func put(t testing.TB, dir string, layer int, files ...string) {
 	t.Helper()
 	for _, f := range files {
 		var err error

@@ -67,21 +67,14 @@ func (fs *FS) Lookup(c *fsbackend.Context, parent uint64, name fsbackend.Name, o
 
 // find fills f with what name in p is: ENOENT if that is nothing, and f says whether there is a whiteout. p's lock is held.
 func (fs *FS) find(c *fsbackend.Context, p *node, name fsbackend.Name, f *found) errno {
-	return fs.findFrom(c, p, 0, name, f)
+	return fs.findFrom(c, p, 0, name, nil, f)
 }
 
-// findBelow is find for the lower layers alone: what name would be without what the upper one has there.
-func (fs *FS) findBelow(c *fsbackend.Context, p *node, name fsbackend.Name, f *found) errno {
-	if len(p.lowers) == 0 {
-		return unix.ENOENT
-	}
-	return fs.findFrom(c, p, 1, name, f)
-}
-
-func (fs *FS) findFrom(c *fsbackend.Context, p *node, first int, name fsbackend.Name, f *found) errno {
+// findFrom is find without the parts above the one with number first. given is what a lookup in that one has found, if it is not nil.
+func (fs *FS) findFrom(c *fsbackend.Context, p *node, first int, name fsbackend.Name, given *fuseproto.EntryOut, f *found) errno {
 	*f = found{}
 	f.lowers = f.room[:0]
-	e := fs.search(c, p, first, name, f)
+	e := fs.search(c, p, first, name, given, f)
 	if e == 0 && !f.exists() {
 		e = unix.ENOENT
 	}
@@ -92,7 +85,7 @@ func (fs *FS) findFrom(c *fsbackend.Context, p *node, first int, name fsbackend.
 }
 
 // search goes through p's parts from the uppermost down.
-func (fs *FS) search(c *fsbackend.Context, p *node, first int, name fsbackend.Name, f *found) errno {
+func (fs *FS) search(c *fsbackend.Context, p *node, first int, name fsbackend.Name, given *fuseproto.EntryOut, f *found) errno {
 	cur := name
 	for i := first; i <= len(p.lowers); i++ {
 		dir, ok := p.part(fs, i)
@@ -101,11 +94,17 @@ func (fs *FS) search(c *fsbackend.Context, p *node, first int, name fsbackend.Na
 		}
 		last := i == len(p.lowers)
 		var out fuseproto.EntryOut
-		e := dir.l.lookup(c, dir.node, cur, &out)
+		e := errno(0)
+		if i == first && given != nil {
+			out = *given
+		} else if e = fs.mayHave(c, p, i, cur); e == 0 {
+			e = dir.l.lookup(c, dir.node, cur, &out)
+		}
 		if e != 0 && e != unix.ENOENT {
 			return e
 		}
 		if e == unix.ENOENT {
+			p.missed(i)
 			if last {
 				return 0
 			}
@@ -130,6 +129,14 @@ func (fs *FS) search(c *fsbackend.Context, p *node, first int, name fsbackend.Na
 		if e != 0 || !goOn {
 			return e
 		}
+		if redirect == "" {
+			if below, e := fs.below(c, p, i+1, cur); e != 0 || below == belowNothing {
+				return e
+			}
+		}
+		if opaque, e := fs.hasFile(c, real{dir.l, out.NodeId}, opaqueFile); e != 0 || opaque {
+			return e
+		}
 		// A file beside it with its name says as much as an opaque mark.
 		if hidden, e := fs.hidden(c, p, i, cur); e != 0 || hidden {
 			return e
@@ -145,8 +152,8 @@ func (fs *FS) search(c *fsbackend.Context, p *node, first int, name fsbackend.Na
 	return 0
 }
 
-// take adds what a lookup has found in a layer to f, and says whether the layers below count as well, and where in them. more
-// says that the parent directory has more parts; impure that it may have files with marks.
+// take adds what a lookup has found in a layer to f, and says whether the layers below count as well, and where in them: if there
+// is no opaqueFile in it. more says that the parent directory has more parts; impure that it may have files with marks.
 func (fs *FS) take(c *fsbackend.Context, dir real, name fsbackend.Name, out *fuseproto.EntryOut, more, impure bool, f *found) (redirect string, goOn bool, e errno) {
 	l := dir.l
 	isDir := out.Mode&unix.S_IFMT == unix.S_IFDIR
@@ -205,11 +212,7 @@ func (fs *FS) take(c *fsbackend.Context, dir real, name fsbackend.Name, out *fus
 	if !validRedirect(redirect) {
 		return "", false, unix.EIO
 	}
-	if !more && redirect == "" {
-		return "", false, 0
-	}
-	opaque, e := fs.hasFile(c, real{l, out.NodeId}, opaqueFile)
-	return redirect, e == 0 && !opaque, e
+	return redirect, more || redirect != "", 0
 }
 
 // maxRedirect is the longest redirect mark (fs/overlayfs/super.c, redirect_max).
@@ -279,6 +282,10 @@ func (fs *FS) walk(c *fsbackend.Context, l *layer, path string, f *found) (below
 		}
 		if i == len(names)-1 {
 			redirect, goOn, e := fs.take(c, dir, cur, &out, true, true, f)
+			if e == 0 && goOn {
+				opaque2, e2 := fs.hasFile(c, real{l, out.NodeId}, opaqueFile)
+				opaque, e = opaque || opaque2, e2
+			}
 			return extend(below, name, redirect), goOn && !opaque, e
 		}
 		if dir.node != l.root {

@@ -264,6 +264,10 @@ func (fs *FS) hidden(c *fsbackend.Context, p *node, i int, name []byte) (bool, e
 	known := &p.dir.parts[i].hides
 	h := known.Load()
 	if h == nil {
+		p.missed(i)
+		if x, e := fs.namesOf(c, p, i); e != 0 || x != nil {
+			return x != nil && x.hides(name), e
+		}
 		h = new(hides)
 		n := 0
 		e := fs.each(c, r, func(e *dirent) bool {

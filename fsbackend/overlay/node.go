@@ -24,7 +24,7 @@ type node struct {
 	upper  atomic.Uint64 // nodeid in the upper layer; 0: there is none, yet
 	origin atomic.Bool   // its upper file was copied up, and has marks
 	gone   atomic.Bool   // its name has been removed, and it has no other that the overlay knows of
-	// below says whether a lower layer has something of the node's name that its file, in the upper layer, hides.
+	// below says whether a lower layer has something of the node's name that its file, in the upper layer, hides (FS.knownBelow).
 	below atomic.Uint32
 
 	// copyMu is held while the file is copied up.
@@ -47,6 +47,22 @@ const (
 	belowSomething
 )
 
+// belowBits are those of node.below that say it; the others are the generation of the lower layers that it was found out of.
+const belowBits = 2
+
+// knownBelow says what is known of node.below.
+func (fs *FS) knownBelow(n *node) uint32 {
+	v := n.below.Load()
+	if v>>belowBits != fs.indexes.generation.Load()<<belowBits>>belowBits {
+		return belowUnknown
+	}
+	return v & (1<<belowBits - 1)
+}
+
+func (fs *FS) noteBelow(n *node, below uint32) {
+	n.below.Store(fs.indexes.generation.Load()<<belowBits | below)
+}
+
 // dir is what a directory has beyond.
 type dir struct {
 	mu      sync.RWMutex
@@ -62,6 +78,9 @@ func newDir(lowers int) *dir {
 type part struct {
 	impure atomic.Uint32
 	hides  atomic.Pointer[hides]
+	// Of a lower one.
+	names  atomic.Pointer[names]
+	asking asking
 }
 
 // What part.impure knows: whether the directory has the mark of one that files were copied or moved to.
@@ -204,7 +223,7 @@ func (fs *FS) enter(epoch uint64, p *node, name []byte, f *found, out *fuseproto
 		}
 	}
 	if f.below != belowUnknown && n.parent == p && n.name == string(name) {
-		n.below.Store(f.below) // it is of this name, and the file may have others
+		fs.noteBelow(n, f.below) // it is of this name, and the file may have others
 	}
 	if !counted {
 		n.count()
@@ -302,7 +321,7 @@ func (fs *FS) place(n, p *node, name string, dying []*node) []*node {
 	}
 	n.parent, n.name = p, name
 	n.gone.Store(false)
-	n.below.Store(belowUnknown)
+	fs.noteBelow(n, belowUnknown)
 	fs.byName[nameKey{p.id, name}] = n
 	return fs.reap(from, dying)
 }
@@ -359,6 +378,9 @@ func (fs *FS) bury(dead []*node) {
 
 func (fs *FS) forgetReals(n *node) {
 	n.anchor.close(&fsbackend.Context{MayBlock: true}, &handle{}, 0)
+	if n.dir != nil {
+		fs.indexes.dropOf(n.dir)
+	}
 	if up := n.upper.Load(); up != 0 {
 		fs.upper.r.Forget(up, 1)
 	}

@@ -21,6 +21,18 @@ type ourSide struct {
 	fs    *overlay.FS
 	slots [slots]ourFile
 	upper string // where the upper layer is on the host
+	// kept are the files that are not forgotten yet, as a guest has them in its caches: with keep, the last that were looked up.
+	keep int
+	kept []uint64
+}
+
+// forget gives a lookup back, sooner or later.
+func (s *ourSide) forget(node uint64) {
+	s.kept = append(s.kept, node)
+	for len(s.kept) > s.keep {
+		s.fs.Forget(s.kept[0], 1)
+		s.kept = s.kept[1:]
+	}
 }
 
 // ourFile is an open file, which has a lookup of its node.
@@ -41,13 +53,17 @@ func (s *ourSide) closeSlots() {
 	for i := range s.slots {
 		s.closeSlot(i)
 	}
+	for _, node := range s.kept {
+		s.fs.Forget(node, 1)
+	}
+	s.kept = nil
 }
 
 func (s *ourSide) closeSlot(i int) {
 	if f := &s.slots[i]; f.open {
 		_ = s.Flush(f.node, f.fh)
 		s.Release(f.node, f.fh)
-		s.fs.Forget(f.node, 1)
+		s.forget(f.node)
 		*f = ourFile{}
 	}
 }
@@ -69,7 +85,7 @@ func (s *ourSide) walk(path string) (at fuseproto.EntryOut, e fsbackend.Errno) {
 	}
 	for name := range strings.SplitSeq(path, "/") {
 		next, e := s.step(&at, name)
-		s.fs.Forget(at.NodeId, 1)
+		s.forget(at.NodeId)
 		if e != 0 {
 			return next, e
 		}
@@ -99,7 +115,7 @@ func (s *ourSide) on(path string, do func(f *fuseproto.EntryOut) fsbackend.Errno
 	if e != 0 {
 		return e
 	}
-	defer s.fs.Forget(f.NodeId, 1)
+	defer s.forget(f.NodeId)
 	return do(&f)
 }
 
@@ -121,7 +137,7 @@ func (s *ourSide) in(path string, do func(dir uint64, name string, old *fuseprot
 		f, e := s.step(dir, name)
 		switch e {
 		case 0:
-			defer s.fs.Forget(f.NodeId, 1)
+			defer s.forget(f.NodeId)
 			return do(dir.NodeId, name, &f)
 		case unix.ENOENT:
 			if kindOf(&dir.Attr) == unix.S_IFLNK {
@@ -136,7 +152,7 @@ func (s *ourSide) in(path string, do func(dir uint64, name string, old *fuseprot
 // entry forgets what a call has made.
 func (s *ourSide) entry(out fuseproto.EntryOut, e fsbackend.Errno) fsbackend.Errno {
 	if e == 0 {
-		s.fs.Forget(out.NodeId, 1)
+		s.forget(out.NodeId)
 	}
 	return e
 }
@@ -399,12 +415,12 @@ func (s *ourSide) open(o op) fsbackend.Errno {
 		return e
 	}
 	if kindOf(&f.Attr) != unix.S_IFREG {
-		s.fs.Forget(f.NodeId, 1)
+		s.forget(f.NodeId)
 		return unix.EINVAL
 	}
 	fh, e := s.Open(f.NodeId, flags)
 	if e != 0 {
-		s.fs.Forget(f.NodeId, 1)
+		s.forget(f.NodeId)
 		return e
 	}
 	return s.put(o.slot, ourFile{node: f.NodeId, fh: fh, readOnly: flags == unix.O_RDONLY})
@@ -562,7 +578,7 @@ func (s *ourSide) tree() (map[string]string, error) {
 	v.visit("", root)
 	// Until now, so that nodes keep their numbers.
 	for _, node := range v.seen {
-		s.fs.Forget(node, 1)
+		s.forget(node)
 	}
 	return v.all, errors.Join(v.errs...)
 }

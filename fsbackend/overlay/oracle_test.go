@@ -89,6 +89,8 @@ type stack struct {
 	// lowers are the kernel's, the uppermost first, and ours the same, but for how marks are made.
 	lowers, ours []string
 	mounted      []string
+	// keep is how many files a guest on ours has in its caches.
+	keep int
 }
 
 func needRoot(t *testing.T) {
@@ -136,7 +138,8 @@ func newStack(root string, s script) (*stack, error) {
 	if err != nil {
 		return nil, err
 	}
-	st := &stack{variant: variants[s.seed%uint64(len(variants))], dir: dir}
+	n := uint64(len(variants))
+	st := &stack{variant: variants[s.seed%n], dir: dir, keep: int(s.seed / n % 2 * 100)}
 	r := rand.New(rand.NewPCG(s.seed, 2))
 	for i := range 1 + r.IntN(3) {
 		if err := st.addLower(i, r, s.fill); err != nil {
@@ -297,7 +300,9 @@ func (st *stack) open(lowers []string, upper, work string) (*ourSide, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newOurSide(fs, upper), nil
+	ours := newOurSide(fs, upper)
+	ours.keep = st.keep
+	return ours, nil
 }
 
 // difference is where two sides part.

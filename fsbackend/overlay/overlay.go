@@ -69,6 +69,7 @@ type FS struct {
 
 	handles handles
 	listed  atomic.Int64 // entries in listings of open directories
+	indexes indexes
 	gate    gate
 
 	// renameMu is held while a directory changes its place in the tree.
@@ -84,6 +85,10 @@ func New(cfg Config) (*FS, error) {
 	if cfg.MaxInodes == 0 {
 		fs.cfg.MaxInodes = DefaultMaxInodes
 	}
+	if cfg.MaxNames == 0 {
+		fs.cfg.MaxNames = DefaultMaxNames
+	}
+	fs.indexes.all = make(map[*names]struct{})
 	fs.mapped = len(cfg.UIDMap)+len(cfg.GIDMap) > 0 || cfg.SquashToRoot || cfg.SquashToUID != nil || cfg.SquashToGID != nil
 	fs.clear()
 	fs.handles.init()
@@ -286,6 +291,7 @@ func (fs *FS) Reset() {
 	for _, n := range nodes {
 		fs.forgetReals(n)
 	}
+	fs.indexes.dropOf(fs.root.dir)
 	for i, l := range fs.layers {
 		if fs.resettable(i) {
 			l.r.Reset()

@@ -20,7 +20,7 @@ func (fs *FS) look(c *fsbackend.Context, p *node, name fsbackend.Name, t *there)
 	t.node = fs.at(p, name)
 	if n := t.node; n != nil && n.dir == nil && n.upper.Load() != 0 {
 		t.attr.Mode = n.typ
-		t.below = n.below.Load()
+		t.below = fs.knownBelow(n)
 		return 0
 	}
 	return fs.find(c, p, name, &t.found)
@@ -42,10 +42,13 @@ func (fs *FS) hidesBelow(c *fsbackend.Context, p *node, name fsbackend.Name, t *
 	return fs.isBelow(c, p, name)
 }
 
-// isBelow says whether a lower layer has something of the name.
+// isBelow says whether a lower layer has something of the name: what name would be without what the upper one has there.
 func (fs *FS) isBelow(c *fsbackend.Context, p *node, name fsbackend.Name) (bool, errno) {
+	if below, e := fs.below(c, p, 1, name); e != 0 || below != belowUnknown {
+		return below == belowSomething, e
+	}
 	var f found
-	switch e := fs.findBelow(c, p, name, &f); e {
+	switch e := fs.findFrom(c, p, 1, name, nil, &f); e {
 	case 0:
 		fs.release(&f)
 		return true, 0
@@ -199,7 +202,7 @@ func (fs *FS) rmdirOwn(c *fsbackend.Context, p *node, name fsbackend.Name) (errn
 		if child == nil || child.dir == nil || child.upper.Load() == 0 {
 			return 0, false
 		}
-		if child.below.Load() != belowNothing {
+		if fs.knownBelow(child) != belowNothing {
 			if below, e := fs.isBelow(c, p, name); e != 0 || below {
 				return e, e != 0
 			}

@@ -112,22 +112,39 @@ func (fs *FS) tryRename(c *fsbackend.Context, r *rename) errno {
 	return fs.renameMerged(c, r)
 }
 
-// renamePure renames where nothing is below either directory, and what moves is the upper layer's alone: one call. It says
-// whether that was so.
+// renamePure renames where nothing is below either name, and what moves is the upper layer's alone: one call. It says whether that was
+// so.
 func (fs *FS) renamePure(c *fsbackend.Context, r *rename) (errno, bool) {
-	if len(r.from.lowers) > 0 || len(r.to.lowers) > 0 || r.flags&unix.RENAME_EXCHANGE != 0 {
+	if r.flags&unix.RENAME_EXCHANGE != 0 {
 		return 0, false
 	}
 	n, target := fs.at(r.from, r.oldName), fs.at(r.to, r.newName)
+	merged := len(r.from.lowers) > 0 || len(r.to.lowers) > 0
 	switch {
-	case n == nil || n.upper.Load() == 0 || len(n.lowers) > 0:
+	case n == nil || n.upper.Load() == 0 || len(n.lowers) > 0 || r.to.upper.Load() == 0:
+		return 0, false
+	case merged && n.dir != nil: // it may have to be marked
 		return 0, false
 	case r.from != r.to && n.marked() && r.to.dir.parts[0].impure.Load() != impureYes:
 		return 0, false
 	case target != nil && (target.dir != nil || target.upper.Load() == 0):
 		return 0, false
 	}
-	if target == nil {
+	if merged && fs.knownBelow(n) != belowNothing {
+		if below, e := fs.below(c, r.from, 1, r.oldName); e != 0 || below != belowNothing {
+			return e, e != 0
+		}
+	}
+	below := uint32(belowNothing)
+	switch {
+	case target != nil:
+		below = fs.knownBelow(target)
+	case merged: // a directory in the upper layer is no file's to replace
+		var e errno
+		if below, e = fs.below(c, r.to, 1, r.newName); e != 0 || below != belowNothing {
+			return e, e != 0
+		}
+	default:
 		if impure, e := fs.impure(c, r.to, 0); e != 0 || impure {
 			return e, e != 0
 		}
@@ -135,7 +152,7 @@ func (fs *FS) renamePure(c *fsbackend.Context, r *rename) (errno, bool) {
 	switch e := fs.renameUpper(c, r, r.flags); e {
 	case 0:
 		fs.renamed(r)
-		n.below.Store(belowNothing)
+		fs.noteBelow(n, below)
 		return 0, true
 	case unix.ENOTEMPTY, unix.EEXIST, unix.ENOTDIR, unix.EISDIR:
 		return 0, false // the other may be a whiteout, or have nothing else in it
@@ -385,7 +402,7 @@ func (fs *FS) setRedirect(c *fsbackend.Context, n *node, sameDir bool) errno {
 func (fs *FS) replace(c *fsbackend.Context, r *rename, src, dst *name) errno {
 	below := false
 	// What the node knows is of one name, and the file may have others.
-	nothing := src.n.below.Load() == belowNothing && fs.at(r.from, r.oldName) == src.n
+	nothing := fs.knownBelow(src.n) == belowNothing && fs.at(r.from, r.oldName) == src.n
 	if len(r.from.lowers) > 0 && !nothing {
 		var e errno
 		if below, e = fs.isBelow(c, r.from, r.oldName); e != 0 {
@@ -491,11 +508,11 @@ func (fs *FS) renamed(r *rename) {
 		}
 		if a != nil {
 			dying = fs.place(a, r.to, string(r.newName), dying)
-			a.below.Store(belowUnknown)
+			fs.noteBelow(a, belowUnknown)
 		}
 		if b != nil && r.flags&unix.RENAME_EXCHANGE != 0 && !b.dead {
 			dying = fs.place(b, r.from, string(r.oldName), dying)
-			b.below.Store(belowUnknown)
+			fs.noteBelow(b, belowUnknown)
 		}
 	}
 	fs.mu.Unlock()

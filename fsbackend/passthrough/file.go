@@ -292,6 +292,26 @@ func remoteFS(magic int64) bool {
 	return false
 }
 
+// ListsAll implements fsbackend.Complete: true of file systems that are known to list what they have. Others have directories that are in no
+// listing (.zfs, .snapshot), make what is looked up (autofs), or are a program's.
+func (fs *FS) ListsAll(node, fh uint64) bool {
+	h, errno := fs.use(fh, node)
+	if errno != 0 {
+		return false
+	}
+	defer fs.handles.put(h)
+	var sfs unix.Statfs_t
+	if unix.Fstatfs(int(h.fd), &sfs) != nil {
+		return false
+	}
+	switch int64(sfs.Type) {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.F2FS_SUPER_MAGIC, unix.TMPFS_MAGIC, unix.RAMFS_MAGIC,
+		unix.OVERLAYFS_SUPER_MAGIC, unix.SQUASHFS_MAGIC, unix.EROFS_SUPER_MAGIC_V1:
+		return true
+	}
+	return false
+}
+
 // Fsync implements fsbackend.Fsyncer.
 func (fs *FS) Fsync(_ *fsbackend.Context, in *fuseproto.FsyncIn) fsbackend.Errno {
 	return fs.fsync(in)

@@ -11,6 +11,12 @@ import (
 
 var listings = sync.Pool{New: func() any { return new(fsbackend.Listing) }}
 
+// ListsAll implements fsbackend.Complete: names are the backend's.
+func (f *FS) ListsAll(node, fh uint64) bool {
+	c, ok := f.Inner.Backend.(fsbackend.Complete)
+	return ok && c.ListsAll(node, fh)
+}
+
 // Readdir implements fsbackend.DirReader. What a regular file stands for is in its value: the guest is to look.
 func (f *FS) Readdir(c *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) fsbackend.Errno {
 	if !f.format.keepsTypes() {
