@@ -21,6 +21,7 @@
 //	node.go       the guest's nodes and the program's; forgetting
 //	idle.go       nodes that the guest has forgotten and may come back to
 //	cache.go      names and attributes that the program has said are good for a while
+//	burst.go      many lookups at once, for READDIRPLUS
 //	handle.go     open files and directories
 //	recover.go    the next program: finding nodes and handles again
 //	ops_*.go      the operations
@@ -126,7 +127,7 @@ type Bridge struct {
 	// what a program is known not to do, of which it need not be asked again
 	noOpen, noOpendir, noFlush atomic.Bool
 
-	reqs sync.Pool // of *request
+	reqs, bursts sync.Pool // of *request, *burst
 
 	mu       sync.Mutex
 	closed   bool
@@ -135,6 +136,7 @@ type Bridge struct {
 	idle     idleList
 	root     *node
 	handles  map[uint64]*handle
+	rests    int // handles with something left over of a listing
 	lastNode uint64
 	lastFh   uint64
 }

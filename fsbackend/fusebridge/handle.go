@@ -9,7 +9,7 @@ import (
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
-// A handle is an open file or directory. at, pins and closed are under Bridge.mu; the others do not change.
+// A handle is an open file or directory. rest, at, pins and closed are under Bridge.mu; the others do not change.
 type handle struct {
 	node      *node
 	dir       bool
@@ -18,6 +18,7 @@ type handle struct {
 	stateless bool   // the program opens nothing: it takes 0 everywhere
 
 	owners map[uint64]struct{} // of POSIX locks that were set by way of it; under Bridge.mu
+	rest   rest                // of its listing
 	at     place
 	pins   int  // calls that use it
 	closed bool // the guest has released it
@@ -77,6 +78,7 @@ func (b *Bridge) close(in *fuseproto.ReleaseIn, dir, wait bool) {
 	}
 	delete(b.handles, in.Fh)
 	h.closed = true
+	b.dropRest(h)
 	if h.owners != nil {
 		h.node.lockers = slices.DeleteFunc(h.node.lockers, func(o *handle) bool { return o == h })
 	}
