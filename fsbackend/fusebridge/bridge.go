@@ -82,6 +82,9 @@ type Config struct {
 	Owner *fuseproto.Caller
 	// MaxNodes is how many nodes the guest may hold, about; one more is ENFILE. 0 is 1<<20.
 	MaxNodes int
+	// ParallelLookups says that the program takes several requests about a directory at a time, though its INIT lacks
+	// FUSE_PARALLEL_DIROPS: that of libfuse before 3.15 does unless the program asks for it.
+	ParallelLookups bool
 	// NoCache asks the program about every name and attribute, whatever it has said of how long they are good.
 	NoCache bool
 	// Log is told of what goes wrong, at a bounded rate; nil drops it.

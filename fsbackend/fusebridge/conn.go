@@ -54,6 +54,7 @@ type conn struct {
 	mu          sync.Mutex
 	dead        bool
 	leading     bool
+	waiters     int // pending requests that are waited for, but for who leads
 	pending     map[uint64]*request
 	late        map[uint64]late // given up, and the reply may still come
 	unsolicited int
@@ -324,13 +325,16 @@ func (c *conn) wait(r *request) {
 			return
 		}
 		if c.leading {
-			r.waiting = true
+			if !r.waiting {
+				r.waiting = true
+				c.waiters++
+			}
 			c.mu.Unlock()
 			<-r.wake
 			continue
 		}
 		c.leading = true
-		r.waiting = false
+		c.unwait(r)
 		c.mu.Unlock()
 		for !r.done { // only who leads sets it
 			if !c.receive(0) {
@@ -370,6 +374,9 @@ func (c *conn) resign() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.leading = false
+	if c.waiters == 0 {
+		return
+	}
 	for _, r := range c.pending {
 		if r.waiting { // the others have yet to come to it
 			c.notify(r)
@@ -386,8 +393,17 @@ func (c *conn) notify(r *request) {
 	}
 }
 
+// unwait notes that nobody waits for r. c.mu is held.
+func (c *conn) unwait(r *request) {
+	if r.waiting {
+		r.waiting = false
+		c.waiters--
+	}
+}
+
 // complete ends a request. c.mu is held, and r no longer pending.
 func (c *conn) complete(r *request, errno fsbackend.Errno) {
+	c.unwait(r)
 	r.errno = errno
 	r.done = true
 	c.notify(r)

@@ -119,6 +119,9 @@ func (c *conn) agree(reply []byte, largest int) error {
 		flags |= uint64(o.Flags2) << 32
 	}
 	c.flags = flags & offered
+	if c.b.cfg.ParallelLookups {
+		c.flags |= fuseproto.FUSE_PARALLEL_DIROPS
+	}
 	// Without the flag 32 pages, FUSE_DEFAULT_MAX_PAGES_PER_REQ of fs/fuse/fuse_i.h.
 	pages := 32
 	if c.flags&fuseproto.FUSE_MAX_PAGES != 0 {
