@@ -2,6 +2,7 @@ package fusebridge
 
 import (
 	"slices"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -16,6 +17,9 @@ type handle struct {
 	flags     uint32 // open(2)'s
 	again     bool   // it may be opened again in another run of the program
 	stateless bool   // the program opens nothing: it takes 0 everywhere
+	direct    bool   // data go past the guest's page cache
+
+	order sync.Mutex // held by calls for data, for a program that takes one at a time; before Bridge.mu
 
 	owners map[uint64]struct{} // of POSIX locks that were set by way of it; under Bridge.mu
 	rest   rest                // of its listing
@@ -58,13 +62,13 @@ func (b *Bridge) room() fsbackend.Errno {
 }
 
 // opened makes a handle of what the program opened on n, which the caller has pinned.
-func (b *Bridge) opened(n *node, h handle) uint64 {
+func (b *Bridge) opened(n *node, h *handle) uint64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	n.pins++ // until the program has released the handle
 	h.node = n
 	b.lastFh++
-	b.handles[b.lastFh] = &h
+	b.handles[b.lastFh] = h
 	return b.lastFh
 }
 
