@@ -66,6 +66,7 @@ type given struct {
 	Timeout     time.Duration     `json:"timeout"`
 	RestartWait time.Duration     `json:"restart_wait"`
 	MaxWrite    int               `json:"max_write"`
+	Parallel    bool              `json:"parallel_lookups,omitempty"`
 	Owner       *fuseproto.Caller `json:"owner,omitempty"`
 	// Mounted says that the file is the directory that the program has mounted, and not a line.
 	Mounted bool `json:"mounted,omitempty"`
@@ -90,7 +91,7 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 		return nil, err
 	}
 	c := o.config(out.Log, m.ReadOnly)
-	g := given{Program: c.Name, Timeout: o.timeout, RestartWait: o.restartWait, MaxWrite: o.maxWrite, Owner: o.owner, Mounted: o.private}
+	g := given{Program: c.Name, Timeout: o.timeout, RestartWait: o.restartWait, MaxWrite: o.maxWrite, Parallel: o.parallelLookups(), Owner: o.owner, Mounted: o.private}
 	var file *os.File
 	if o.private {
 		file, err = o.startMounted(ctx, out, c)
@@ -194,7 +195,8 @@ func (Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *extens
 	ctx, cancel := context.WithTimeout(context.Background(), startPatience)
 	defer cancel()
 	b, err := fusebridge.New(ctx, fusebridge.Config{
-		Line: line, Timeout: d.Timeout, StartTimeout: startPatience, RestartWait: d.RestartWait, MaxWrite: d.MaxWrite, Owner: d.Owner, Log: in.Log,
+		Line: line, Timeout: d.Timeout, StartTimeout: startPatience, RestartWait: d.RestartWait, MaxWrite: d.MaxWrite,
+		ParallelLookups: d.Parallel, Owner: d.Owner, Log: in.Log,
 	})
 	if err != nil {
 		// What it has said at its end is on the line, if it has ended.

@@ -33,10 +33,11 @@ type options struct {
 	timeout     time.Duration
 	restartWait time.Duration
 	maxWrite    int
+	lookups     string // "parallel", "announced", or ""
 }
 
 // expected names all options, for errors.
-const expected = "expected command, user, group, network, timeout, restart, mount, env, write, dir, ids, max-write, sandbox or seccomp"
+const expected = "expected command, user, group, network, timeout, restart, mount, env, write, dir, ids, lookups, max-write, sandbox or seccomp"
 
 // parseOptions takes a mount's options apart.
 func parseOptions(m extensions.Mount) (*options, error) {
@@ -77,6 +78,8 @@ func parseOptions(m extensions.Mount) (*options, error) {
 			o.dir = value
 		case "ids":
 			o.owner, err = parseOwner(value)
+		case "lookups":
+			o.lookups, err = value, oneOf(value, "parallel", "announced")
 		case "max-write":
 			o.maxWrite, err = strconv.Atoi(value)
 			if err == nil && (o.maxWrite < 4096 || o.maxWrite > fusebridge.LimitMaxWrite || o.maxWrite%4096 != 0) {
@@ -98,6 +101,16 @@ func parseOptions(m extensions.Mount) (*options, error) {
 		return nil, err
 	}
 	return o, o.validate(m)
+}
+
+// looksUpInParallel are programs that take several lookups in a directory at a time though they do not say so, because their libfuse
+// does not: the squashfuses and fuse-overlayfs do one thing after the other whatever is asked at once, and in sshfs, of libfuse's
+// high level, a lookup is a getattr of a path, which a kernel never holds back.
+var looksUpInParallel = map[string]bool{"squashfuse": true, "squashfuse_ll": true, "fuse-overlayfs": true, "sshfs": true}
+
+// parallelLookups says whether the program may be sent several lookups in a directory at a time whatever its INIT says.
+func (o *options) parallelLookups() bool {
+	return o.lookups == "parallel" || o.lookups == "" && looksUpInParallel[filepath.Base(o.args[0])]
 }
 
 func cmpOr(a, b string) string {

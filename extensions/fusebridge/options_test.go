@@ -63,18 +63,18 @@ func FuzzSplit(f *testing.F) {
 func TestParseOptions(t *testing.T) {
 	const command = "command=squashfuse -f 'an image' {mnt}"
 	o, err := parseOptions(extensions.Mount{Options: []string{
-		command, "user=nobody", "group=12", "network", "timeout=5", "restart=1m", "env=A=b=c", "env=D=", "write=/var/x/", "dir=/var", "ids=1:2", "max-write=1048576",
+		command, "user=nobody", "group=12", "network", "timeout=5", "restart=1m", "env=A=b=c", "env=D=", "write=/var/x/", "dir=/var", "ids=1:2", "max-write=1048576", "lookups=announced",
 	}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if !slices.Equal(o.at("/dev/fd/3"), []string{"squashfuse", "-f", "an image", "/dev/fd/3"}) || o.credential.UID == 0 || o.credential.GID != 12 ||
 		!o.network || o.timeout != 5*time.Second || o.restartWait != time.Minute || !slices.Equal(o.env, []string{"A=b=c", "D="}) ||
-		!slices.Equal(o.writable, []string{"/var/x"}) || o.dir != "/var" || o.owner.Uid != 1 || o.owner.Gid != 2 || o.maxWrite != 1<<20 {
+		!slices.Equal(o.writable, []string{"/var/x"}) || o.dir != "/var" || o.owner.Uid != 1 || o.owner.Gid != 2 || o.maxWrite != 1<<20 || o.parallelLookups() {
 		t.Errorf("options are %+v", o)
 	}
 	plain, err := parseOptions(extensions.Mount{Options: []string{command, "network=none", "ids=caller", "mount=none"}})
-	if err != nil || plain.network || plain.credential != nil || plain.owner != nil || plain.private {
+	if err != nil || plain.network || plain.credential != nil || plain.owner != nil || plain.private || !plain.parallelLookups() {
 		t.Errorf("%+v, %v", plain, err)
 	}
 	for _, tt := range []struct {
@@ -95,6 +95,7 @@ func TestParseOptions(t *testing.T) {
 		{extensions.Mount{Options: []string{command, "write=x"}}, "absolute"},
 		{extensions.Mount{Options: []string{command, "ids=4294967295:0"}}, "UID:GID"},
 		{extensions.Mount{Options: []string{command, "max-write=5000"}}, "multiple"},
+		{extensions.Mount{Options: []string{command, "lookups=many"}}, "announced"},
 		{extensions.Mount{Options: []string{command, "sandbox=none", "mount=private"}}, "mount namespace"},
 		{extensions.Mount{Options: []string{command, "mount=private", "ids=root"}}, "kernel"},
 		{extensions.Mount{Options: []string{command, "other"}}, "expected command"},

@@ -21,6 +21,7 @@
 //	node.go       the guest's nodes and the program's; forgetting
 //	idle.go       nodes that the guest has forgotten and may come back to
 //	cache.go      names and attributes that the program has said are good for a while
+//	burst.go      many lookups at once, for READDIRPLUS
 //	handle.go     open files and directories
 //	recover.go    the next program: finding nodes and handles again
 //	ops_*.go      the operations
@@ -81,6 +82,9 @@ type Config struct {
 	Owner *fuseproto.Caller
 	// MaxNodes is how many nodes the guest may hold, about; one more is ENFILE. 0 is 1<<20.
 	MaxNodes int
+	// ParallelLookups says that the program takes several requests about a directory at a time, though its INIT lacks
+	// FUSE_PARALLEL_DIROPS: that of libfuse before 3.15 does unless the program asks for it.
+	ParallelLookups bool
 	// NoCache asks the program about every name and attribute, whatever it has said of how long they are good.
 	NoCache bool
 	// Log is told of what goes wrong, at a bounded rate; nil drops it.
@@ -126,7 +130,7 @@ type Bridge struct {
 	// what a program is known not to do, of which it need not be asked again
 	noOpen, noOpendir, noFlush atomic.Bool
 
-	reqs sync.Pool // of *request
+	reqs, bursts sync.Pool // of *request, *burst
 
 	mu       sync.Mutex
 	closed   bool
@@ -135,6 +139,7 @@ type Bridge struct {
 	idle     idleList
 	root     *node
 	handles  map[uint64]*handle
+	rests    int // handles with something left over of a listing
 	lastNode uint64
 	lastFh   uint64
 }

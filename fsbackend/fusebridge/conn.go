@@ -54,6 +54,7 @@ type conn struct {
 	mu          sync.Mutex
 	dead        bool
 	leading     bool
+	waiters     int // pending requests that are waited for, but for who leads
 	pending     map[uint64]*request
 	late        map[uint64]late // given up, and the reply may still come
 	unsolicited int
@@ -83,6 +84,7 @@ type request struct {
 
 	sink     *fsbackend.Sink // where a reply's data go, if not to reply
 	room     int             // how many of them
+	counted  bool            // in conn.sinks
 	reply    []byte          // the reply without its header
 	got      int             // bytes of data in sink
 	max      int             // bytes that the reply may have
@@ -196,6 +198,14 @@ func (r *request) call(ctx *fsbackend.Context, size int, variable bool) fsbacken
 
 // exchange is call with n bytes of src behind the request.
 func (r *request) exchange(ctx *fsbackend.Context, size int, variable bool, src *fsbackend.Source, n int) fsbackend.Errno {
+	if errno := r.start(ctx, size, src, n); errno != 0 {
+		return errno
+	}
+	return r.finish(variable)
+}
+
+// start sends the request, whose reply has up to size bytes: it must be finished.
+func (r *request) start(ctx *fsbackend.Context, size int, src *fsbackend.Source, n int) fsbackend.Errno {
 	c := r.c
 	r.max = size
 	r.reset()
@@ -215,28 +225,38 @@ func (r *request) exchange(ctx *fsbackend.Context, size int, variable bool, src 
 	}
 	c.pending[r.unique] = r
 	c.mu.Unlock()
-	if r.sink != nil {
+	if r.counted = r.sink != nil; r.counted {
 		c.sinks.Add(1)
-		defer c.sinks.Add(-1)
 	}
-	if errno := r.send(deadline, src, n); errno != 0 {
-		// Nobody should answer it, but something might bear its number all the same, and who leads be at it.
-		if r.sink != nil {
-			c.kill()
-			c.wait(r)
-			return errno
-		}
-		c.mu.Lock()
-		delete(c.pending, r.unique)
-		c.mu.Unlock()
+	errno := r.send(deadline, src, n)
+	if errno == 0 {
+		return fsbackend.OK
+	}
+	// Nobody should answer it, but something might bear its number all the same, and who leads be at it.
+	if r.counted {
+		c.kill()
+		c.wait(r)
+		c.sinks.Add(-1)
 		return errno
 	}
+	c.mu.Lock()
+	delete(c.pending, r.unique)
+	c.mu.Unlock()
+	return errno
+}
+
+// finish returns when a request that was started is answered.
+func (r *request) finish(variable bool) fsbackend.Errno {
+	c := r.c
 	c.wait(r)
+	if r.counted {
+		c.sinks.Add(-1)
+	}
 	if r.errno != 0 {
 		return r.errno
 	}
-	if got := r.got + len(r.reply); !variable && got != size {
-		c.broken("length of a reply", "operation", r.op.String(), "bytes", got, "expected", size)
+	if got := r.got + len(r.reply); !variable && got != r.max {
+		c.broken("length of a reply", "operation", r.op.String(), "bytes", got, "expected", r.max)
 		return unix.EIO
 	}
 	return fsbackend.OK
@@ -305,13 +325,16 @@ func (c *conn) wait(r *request) {
 			return
 		}
 		if c.leading {
-			r.waiting = true
+			if !r.waiting {
+				r.waiting = true
+				c.waiters++
+			}
 			c.mu.Unlock()
 			<-r.wake
 			continue
 		}
 		c.leading = true
-		r.waiting = false
+		c.unwait(r)
 		c.mu.Unlock()
 		for !r.done { // only who leads sets it
 			if !c.receive(0) {
@@ -351,6 +374,9 @@ func (c *conn) resign() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.leading = false
+	if c.waiters == 0 {
+		return
+	}
 	for _, r := range c.pending {
 		if r.waiting { // the others have yet to come to it
 			c.notify(r)
@@ -367,8 +393,17 @@ func (c *conn) notify(r *request) {
 	}
 }
 
+// unwait notes that nobody waits for r. c.mu is held.
+func (c *conn) unwait(r *request) {
+	if r.waiting {
+		r.waiting = false
+		c.waiters--
+	}
+}
+
 // complete ends a request. c.mu is held, and r no longer pending.
 func (c *conn) complete(r *request, errno fsbackend.Errno) {
+	c.unwait(r)
 	r.errno = errno
 	r.done = true
 	c.notify(r)

@@ -123,8 +123,14 @@ func entryOf(raw uint64, mode uint32) []byte {
 // newFake makes a bridge to a fake program that answers with answer.
 func newFake(t testing.TB, cfg Config, answer func(*fake, *fuseproto.InHeader, []byte)) (*fsbackendtest.Client, *Bridge, *fake, lines) {
 	t.Helper()
+	return newFakeInit(t, fakeInit, cfg, answer)
+}
+
+// newFakeInit is newFake for a program that answers init to INIT.
+func newFakeInit(t testing.TB, init fuseproto.InitOut, cfg Config, answer func(*fake, *fuseproto.InHeader, []byte)) (*fsbackendtest.Client, *Bridge, *fake, lines) {
+	t.Helper()
 	l := make(lines, 4)
-	f := &fake{t: t, answer: answer, init: fakeInit}
+	f := &fake{t: t, answer: answer, init: init}
 	l <- f.start()
 	cfg.Line = l
 	b, err := New(context.Background(), cfg)

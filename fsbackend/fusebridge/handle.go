@@ -2,6 +2,7 @@ package fusebridge
 
 import (
 	"slices"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -9,15 +10,19 @@ import (
 	"github.com/sluicefs/sluice/fuseproto"
 )
 
-// A handle is an open file or directory. at, pins and closed are under Bridge.mu; the others do not change.
+// A handle is an open file or directory. rest, at, pins and closed are under Bridge.mu; the others do not change.
 type handle struct {
 	node      *node
 	dir       bool
 	flags     uint32 // open(2)'s
 	again     bool   // it may be opened again in another run of the program
 	stateless bool   // the program opens nothing: it takes 0 everywhere
+	direct    bool   // data go past the guest's page cache
+
+	order sync.Mutex // held by calls for data, for a program that takes one at a time; before Bridge.mu
 
 	owners map[uint64]struct{} // of POSIX locks that were set by way of it; under Bridge.mu
+	rest   rest                // of its listing
 	at     place
 	pins   int  // calls that use it
 	closed bool // the guest has released it
@@ -57,13 +62,13 @@ func (b *Bridge) room() fsbackend.Errno {
 }
 
 // opened makes a handle of what the program opened on n, which the caller has pinned.
-func (b *Bridge) opened(n *node, h handle) uint64 {
+func (b *Bridge) opened(n *node, h *handle) uint64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	n.pins++ // until the program has released the handle
 	h.node = n
 	b.lastFh++
-	b.handles[b.lastFh] = &h
+	b.handles[b.lastFh] = h
 	return b.lastFh
 }
 
@@ -77,6 +82,7 @@ func (b *Bridge) close(in *fuseproto.ReleaseIn, dir, wait bool) {
 	}
 	delete(b.handles, in.Fh)
 	h.closed = true
+	b.dropRest(h)
 	if h.owners != nil {
 		h.node.lockers = slices.DeleteFunc(h.node.lockers, func(o *handle) bool { return o == h })
 	}

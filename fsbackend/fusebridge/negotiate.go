@@ -37,14 +37,12 @@ const offered = fuseproto.FUSE_ASYNC_READ |
 	fuseproto.FUSE_SETXATTR_EXT |
 	fuseproto.FUSE_INIT_EXT
 
-// relied are those of them that the guest has only if the program has them, so that a restarted one must have them too. Not among
-// them is FUSE_PARALLEL_DIROPS: for a program without it the bridge looks names up one after the other (node.look).
-const relied = fuseproto.FUSE_ASYNC_READ |
-	fuseproto.FUSE_POSIX_LOCKS |
-	fuseproto.FUSE_ATOMIC_O_TRUNC |
+// relied are those of them that the guest has only if the program has them, so that a restarted one must have them too. Others the
+// bridge makes up for: FUSE_PARALLEL_DIROPS by looking names up one after the other (node.look), FUSE_ATOMIC_O_TRUNC by SETATTR
+// (Bridge.cut), FUSE_ASYNC_READ and FUSE_ASYNC_DIO by one request at a time (handle.order).
+const relied = fuseproto.FUSE_POSIX_LOCKS |
 	fuseproto.FUSE_FLOCK_LOCKS |
 	fuseproto.FUSE_DO_READDIRPLUS |
-	fuseproto.FUSE_ASYNC_DIO |
 	fuseproto.FUSE_HANDLE_KILLPRIV |
 	fuseproto.FUSE_CACHE_SYMLINKS |
 	fuseproto.FUSE_HANDLE_KILLPRIV_V2
@@ -65,6 +63,9 @@ func (b *Bridge) WantFlags(defaults uint64) uint64 {
 	lacks := relied &^ b.first &^ fuseproto.FUSE_DO_READDIRPLUS // in whose place there is READDIR
 	return defaults &^ never &^ lacks
 }
+
+// lacks says that the program has not agreed to flag.
+func (b *Bridge) lacks(flag uint64) bool { return b.current.Load().flags&flag == 0 }
 
 // Sizes of InitOut: before 7.5, before 7.23, and since (include/uapi/linux/fuse.h).
 const (
@@ -119,6 +120,9 @@ func (c *conn) agree(reply []byte, largest int) error {
 		flags |= uint64(o.Flags2) << 32
 	}
 	c.flags = flags & offered
+	if c.b.cfg.ParallelLookups {
+		c.flags |= fuseproto.FUSE_PARALLEL_DIROPS
+	}
 	// Without the flag 32 pages, FUSE_DEFAULT_MAX_PAGES_PER_REQ of fs/fuse/fuse_i.h.
 	pages := 32
 	if c.flags&fuseproto.FUSE_MAX_PAGES != 0 {

@@ -159,6 +159,7 @@ func (b *Bridge) Reset() {
 	b.mu.Lock()
 	for _, h := range b.handles {
 		h.closed = true
+		b.dropRest(h)
 		h.node.lockers = nil
 		if h.pins == 0 {
 			handles = append(handles, h)

@@ -47,7 +47,7 @@ func (b *Bridge) open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 	if dir {
 		op, without = fuseproto.FUSE_OPENDIR, &b.noOpendir
 	}
-	h := handle{dir: dir, flags: in.Flags & reopenFlags, again: dir || in.Flags&unix.O_ACCMODE == unix.O_RDONLY, stateless: without.Load()}
+	h := &handle{dir: dir, flags: in.Flags & reopenFlags, again: dir || in.Flags&unix.O_ACCMODE == unix.O_RDONLY, stateless: without.Load()}
 	if h.stateless {
 		return b.openStateless(ctx, n, h, in, out)
 	}
@@ -58,6 +58,10 @@ func (b *Bridge) open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 	defer r.end()
 	req := put(r, op, in)
 	req.Flags &^= unix.O_CREAT | unix.O_EXCL | unix.O_NOCTTY
+	cut := !dir && in.Flags&unix.O_TRUNC != 0 && r.c.flags&fuseproto.FUSE_ATOMIC_O_TRUNC == 0
+	if cut {
+		req.Flags &^= unix.O_TRUNC
+	}
 	if r.c.flags&fuseproto.FUSE_HANDLE_KILLPRIV_V2 == 0 {
 		req.Mode &^= fuseproto.FUSE_OPEN_KILL_SUIDGID
 	}
@@ -69,6 +73,7 @@ func (b *Bridge) open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 	case fsbackend.OK:
 		decode(r.reply, out)
 		h.at = place{r.c, out.Fh}
+		h.direct = in.Flags&unix.O_DIRECT != 0 || out.OpenFlags&fuseproto.FOPEN_DIRECT_IO != 0
 		out.OpenFlags, out.BackingID = out.OpenFlags&openFlags, 0
 	case unix.ENOSYS:
 		without.Store(true)
@@ -78,17 +83,35 @@ func (b *Bridge) open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 		return errno
 	}
 	out.Fh = b.opened(n, h)
-	return fsbackend.OK
+	if !cut {
+		return fsbackend.OK
+	}
+	if errno = b.cut(ctx, in.InHeader, out.Fh, in.Flags, in.Mode, new(fuseproto.AttrOut)); errno != 0 {
+		b.close(&fuseproto.ReleaseIn{InHeader: in.InHeader, Fh: out.Fh, Flags: in.Flags}, dir, true)
+	}
+	return errno
+}
+
+// cut truncates the file of h, which was opened with flags, for a program that leaves O_TRUNC to SETATTR as without
+// FUSE_ATOMIC_O_TRUNC a kernel does (fs/namei.c, handle_truncate).
+func (b *Bridge) cut(ctx *fsbackend.Context, h fuseproto.InHeader, fh uint64, flags, openFlags uint32, out *fuseproto.AttrOut) fsbackend.Errno {
+	var in fuseproto.SetattrIn
+	in.InHeader, in.Valid = h, fuseproto.FATTR_SIZE
+	if flags&unix.O_ACCMODE != unix.O_RDONLY {
+		in.Valid |= fuseproto.FATTR_FH
+		in.Fh = fh
+	}
+	if openFlags&fuseproto.FUSE_OPEN_KILL_SUIDGID != 0 {
+		in.Valid |= fuseproto.FATTR_KILL_SUIDGID
+	}
+	return b.Setattr(ctx, &in, out)
 }
 
 // openStateless makes a handle where the program opens nothing: it takes handle 0 in every request, and is not told of the release
 // (fs/fuse/file.c, fuse_file_open). What the guest's kernel leaves to its OPEN is done otherwise.
-func (b *Bridge) openStateless(ctx *fsbackend.Context, n *node, h handle, in *fuseproto.OpenIn, out *fuseproto.OpenOut) fsbackend.Errno {
+func (b *Bridge) openStateless(ctx *fsbackend.Context, n *node, h *handle, in *fuseproto.OpenIn, out *fuseproto.OpenOut) fsbackend.Errno {
 	if !h.dir && in.Flags&unix.O_TRUNC != 0 {
-		var cut fuseproto.SetattrIn
-		cut.InHeader = in.InHeader
-		cut.Valid = fuseproto.FATTR_SIZE
-		if errno := b.Setattr(ctx, &cut, new(fuseproto.AttrOut)); errno != 0 {
+		if errno := b.cut(ctx, in.InHeader, 0, unix.O_RDONLY, in.Mode, new(fuseproto.AttrOut)); errno != 0 {
 			return errno
 		}
 	}
@@ -141,6 +164,10 @@ func (b *Bridge) create(ctx *fsbackend.Context, op fuseproto.Opcode, in *fusepro
 	if op == fuseproto.FUSE_CREATE {
 		req.Flags |= unix.O_CREAT
 	}
+	cut := in.Flags&unix.O_TRUNC != 0 && r.c.flags&fuseproto.FUSE_ATOMIC_O_TRUNC == 0
+	if cut {
+		req.Flags &^= unix.O_TRUNC
+	}
 	b.modes(r.c, &req.Mode, &req.Umask)
 	if r.c.flags&fuseproto.FUSE_HANDLE_KILLPRIV_V2 == 0 {
 		req.OpenFlags &^= fuseproto.FUSE_OPEN_KILL_SUIDGID
@@ -172,9 +199,21 @@ func (b *Bridge) create(ctx *fsbackend.Context, op fuseproto.Opcode, in *fusepro
 	}
 	b.touch(n)
 	b.keepEntry(n, &out.EntryOut, b.version(n), parent, name, b.version(p))
-	h := handle{flags: in.Flags & reopenFlags, again: in.Flags&unix.O_ACCMODE == unix.O_RDONLY, at: place{r.c, fh}}
+	h := &handle{flags: in.Flags & reopenFlags, again: in.Flags&unix.O_ACCMODE == unix.O_RDONLY, at: place{r.c, fh}}
+	h.direct = in.Flags&unix.O_DIRECT != 0 || out.OpenFlags&fuseproto.FOPEN_DIRECT_IO != 0
 	out.Fh = b.opened(n, h)
 	out.OpenFlags, out.BackingID = out.OpenFlags&openFlags, 0
+	if !cut || out.Size == 0 { // which a new file has
+		return fsbackend.OK
+	}
+	head, attr := in.InHeader, new(fuseproto.AttrOut)
+	head.NodeId = n.id
+	if errno := b.cut(ctx, head, out.Fh, in.Flags, in.OpenFlags, attr); errno != 0 {
+		b.close(&fuseproto.ReleaseIn{InHeader: head, Fh: out.Fh, Flags: in.Flags}, false, true)
+		b.Forget(n.id, 1)
+		return errno
+	}
+	out.Attr, out.AttrValid, out.AttrValidNsec = attr.Attr, attr.AttrValid, attr.AttrValidNsec
 	return fsbackend.OK
 }
 
@@ -230,6 +269,10 @@ func (b *Bridge) Read(ctx *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbacke
 	if offset > math.MaxInt64 {
 		return unix.EINVAL
 	}
+	if b.lacks(fuseproto.FUSE_ASYNC_READ) || h.direct && b.lacks(fuseproto.FUSE_ASYNC_DIO) {
+		h.order.Lock()
+		defer h.order.Unlock()
+	}
 	for dst.Len() > 0 && offset < math.MaxInt64 {
 		want, got, errno := b.readSome(ctx, h, in, offset, dst)
 		if errno != 0 {
@@ -269,6 +312,10 @@ func (b *Bridge) Write(ctx *fsbackend.Context, in *fuseproto.WriteIn, src *fsbac
 	defer b.unpinHandle(h)
 	if in.Offset > math.MaxInt64 || uint64(src.Len()) > math.MaxInt64-in.Offset {
 		return 0, unix.EFBIG
+	}
+	if h.direct && b.lacks(fuseproto.FUSE_ASYNC_DIO) {
+		h.order.Lock()
+		defer h.order.Unlock()
 	}
 	defer b.touch(h.node)
 	total, limit := 0, LimitMaxWrite

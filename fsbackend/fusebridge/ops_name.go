@@ -32,29 +32,55 @@ func (b *Bridge) Lookup(ctx *fsbackend.Context, parent uint64, name fsbackend.Na
 	}
 	defer r.end()
 	defer p.unlook(p.look(r.c))
-	known, version, names := b.child(p, name)
+	var l lookup
+	if errno := l.start(ctx, b, r, p, name); errno != 0 {
+		return errno
+	}
+	return l.finish(b, out)
+}
+
+// A lookup is a LOOKUP that the program has been sent. The names of the directory are locked (node.look) until it is finished.
+type lookup struct {
+	r              *request
+	p              *node
+	name           fsbackend.Name
+	known          *node // what the name was known to be
+	version, names uint64
+}
+
+// start sends r, which is for p, as a LOOKUP of name.
+func (l *lookup) start(ctx *fsbackend.Context, b *Bridge, r *request, p *node, name fsbackend.Name) fsbackend.Errno {
+	l.r, l.p, l.name = r, p, name
+	l.known, l.version, l.names = b.child(p, name)
 	put(r, fuseproto.FUSE_LOOKUP, &fuseproto.InHeader{})
 	r.name(name)
-	if errno := r.entry(ctx, out); errno != 0 {
+	return r.start(ctx, entryOutSize, nil, 0)
+}
+
+// finish takes up the answer, and counts the guest's lookup.
+func (l *lookup) finish(b *Bridge, out *fuseproto.EntryOut) fsbackend.Errno {
+	if errno := l.r.finish(false); errno != 0 {
 		if errno == unix.ENOENT {
-			b.lost(p, name)
+			b.lost(l.p, l.name)
 		}
 		return errno
 	}
+	decode(l.r.reply, out)
 	if out.NodeId == 0 { // and for how long it is known not to be there
-		b.lost(p, name)
+		b.lost(l.p, l.name)
 		now := clock()
 		setValid(&out.EntryValid, &out.EntryValidNsec, now, until(now, out.EntryValid, out.EntryValidNsec))
 		return fsbackend.OK
 	}
-	n, errno := b.adopt(r.c, out, p, name)
+	n, errno := b.adopt(l.r.c, out, l.p, l.name)
 	if errno != 0 {
 		return errno
 	}
-	if n != known {
+	version := l.version
+	if n != l.known {
 		version = b.version(n)
 	}
-	b.keepEntry(n, out, version, p, name, names)
+	b.keepEntry(n, out, version, l.p, l.name, l.names)
 	return fsbackend.OK
 }
 

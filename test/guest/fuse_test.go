@@ -39,10 +39,12 @@ func servePrograms(t *testing.T) *programs {
 	p.tree = p.source("tree", map[string]string{"a/b/c": "deep\n", "file": strings.Repeat("0123456789", 100_000), "empty": ""})
 	p.must("mksquashfs", p.tree, p.in("tree.sqfs"), "-quiet", "-no-progress")
 	p.check(os.WriteFile(p.in("pass"), []byte("secret\n"), 0o600))
-	for _, dir := range []string{"cipher", "upper", "work", "remote"} {
+	for _, dir := range []string{"cipher", "upper", "work", "remote", "plain", "cipher2"} {
 		p.check(os.Mkdir(p.in(dir), 0o755))
 	}
-	p.must("gocryptfs", "-q", "-init", "-passfile", p.in("pass"), "-scryptn", "10", p.in("cipher"))
+	for _, dir := range []string{"cipher", "cipher2"} {
+		p.must("gocryptfs", "-q", "-init", "-passfile", p.in("pass"), "-scryptn", "10", p.in(dir))
+	}
 	server, err := sshd.Start(p.scratch)
 	p.check(err)
 	t.Cleanup(server.Close)
@@ -50,6 +52,7 @@ func servePrograms(t *testing.T) *programs {
 		"--share", fmt.Sprintf("tag=sq,socket=%s/sq.sock,fuse=squashfuse -f %s {mnt}", p.scratch, p.in("tree.sqfs")),
 		"--share", fmt.Sprintf("tag=cr,socket=%s/cr.sock,xattr,fuse=gocryptfs -fg -q -allow_other -passfile %s %s {mnt}", p.scratch, p.in("pass"), p.in("cipher")),
 		"--share", fmt.Sprintf(`tag=ov,socket=%[1]s/ov.sock,xattr,fuse=fuse-overlayfs -f -o lowerdir=%[2]s\,upperdir=%[1]s/upper\,workdir=%[1]s/work {mnt}`, p.scratch, p.tree),
+		"--share", fmt.Sprintf("tag=pt,socket=%s/pt.sock,dir=%s", p.scratch, p.in("plain")),
 		"--share", fmt.Sprintf("tag=ss,socket=%s/ss.sock,fuse=sshfs -f %s {mnt},option=network", p.scratch, strings.Join(server.Options(p.in("remote")), " ")),
 	}})
 	return p
@@ -60,7 +63,7 @@ func TestFUSEPrograms(t *testing.T) {
 	forRoot(t)
 	t.Parallel()
 	p := servePrograms(t)
-	g := p.on("sq", "cr", "ov", "ss")
+	g := p.on("sq", "cr", "ov", "ss", "pt")
 	want := hostSh(t, fmt.Sprintf(walkScript, p.tree))
 	if got := g.sh(walkScript, "/mnt/sq"); got != want {
 		t.Errorf("squashfuse serves another tree:\n%s", difference(want, got))
@@ -74,6 +77,14 @@ func TestFUSEPrograms(t *testing.T) {
 		t.Errorf("squashfuse serves another tree as a graft:\n%s", difference(want, got))
 	}
 	p.check(p.c.RemoveGraft(p.ctx, "cr", "/archive"))
+	// gocryptfs beside a directory of the host, which has agreed with the guest on more than it can do: O_TRUNC among it.
+	_, err = p.c.AddGraft(p.ctx, "pt", api.GraftSpec{
+		Path: "/secret", Backend: "fuse", Options: []string{fmt.Sprintf("command=gocryptfs -fg -q -allow_other -passfile %s %s {mnt}", p.in("pass"), p.in("cipher2"))},
+	}, false)
+	p.check(err)
+	g.sh("cd /mnt/pt/secret; cp -r /mnt/sq tree; diff -r tree /mnt/sq; cp tree/file tree/a/b/c; cmp tree/file tree/a/b/c; echo short >tree/file")
+	g.says("short", "cat /mnt/pt/secret/tree/file; >/mnt/pt/secret/tree/file; cat /mnt/pt/secret/tree/file; touch /mnt/pt/beside")
+	p.check(p.c.RemoveGraft(p.ctx, "pt", "/secret"))
 	for _, tag := range []string{"cr", "ov", "ss"} {
 		g.sh("cd /mnt/%s; mkdir -p new/sub; (cd /mnt/sq; tar c .) | tar x -C new/sub; diff -r new/sub /mnt/sq", tag)
 		g.sh("cd /mnt/%s/new; mv sub moved; rm moved/empty; echo more >>moved/a/b/c; ln -s a moved/link", tag)
