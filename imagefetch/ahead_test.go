@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -340,6 +341,66 @@ func TestBandwidthOfRegistry(t *testing.T) {
 	if rate := float64(n) / took.Seconds(); rate > 1.1*float64(cfg.Bandwidth) || rate < 0.8*float64(cfg.Bandwidth) {
 		t.Errorf("%.0f bytes a second came, expected %d", rate, cfg.Bandwidth)
 	}
+}
+
+// TestBatches has what lies side by side in a layer be asked for at once, at most so much of it, by prefetching and by the background, and
+// by as many at once as may.
+func TestBatches(t *testing.T) {
+	const batch = 1 << 20 // the default
+	for _, prefetch := range []int64{0, 1 << 30} {
+		t.Run(fmt.Sprintf("prefetch %d", prefetch), func(t *testing.T) {
+			img := imagetest.New(t, []imagetest.File{{Name: "big", Data: noise(5, 5<<20)}, {Name: "more", Data: noise(6, 500<<10)}})
+			if prefetch > 0 {
+				img = img.Server.Push(t, "a/b", imagetest.Build(t, img.Layers[0].Files, imagetest.Options{NoLandmark: true}))
+			}
+			cfg := quick(img)
+			cfg.Prefetch.Size = prefetch
+			cfg.Background = BackgroundConfig{Off: prefetch > 0, Concurrency: 3}
+			var now, most atomic.Int64
+			img.Server.SetFault(ofBlobs(-1, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+				n := now.Add(1)
+				for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+				}
+				time.Sleep(5 * time.Millisecond) // the others could come now
+				next.ServeHTTP(w, r)
+				now.Add(-1)
+			}))
+			m := open(t, cfg)
+			l := m.layers0(t)
+			waitFor(t, func() bool { return l.lacks() == 0 })
+			// Each begins where the one before ends, and ends where the next chunk would be too much.
+			at, requests := l.streams[0].off, img.Server.Requests()[3:]
+			slices.SortFunc(requests, func(a, b imagetest.Request) int { return int(rangeOf(t, a).Off - rangeOf(t, b).Off) })
+			for _, r := range requests {
+				got, end := rangeOf(t, r), at
+				for _, s := range l.streams {
+					if s.off >= at && s.end-at <= batch {
+						end = s.end
+					}
+				}
+				if got.Off != at || got.Off+got.Len != end {
+					t.Errorf("%d bytes at %d were asked for, expected %d at %d", got.Len, got.Off, end-at, at)
+				}
+				at = got.Off + got.Len
+			}
+			if end := l.streams[len(l.streams)-1].end; at != end {
+				t.Errorf("requests end at %d, expected %d", at, end)
+			}
+			if n := most.Load(); n != 3 {
+				t.Errorf("there were %d requests at once, expected 3", n)
+			}
+		})
+	}
+}
+
+// rangeOf is the one range of a request.
+func rangeOf(t *testing.T, r imagetest.Request) registry.Range {
+	t.Helper()
+	var first, last int64
+	if _, err := fmt.Sscanf(r.Range, "bytes=%d-%d", &first, &last); err != nil || strings.Contains(r.Range, ",") {
+		t.Fatalf("the range %q: %v", r.Range, err)
+	}
+	return registry.Range{Off: first, Len: last + 1 - first}
 }
 
 // TestLimiter is of the cap alone: the first bytes are as slow as the others, what was not used is lost but for a moment's, a timer
