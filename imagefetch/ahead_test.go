@@ -462,6 +462,41 @@ func TestReaderHurries(t *testing.T) {
 	}
 }
 
+// TestReach is D9's question whether the rest can be had: a byte of each layer that is not whole says so.
+func TestReach(t *testing.T) {
+	img := imagetest.New(t, someFiles()[:2], someFiles())
+	cfg := quick(img)
+	cfg.Cache = cacheDir(t)
+	cfg.Registry.Timeout = registry.Duration(time.Second)
+	m := open(t, cfg)
+	if _, err := read(t, m, 0, "etc/hostname"); err != nil { // all of the first layer
+		t.Fatal(err)
+	}
+	img.Server.Reset()
+	if err := m.Reach(within(t)); err != nil {
+		t.Error(err)
+	}
+	reqs := img.Server.Requests()
+	if len(reqs) != 1 || reqs[0].Range != byteRange(0, 1) || !strings.HasSuffix(reqs[0].Path, img.Layers[1].Digest) {
+		t.Errorf("it asked for %+v, expected a byte of the second layer", reqs)
+	}
+	img.Server.SetFault(ofBlobs(-1, status(500)))
+	if err := m.Reach(within(t)); err == nil || !strings.Contains(err.Error(), "status 500") || !strings.Contains(err.Error(), img.Layers[1].Digest) {
+		t.Errorf("where the registry fails: %v", err)
+	}
+	img.Server.SetFault(ofBlobs(-1, hang))
+	start := time.Now()
+	if err := m.Reach(within(t)); err == nil || time.Since(start) > 5*time.Second {
+		t.Errorf("where it hangs: %v after %v", err, time.Since(start))
+	}
+	img.Server.SetFault(nil)
+	check(t, m, img)
+	img.Server.Close()
+	if err := m.Reach(within(t)); err != nil {
+		t.Errorf("where everything is here: %v", err)
+	}
+}
+
 // TestSingleflight is T-D13: who asks for what is on its way waits for it.
 func TestSingleflight(t *testing.T) {
 	img := someImage(t)
