@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -342,6 +343,66 @@ func TestBandwidthOfRegistry(t *testing.T) {
 	}
 }
 
+// TestBatches has what lies side by side in a layer be asked for at once, at most so much of it, by prefetching and by the background, and
+// by as many at once as may.
+func TestBatches(t *testing.T) {
+	const batch = 1 << 20 // the default
+	for _, prefetch := range []int64{0, 1 << 30} {
+		t.Run(fmt.Sprintf("prefetch %d", prefetch), func(t *testing.T) {
+			img := imagetest.New(t, []imagetest.File{{Name: "big", Data: noise(5, 5<<20)}, {Name: "more", Data: noise(6, 500<<10)}})
+			if prefetch > 0 {
+				img = img.Server.Push(t, "a/b", imagetest.Build(t, img.Layers[0].Files, imagetest.Options{NoLandmark: true}))
+			}
+			cfg := quick(img)
+			cfg.Prefetch.Size = prefetch
+			cfg.Background = BackgroundConfig{Off: prefetch > 0, Concurrency: 3}
+			var now, most atomic.Int64
+			img.Server.SetFault(ofBlobs(-1, func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+				n := now.Add(1)
+				for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+				}
+				time.Sleep(5 * time.Millisecond) // the others could come now
+				next.ServeHTTP(w, r)
+				now.Add(-1)
+			}))
+			m := open(t, cfg)
+			l := m.layers0(t)
+			waitFor(t, func() bool { return l.lacks() == 0 })
+			// Each begins where the one before ends, and ends where the next chunk would be too much.
+			at, requests := l.streams[0].off, img.Server.Requests()[3:]
+			slices.SortFunc(requests, func(a, b imagetest.Request) int { return int(rangeOf(t, a).Off - rangeOf(t, b).Off) })
+			for _, r := range requests {
+				got, end := rangeOf(t, r), at
+				for _, s := range l.streams {
+					if s.off >= at && s.end-at <= batch {
+						end = s.end
+					}
+				}
+				if got.Off != at || got.Off+got.Len != end {
+					t.Errorf("%d bytes at %d were asked for, expected %d at %d", got.Len, got.Off, end-at, at)
+				}
+				at = got.Off + got.Len
+			}
+			if end := l.streams[len(l.streams)-1].end; at != end {
+				t.Errorf("requests end at %d, expected %d", at, end)
+			}
+			if n := most.Load(); n != 3 {
+				t.Errorf("there were %d requests at once, expected 3", n)
+			}
+		})
+	}
+}
+
+// rangeOf is the one range of a request.
+func rangeOf(t *testing.T, r imagetest.Request) registry.Range {
+	t.Helper()
+	var first, last int64
+	if _, err := fmt.Sscanf(r.Range, "bytes=%d-%d", &first, &last); err != nil || strings.Contains(r.Range, ",") {
+		t.Fatalf("the range %q: %v", r.Range, err)
+	}
+	return registry.Range{Off: first, Len: last + 1 - first}
+}
+
 // TestLimiter is of the cap alone: the first bytes are as slow as the others, what was not used is lost but for a moment's, a timer
 // that is late costs nothing, and who is waited for does not wait.
 func TestLimiter(t *testing.T) {
@@ -398,6 +459,41 @@ func TestReaderHurries(t *testing.T) {
 	}
 	if took := time.Since(start); took > 4*time.Second {
 		t.Errorf("reading took %v, as slow as prefetching", took)
+	}
+}
+
+// TestReach is D9's question whether the rest can be had: a byte of each layer that is not whole says so.
+func TestReach(t *testing.T) {
+	img := imagetest.New(t, someFiles()[:2], someFiles())
+	cfg := quick(img)
+	cfg.Cache = cacheDir(t)
+	cfg.Registry.Timeout = registry.Duration(time.Second)
+	m := open(t, cfg)
+	if _, err := read(t, m, 0, "etc/hostname"); err != nil { // all of the first layer
+		t.Fatal(err)
+	}
+	img.Server.Reset()
+	if err := m.Reach(within(t)); err != nil {
+		t.Error(err)
+	}
+	reqs := img.Server.Requests()
+	if len(reqs) != 1 || reqs[0].Range != byteRange(0, 1) || !strings.HasSuffix(reqs[0].Path, img.Layers[1].Digest) {
+		t.Errorf("it asked for %+v, expected a byte of the second layer", reqs)
+	}
+	img.Server.SetFault(ofBlobs(-1, status(500)))
+	if err := m.Reach(within(t)); err == nil || !strings.Contains(err.Error(), "status 500") || !strings.Contains(err.Error(), img.Layers[1].Digest) {
+		t.Errorf("where the registry fails: %v", err)
+	}
+	img.Server.SetFault(ofBlobs(-1, hang))
+	start := time.Now()
+	if err := m.Reach(within(t)); err == nil || time.Since(start) > 5*time.Second {
+		t.Errorf("where it hangs: %v after %v", err, time.Since(start))
+	}
+	img.Server.SetFault(nil)
+	check(t, m, img)
+	img.Server.Close()
+	if err := m.Reach(within(t)); err != nil {
+		t.Errorf("where everything is here: %v", err)
 	}
 }
 

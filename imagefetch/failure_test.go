@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -72,6 +73,22 @@ func hang(w http.ResponseWriter, r *http.Request, next http.Handler) {
 	<-r.Context().Done()
 }
 
+// reset sends part of the answer and resets the connection.
+func reset(w http.ResponseWriter, r *http.Request, next http.Handler) {
+	rec := httptest.NewRecorder()
+	next.ServeHTTP(rec, r)
+	w.Header().Set("Content-Range", rec.Header().Get("Content-Range"))
+	w.Header().Set("Content-Length", rec.Header().Get("Content-Length"))
+	w.WriteHeader(rec.Code)
+	_, _ = w.Write(rec.Body.Bytes()[:rec.Body.Len()/2])
+	c, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		panic(err)
+	}
+	_ = c.(*net.TCPConn).SetLinger(0)
+	_ = c.Close()
+}
+
 // TestFailures is T-D7: whatever a registry does, a read gets what it should, or an error, in time.
 func TestFailures(t *testing.T) {
 	for _, tt := range []struct {
@@ -91,6 +108,7 @@ func TestFailures(t *testing.T) {
 		{name: "500 twice", fault: ofBlobs(2, status(500)), requests: 3},
 		{name: "500 always", fault: ofBlobs(-1, status(500)), want: store.ErrUnavailable, requests: 3, says: "status 500"},
 		{name: "404", fault: ofBlobs(-1, status(404)), want: store.ErrUnavailable, requests: 1, says: "status 404"},
+		{name: "416", fault: ofBlobs(-1, status(416, "Content-Range", "bytes */5")), want: store.ErrUnavailable, requests: 1, says: "status 416"},
 		{name: "403", fault: ofBlobs(-1, status(403)), want: store.ErrUnavailable, requests: 1, says: "status 403"},
 		{name: "401 without a challenge", fault: ofBlobs(-1, status(401)), want: store.ErrUnavailable, requests: 1, says: "status 401"},
 		{name: "stall before the answer", fault: ofBlobs(1, func(_ http.ResponseWriter, r *http.Request, _ http.Handler) { <-r.Context().Done() }), requests: 2},
@@ -118,6 +136,8 @@ func TestFailures(t *testing.T) {
 			}),
 		},
 		{name: "connection ends", fault: ofBlobs(2, func(http.ResponseWriter, *http.Request, http.Handler) { panic(http.ErrAbortHandler) }), requests: 6},
+		{name: "connection reset in the answer", fault: ofBlobs(2, reset), requests: 3},
+		{name: "connection reset in the answer always", fault: ofBlobs(-1, reset), want: store.ErrUnavailable, requests: 3, says: "breaks off"},
 		{name: "body ends early", fault: ofBlobs(1, changed(func(rec *httptest.ResponseRecorder) {
 			rec.Header().Del("Content-Length")
 			rec.Body.Truncate(rec.Body.Len() / 2)
@@ -323,6 +343,39 @@ func TestToken(t *testing.T) {
 				t.Errorf("the log says nothing of the refusal: %s", text)
 			}
 		})
+	}
+}
+
+// TestTokenExpires is T-D7's 401 in the middle of things: a token that is good for three requests is got anew, and nobody notices.
+func TestTokenExpires(t *testing.T) {
+	img := someImage(t)
+	var token, used atomic.Int64
+	img.Server.SetFault(func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+		if r.URL.Path == "/token" {
+			used.Store(0)
+			fmt.Fprintf(w, `{"token":"%d","expires_in":3600}`, token.Add(1))
+			return
+		}
+		if r.Header.Get("Authorization") != fmt.Sprint("Bearer ", token.Load()) || used.Add(1) > 3 {
+			w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="s"`, img.Server.URL))
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+	m := open(t, quick(img))
+	check(t, m, img)
+	good := int64(0)
+	for _, r := range img.Server.Requests() {
+		if r.Status < 300 && r.Path != "/token" {
+			good++
+		}
+	}
+	if n := token.Load(); n < 3 || n > good/3+1 {
+		t.Errorf("%d tokens were got for %d requests, expected one for 3", n, good)
+	}
+	if st, err := m.Status(within(t), 0); err != nil || st.Err != "" {
+		t.Errorf("the status is %+v, %v", st, err)
 	}
 }
 

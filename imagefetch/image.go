@@ -408,6 +408,31 @@ func (m *Image) Prefetched(ctx context.Context) error {
 	return nil
 }
 
+// Reach implements store.Store. It comes before the background, as reads do.
+func (m *Image) Reach(ctx context.Context) error {
+	if _, err := m.Layers(ctx); err != nil {
+		return err
+	}
+	defer m.gate.ask()()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(m.ctx, func() { cancel(errClosed) })()
+	var g errgroup.Group
+	g.SetLimit(8)
+	for _, l := range m.layers {
+		if l.whole() {
+			continue
+		}
+		g.Go(func() error {
+			if _, err := fetchRange(ctx, l.blob, registry.Range{Len: 1}); err != nil {
+				return fmt.Errorf("fetch from layer %s: %w", l.digest, err)
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
 // Note implements store.Store.
 func (m *Image) Note(index int, path string) {
 	m.mu.Lock()

@@ -107,6 +107,13 @@ func (l *layer) has(s uint32) bool {
 	return l.have[s]
 }
 
+// whole says whether all of it has been in the cache.
+func (l *layer) whole() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.missing == 0
+}
+
 // cached says whether all chunks of a stream are in the cache.
 func (l *layer) cached(s uint32) bool {
 	for _, i := range l.order[l.streams[s].lo:l.streams[s].hi] {

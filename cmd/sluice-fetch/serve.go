@@ -183,5 +183,6 @@ func (b broken) Chunk(context.Context, int, uint32) (*os.File, error) {
 }
 func (b broken) Status(context.Context, int) (store.Status, error) { return store.Status{}, b.err }
 func (b broken) Prefetched(context.Context) error                  { return b.err }
+func (b broken) Reach(context.Context) error                       { return b.err }
 func (b broken) Note(int, string)                                  {}
 func (b broken) Close() error                                      { return nil }

@@ -122,14 +122,14 @@ var files = [][]imagetest.File{
 	{{Name: "etc/"}, {Name: "etc/hostname", Data: []byte("upper")}, {Name: "etc/.wh.gone"}},
 }
 
-// An image from a registry, merged; and again from the cache, with the registry gone.
+// An image from a registry, merged; and again from the cache, with the registry gone, which check says.
 func TestImage(t *testing.T) {
 	image := imagetest.New(t, files...)
 	h, _ := host(t)
 	cache := filepath.Join(t.TempDir(), "cache")
 	trace := filepath.Join(t.TempDir(), "trace")
 	m := mount("image="+image.Ref, "cache-dir="+cache, "cache-bytes=64M", "background=off", "trace="+trace)
-	look := func(h *extensionstest.Host) {
+	look := func(h *extensionstest.Host, reached bool) {
 		g, err := h.TryOpen(t.Context(), m)
 		if err != nil {
 			t.Fatal(err)
@@ -152,20 +152,24 @@ func TestImage(t *testing.T) {
 			Prefetched bool
 			Layers     []struct{ Digest string }
 		}
-		if err := errors.Join(err, json.Unmarshal(b, &p)); err != nil || !p.Prefetched || len(p.Layers) != 2 || p.Layers[0].Digest != image.Layers[0].Digest {
+		if !reached {
+			if err == nil || !strings.Contains(err.Error(), image.Server.Host()) {
+				t.Errorf("check says %s, %v, expected that the registry cannot be reached", b, err)
+			}
+		} else if err := errors.Join(err, json.Unmarshal(b, &p)); err != nil || !p.Prefetched || len(p.Layers) != 2 || p.Layers[0].Digest != image.Layers[0].Digest {
 			t.Errorf("check says %s, %v", b, err)
 		}
 		if err := g.Close(); err != nil {
 			t.Error(err)
 		}
 	}
-	look(h)
+	look(h, true)
 	if b, err := os.ReadFile(trace); err != nil || !bytes.Contains(b, []byte("etc/hostname")) {
 		t.Errorf("the trace is %q, %v", b, err)
 	}
 	image.Server.Close()
 	again, _ := host(t)
-	look(again)
+	look(again, false)
 }
 
 // A layer by itself shows what it hides.

@@ -42,7 +42,10 @@ type fake struct {
 	notes  []string
 	status store.Status
 	failed error // Status's
-	closed bool
+
+	prefetched  chan struct{} // closed when it is; nil is at once
+	unreachable error         // Reach's
+	closed      bool
 }
 
 func (s *fake) Layers(context.Context) ([]store.Layer, error) { return s.layers, nil }
@@ -89,7 +92,23 @@ func (s *fake) Status(context.Context, int) (store.Status, error) {
 	return s.status, s.failed
 }
 
-func (s *fake) Prefetched(context.Context) error { return nil }
+func (s *fake) Prefetched(ctx context.Context) error {
+	if s.prefetched == nil {
+		return nil
+	}
+	select {
+	case <-s.prefetched:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (s *fake) Reach(context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.unreachable
+}
 
 func (s *fake) Note(layer int, path string) {
 	s.mu.Lock()

@@ -251,7 +251,8 @@ type Progress struct {
 }
 
 // Check waits, at most for limit, for what is fetched at once, and returns how far each layer has come. It is an error if the fetcher
-// does not answer, or has something to say against it.
+// does not answer, if it has something to say against it, or if what is not here yet could not be had now, for which limit is given
+// once more.
 func (f *FS) Check(limit time.Duration) (*Progress, error) {
 	ctx, cancel := context.WithTimeout(f.ctx, limit)
 	defer cancel()
@@ -260,6 +261,14 @@ func (f *FS) Check(limit time.Duration) (*Progress, error) {
 		return nil, fmt.Errorf("check the image: %w", err)
 	}
 	p := &Progress{Prefetched: err == nil}
+	ctx, cancel = context.WithTimeoutCause(f.ctx, limit, fmt.Errorf("no answer in %v", limit))
+	defer cancel()
+	if err := f.store.Reach(ctx); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return nil, fmt.Errorf("reach what has the rest of the image: %w", err)
+	}
 	for i := range f.state.files {
 		s := &f.state.files[i]
 		ctx, cancel := context.WithTimeout(f.ctx, statusLimit)

@@ -157,6 +157,11 @@ func TestImage(t *testing.T) {
 	const prompt = `cat /etc/os-release; echo $((6*7)) >/root/answer; cat /root/answer; ls /usr/share/doc 2>/dev/null; ls -l /usr/bin/bash >/dev/null; id -u`
 	start := time.Now()
 	g := s.on("one")
+	image.Server.Reset()
+	g.sh("ls -lRa /mnt/one >/dev/null")
+	if n := len(image.Server.Requests()); n > 0 {
+		t.Errorf("listing all of it took %d requests", n)
+	}
 	g.says("ID=of-the-image\n42\n0", "chroot /mnt/one /bin/bash -c '%s'", prompt)
 	took := time.Since(start)
 	gets, bytes := image.Server.Blobs()

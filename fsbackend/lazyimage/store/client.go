@@ -398,6 +398,12 @@ func (c *Client) Prefetched(ctx context.Context) error {
 	return err
 }
 
+// Reach implements Store.
+func (c *Client) Reach(ctx context.Context) error {
+	_, err := c.ask(ctx, opReach, 0, 0, c.cfg.Timeout)
+	return err
+}
+
 // Note implements Store. It does not wait: what there is no room for is not noted.
 func (c *Client) Note(layer int, path string) {
 	select {

@@ -121,6 +121,8 @@ func (v *session) call(ctx context.Context, h header) (body []byte, file *os.Fil
 		file, err = v.store.Chunk(ctx, int(h.layer), h.index)
 	case opPrefetched:
 		err = v.store.Prefetched(ctx)
+	case opReach:
+		err = v.store.Reach(ctx)
 	case opStatus:
 		var st Status
 		st, err = v.store.Status(ctx, int(h.layer))

@@ -25,6 +25,9 @@ type Store interface {
 	Status(ctx context.Context, layer int) (Status, error)
 	// Prefetched waits until what is fetched before it is asked for (landmarks, prefetch size) is there or cannot be, or ctx ends.
 	Prefetched(ctx context.Context) error
+	// Reach says why what is not here yet could not be fetched now, after it has tried with a byte of each layer that is not whole. It
+	// returns within the fetcher's time limits.
+	Reach(ctx context.Context) error
 	// Note tells that a file was opened for the first time, for the recorded trace: layer and its path there.
 	Note(layer int, path string)
 	Close() error

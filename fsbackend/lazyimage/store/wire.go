@@ -31,6 +31,7 @@ const (
 	opChunk                 // layer, index; answer: a descriptor
 	opStatus                // layer; answer: statusSize bytes and Status.Err
 	opPrefetched            // answer: nothing
+	opReach                 // answer: nothing
 	opNote                  // layer; body: the path
 	opCancel                // id: of the request whose answer nobody waits for any more
 	opEnd

@@ -99,6 +99,8 @@ func (f *fake) Status(_ context.Context, layer int) (Status, error) {
 	return Status{Size: 100, Fetched: int64(layer), Err: "a\nb", Requests: 3, Bytes: 4}, f.err
 }
 
+func (f *fake) Reach(context.Context) error { return f.err }
+
 func (f *fake) Prefetched(ctx context.Context) error {
 	if f.err != nil {
 		return f.err
@@ -232,6 +234,9 @@ func TestSessionErrors(t *testing.T) {
 	}
 	if err := c.Prefetched(ctx); err == nil || !strings.Contains(err.Error(), "401") {
 		t.Errorf("prefetched: %v", err)
+	}
+	if err := c.Reach(ctx); err == nil || !strings.Contains(err.Error(), "401") {
+		t.Errorf("reach: %v", err)
 	}
 }
 
