@@ -38,8 +38,8 @@ type Conflict struct {
 
 // maxConflicts is how many a ConflictError lists, and maxConflictPath how many bytes of a path it shows.
 const (
-	maxConflicts    = 100
-	maxConflictPath = 1000
+	maxConflicts    = 20
+	maxConflictPath = 300
 )
 
 // ConflictError says that changes do not fit the target, which is as it was.
@@ -50,19 +50,19 @@ type ConflictError struct {
 	More      int
 }
 
-// Error has a line for each path.
+// Error lists the paths.
 func (e *ConflictError) Error() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s does not fit the changes in %d places, and nothing was changed:", e.Target, len(e.Conflicts)+e.More)
+	fmt.Fprintf(&b, "%s does not fit the changes in %d places, and nothing was changed", e.Target, len(e.Conflicts)+e.More)
 	for _, c := range e.Conflicts {
 		path := c.Path
 		if len(path) > maxConflictPath {
 			path = path[:maxConflictPath] + "…"
 		}
-		fmt.Fprintf(&b, "\n  %q: %s", path, c.Why)
+		fmt.Fprintf(&b, "; %q: %s", path, c.Why)
 	}
 	if e.More > 0 {
-		fmt.Fprintf(&b, "\n  and %d more", e.More)
+		fmt.Fprintf(&b, "; and %d more", e.More)
 	}
 	return b.String()
 }
