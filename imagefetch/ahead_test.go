@@ -206,9 +206,9 @@ func TestBackgroundYields(t *testing.T) {
 // waitFor waits until something is so.
 func waitFor(t *testing.T, f func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !f(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatal("it did not come to that in 20 seconds")
+			t.Fatal("it did not come to that in a minute")
 		}
 	}
 }
@@ -268,7 +268,7 @@ func (l *layer) lacks() int {
 	return l.missing
 }
 
-// TestBandwidth measures that the background takes what it may, and no more.
+// TestBandwidth measures that the background takes no more than it may. How much less it takes is the machine's matter.
 func TestBandwidth(t *testing.T) {
 	img := imagetest.New(t, []imagetest.File{{Name: "big", Data: noise(5, 600<<10)}})
 	cfg := quick(img)
@@ -279,8 +279,8 @@ func TestBandwidth(t *testing.T) {
 	start := time.Now()
 	waitFor(t, func() bool { st, _ := m.Status(within(t), 0); return st.Fetched == st.Size })
 	took := time.Since(start)
-	if rate := float64(len(img.Layers[0].Blob)) / took.Seconds(); rate > 1.1*float64(cfg.Bandwidth) || rate < 0.6*float64(cfg.Bandwidth) {
-		t.Errorf("%.0f bytes a second came, expected %d", rate, cfg.Bandwidth)
+	if rate := float64(len(img.Layers[0].Blob)) / took.Seconds(); rate > 1.1*float64(cfg.Bandwidth) {
+		t.Errorf("%.0f bytes a second came, expected %d at most", rate, cfg.Bandwidth)
 	}
 }
 
@@ -302,14 +302,14 @@ func TestLimiter(t *testing.T) {
 func TestReaderHurries(t *testing.T) {
 	img := imagetest.NewServer(t).Push(t, "a/b", imagetest.Build(t, someFiles(), imagetest.Options{Prioritized: []string{"big"}}))
 	cfg := quick(img)
-	cfg.Bandwidth = 20 << 10 // 15 s for what is prefetched
+	cfg.Bandwidth = 1 << 10 // 5 min for what is prefetched
 	m := open(t, cfg)
 	layersOf(t, m)
 	start := time.Now()
 	if _, err := read(t, m, 0, "big"); err != nil {
 		t.Fatal(err)
 	}
-	if took := time.Since(start); took > 4*time.Second {
+	if took := time.Since(start); took > 30*time.Second {
 		t.Errorf("reading took %v, as slow as prefetching", took)
 	}
 }
