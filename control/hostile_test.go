@@ -18,7 +18,8 @@ import (
 
 // shortLimits are for guests that try the server's patience.
 func shortLimits(_ *Config, lim *limits) {
-	lim.header, lim.read, lim.write, lim.idle = 200*time.Millisecond, 200*time.Millisecond, 400*time.Millisecond, 200*time.Millisecond
+	lim.header, lim.read, lim.write, lim.idle = 500*time.Millisecond, 500*time.Millisecond, time.Second, 500*time.Millisecond
+	lim.guests, lim.eachGuest = 64, 64 // tests that wait for these times do so at once
 }
 
 // hostileRig is a rig with short limits and a listener in memory that guests 3 and 4 may ask for health and events.
@@ -41,7 +42,7 @@ func guestConn(t *testing.T, l *memListener, cid uint32) net.Conn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 	return c
 }
 
@@ -69,25 +70,23 @@ func TestSlowGuests(t *testing.T) {
 		"events and a body": "GET /v1/shares/a/events HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345",
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			c := guestConn(t, l, 3)
-			begun := time.Now()
 			if _, err := io.WriteString(c, begin); err != nil {
 				t.Fatal(err)
 			}
 			closed(t, name, c)
-			if d := time.Since(begun); d > 5*time.Second {
-				t.Errorf("the connection was open for %v", d)
-			}
 		})
 	}
 	t.Run("does not read", func(t *testing.T) {
+		t.Parallel()
 		c := guestConn(t, l, 3)
 		// A pipe has no buffer: the answer waits for the reader.
 		if _, err := io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
 		_ = c.SetReadDeadline(time.Time{})
-		deadline := time.Now().Add(10 * time.Second)
+		deadline := time.Now().Add(30 * time.Second)
 		for {
 			// The server has given up when it takes nothing any more.
 			_ = c.SetWriteDeadline(time.Now().Add(time.Second))
@@ -101,22 +100,28 @@ func TestSlowGuests(t *testing.T) {
 	})
 	// Bytes that drop in one by one do not make the time longer.
 	t.Run("drop by drop", func(t *testing.T) {
+		t.Parallel()
 		c := guestConn(t, l, 3)
-		begun := time.Now()
 		for _, b := range []byte("GET /healthz HTTP/1.1\r\nX: " + strings.Repeat("x", 1000)) {
 			if _, err := c.Write([]byte{b}); err != nil {
-				break
+				return
 			}
 			time.Sleep(5 * time.Millisecond)
 		}
-		if d := time.Since(begun); d > 4*time.Second {
-			t.Errorf("the connection was open for %v", d)
-		}
+		t.Error("the connection was open for ten times as long as a header may take")
 	})
 }
 
 func TestGarbageFromGuests(t *testing.T) {
 	r, l := hostileRig(t)
+	t.Run("guests", func(t *testing.T) { sendGarbage(t, l) })
+	if strings.Contains(r.log.String(), "panic") {
+		t.Errorf("there was a panic: %s", r.log.String())
+	}
+	expect(t, r.client, "GET", "/healthz", "", 200, nil)
+}
+
+func sendGarbage(t *testing.T, l *memListener) {
 	for name, text := range map[string]string{
 		"garbage":             "\x00\xff\x16\x03\x01\r\n\r\n",
 		"TLS":                 "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
@@ -139,6 +144,7 @@ func TestGarbageFromGuests(t *testing.T) {
 		"path of a host file": "GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			c := guestConn(t, l, 3)
 			go func() { _, _ = io.WriteString(c, text) }()
 			said := closed(t, name, c)
@@ -151,10 +157,6 @@ func TestGarbageFromGuests(t *testing.T) {
 			}
 		})
 	}
-	if strings.Contains(r.log.String(), "panic") {
-		t.Errorf("there was a panic: %s", r.log.String())
-	}
-	expect(t, r.client, "GET", "/healthz", "", 200, nil)
 }
 
 // TestHalfClosed: who has sent a request and says that nothing more will come is answered or dropped, and does not stay.
@@ -221,7 +223,7 @@ func TestFloodOfConnections(t *testing.T) {
 	for _, c := range held {
 		_ = c.Close()
 	}
-	for deadline := time.Now().Add(10 * time.Second); ; {
+	for deadline := time.Now().Add(30 * time.Second); ; {
 		c := guestConn(t, l, 3)
 		go func() { _, _ = io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") }()
 		if strings.HasPrefix(closed(t, "after the flood", c), "HTTP/1.1 200") {

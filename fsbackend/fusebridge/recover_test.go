@@ -202,7 +202,7 @@ func TestKillUnderLoad(t *testing.T) {
 	close(stop)
 	group.Wait()
 	t.Logf("%d done, %d EIO, %d restarts, longest %s", done, failed, s.sup.Status().Restarts, longest)
-	if failed == 0 || longest > 10*time.Second {
+	if failed == 0 || longest > 30*time.Second {
 		t.Errorf("%d requests failed, the longest took %s", failed, longest)
 	}
 	if errno := one(c, "f1", 1); errno != 0 {
@@ -243,7 +243,7 @@ func TestProgramThatDoesNotStart(t *testing.T) {
 		if _, errno := c.Lookup(root, "x"); errno != unix.EIO {
 			t.Errorf("LOOKUP: %v", errno)
 		}
-		if d := time.Since(began); d > 5*time.Second {
+		if d := time.Since(began); d > 20*time.Second {
 			t.Errorf("it took %s", d)
 		}
 	}

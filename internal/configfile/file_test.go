@@ -270,7 +270,7 @@ func TestParseTakesItsTime(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			start := time.Now()
 			_, err := Parse("f", []byte(text))
-			if took := time.Since(start); took > 5*time.Second {
+			if took := time.Since(start); took > 30*time.Second {
 				t.Errorf("took %v (%.100v)", took, err)
 			}
 		})

@@ -95,7 +95,7 @@ func TestRandom(t *testing.T) {
 				truth := &mirror{dir: dir, tree: make(map[string]string)}
 				truth.look("/")
 				var got map[string]string
-				for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+				for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 					m.mu.Lock()
 					got = maps.Clone(m.tree)
 					m.mu.Unlock()

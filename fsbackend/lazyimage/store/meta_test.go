@@ -267,7 +267,7 @@ func TestDecodeMetaBig(t *testing.T) {
 	if taken > 3*uint64(len(b)) || after.Mallocs-before.Mallocs > 200 {
 		t.Errorf("%d bytes took %d in %d pieces", len(b), taken, after.Mallocs-before.Mallocs)
 	}
-	if took > 5*time.Second {
+	if took > time.Minute {
 		t.Errorf("decoded in %v", took)
 	}
 }
