@@ -98,7 +98,7 @@ func (w *burst) request() *request {
 	if w.failed {
 		return nil
 	}
-	r, errno := w.b.begin(w.ctx, w.dir)
+	r, errno := w.b.begin(w.ctx, fuseproto.FUSE_LOOKUP, w.dir)
 	if errno != 0 {
 		w.failed = true
 		return nil

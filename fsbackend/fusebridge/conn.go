@@ -46,8 +46,10 @@ type conn struct {
 	maxRead, maxWrite int
 
 	unique  atomic.Uint64
-	sinks   atomic.Int32  // requests in flight whose data go to the guest's memory
-	heard   atomic.Uint64 // messages received
+	pace    [64]atomic.Int32 // by operation: how quick answers were lately
+	missing atomic.Uint64    // operations that the program has answered ENOSYS, by number
+	sinks   atomic.Int32     // requests in flight whose data go to the guest's memory
+	heard   atomic.Uint64    // messages received
 	byRaw   map[uint64]*node
 	timeout time.Duration
 
@@ -198,10 +200,13 @@ func (r *request) call(ctx *fsbackend.Context, size int, variable bool) fsbacken
 
 // exchange is call with n bytes of src behind the request.
 func (r *request) exchange(ctx *fsbackend.Context, size int, variable bool, src *fsbackend.Source, n int) fsbackend.Errno {
+	began := time.Now()
 	if errno := r.start(ctx, size, src, n); errno != 0 {
 		return errno
 	}
-	return r.finish(variable)
+	errno := r.finish(variable)
+	r.c.answered(r.op, time.Since(began), errno)
+	return errno
 }
 
 // start sends the request, whose reply has up to size bytes: it must be finished.

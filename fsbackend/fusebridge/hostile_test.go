@@ -465,7 +465,7 @@ func TestRestartedProgramLacks(t *testing.T) {
 	})
 	c, b, f, l := newFake(t, Config{RestartWait: 20 * time.Millisecond}, answer)
 	less := &fake{t: t, answer: answer, init: fakeInit}
-	less.init.Flags &^= uint32(fuseproto.FUSE_ATOMIC_O_TRUNC)
+	less.init.Flags &^= uint32(fuseproto.FUSE_POSIX_LOCKS)
 	_ = unix.Shutdown(f.fd, unix.SHUT_RDWR)
 	l <- less.start()
 	less.await(fuseproto.FUSE_INIT)

@@ -40,7 +40,7 @@ func (b *Bridge) Getattr(ctx *fsbackend.Context, in *fuseproto.GetattrIn, out *f
 		}
 		defer b.unpinHandle(h)
 	}
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, fuseproto.FUSE_GETATTR, n)
 	if errno != 0 {
 		return errno
 	}
@@ -89,7 +89,7 @@ func (b *Bridge) Setattr(ctx *fsbackend.Context, in *fuseproto.SetattrIn, out *f
 		}
 		defer b.unpinHandle(h)
 	}
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, fuseproto.FUSE_SETATTR, n)
 	if errno != 0 {
 		return errno
 	}
@@ -122,7 +122,7 @@ func (b *Bridge) Statfs(ctx *fsbackend.Context, id uint64, out *fuseproto.Statfs
 		return errno
 	}
 	defer b.unpin(n)
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, fuseproto.FUSE_STATFS, n)
 	if errno != 0 {
 		return errno
 	}
@@ -142,7 +142,7 @@ func (b *Bridge) Access(ctx *fsbackend.Context, in *fuseproto.AccessIn) fsbacken
 		return errno
 	}
 	defer b.unpin(n)
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, fuseproto.FUSE_ACCESS, n)
 	if errno != 0 {
 		return errno
 	}
@@ -158,7 +158,7 @@ func (b *Bridge) Statx(ctx *fsbackend.Context, in *fuseproto.StatxIn, out *fusep
 		return errno
 	}
 	defer b.unpin(n)
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, fuseproto.FUSE_STATX, n)
 	if errno != 0 {
 		return errno
 	}

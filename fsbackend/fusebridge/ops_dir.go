@@ -33,7 +33,7 @@ func (b *Bridge) Readdir(ctx *fsbackend.Context, in *fuseproto.ReadIn, out *fsba
 
 // list sends READDIR or READDIRPLUS for size bytes.
 func (b *Bridge) list(ctx *fsbackend.Context, op fuseproto.Opcode, h *handle, in *fuseproto.ReadIn, size int) (*request, fsbackend.Errno) {
-	r, fh, errno := b.use(ctx, h)
+	r, fh, errno := b.use(ctx, op, h)
 	if errno != 0 {
 		return nil, errno
 	}

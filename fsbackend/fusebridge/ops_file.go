@@ -51,7 +51,7 @@ func (b *Bridge) open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 	if h.stateless {
 		return b.openStateless(ctx, n, h, in, out)
 	}
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, op, n)
 	if errno != 0 {
 		return errno
 	}
@@ -104,7 +104,9 @@ func (b *Bridge) cut(ctx *fsbackend.Context, h fuseproto.InHeader, fh uint64, fl
 	if openFlags&fuseproto.FUSE_OPEN_KILL_SUIDGID != 0 {
 		in.Valid |= fuseproto.FATTR_KILL_SUIDGID
 	}
-	return b.Setattr(ctx, &in, out)
+	own := *ctx
+	own.MayBlock = true // what comes before is done
+	return b.Setattr(&own, &in, out)
 }
 
 // openStateless makes a handle where the program opens nothing: it takes handle 0 in every request, and is not told of the release
@@ -153,7 +155,7 @@ func (b *Bridge) create(ctx *fsbackend.Context, op fuseproto.Opcode, in *fusepro
 	if errno := b.room(); errno != 0 {
 		return errno
 	}
-	r, errno := b.begin(ctx, p)
+	r, errno := b.begin(ctx, op, p)
 	if errno != 0 {
 		return errno
 	}
@@ -235,7 +237,9 @@ func (b *Bridge) openExisting(ctx *fsbackend.Context, r *request, p *node, in *f
 	b.keepEntry(n, &out.EntryOut, b.version(n), p, name, b.version(p))
 	open := fuseproto.OpenIn{InHeader: in.InHeader, Flags: in.Flags &^ (unix.O_CREAT | unix.O_EXCL), Mode: in.OpenFlags}
 	open.NodeId = n.id
-	if errno := b.open(ctx, &open, &out.OpenOut, false); errno != 0 {
+	own := *ctx
+	own.MayBlock = true // what comes before is done
+	if errno := b.open(&own, &open, &out.OpenOut, false); errno != 0 {
 		b.Forget(n.id, 1)
 		return errno
 	}
@@ -247,8 +251,8 @@ func (b *Bridge) openExisting(ctx *fsbackend.Context, r *request, p *node, in *f
 }
 
 // use is what a call about a handle begins with: a request about its node, and the program's number for it.
-func (b *Bridge) use(ctx *fsbackend.Context, h *handle) (r *request, fh uint64, errno fsbackend.Errno) {
-	if r, errno = b.begin(ctx, h.node); errno != 0 {
+func (b *Bridge) use(ctx *fsbackend.Context, op fuseproto.Opcode, h *handle) (r *request, fh uint64, errno fsbackend.Errno) {
+	if r, errno = b.begin(ctx, op, h.node); errno != 0 {
 		return nil, 0, errno
 	}
 	if fh, errno = b.findHandle(ctx, r.c, r.raw, h); errno != 0 {
@@ -268,6 +272,9 @@ func (b *Bridge) Read(ctx *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbacke
 	offset := in.Offset
 	if offset > math.MaxInt64 {
 		return unix.EINVAL
+	}
+	if !ctx.MayBlock && dst.Len() > b.quickData() {
+		return fsbackend.ErrMayBlock
 	}
 	if b.lacks(fuseproto.FUSE_ASYNC_READ) || h.direct && b.lacks(fuseproto.FUSE_ASYNC_DIO) {
 		h.order.Lock()
@@ -290,7 +297,7 @@ func (b *Bridge) Read(ctx *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbacke
 
 // readSome reads as much as one request may.
 func (b *Bridge) readSome(ctx *fsbackend.Context, h *handle, in *fuseproto.ReadIn, offset uint64, dst *fsbackend.Sink) (want, got int, errno fsbackend.Errno) {
-	r, fh, errno := b.use(ctx, h)
+	r, fh, errno := b.use(ctx, fuseproto.FUSE_READ, h)
 	if errno != 0 {
 		return 0, 0, errno
 	}
@@ -312,6 +319,9 @@ func (b *Bridge) Write(ctx *fsbackend.Context, in *fuseproto.WriteIn, src *fsbac
 	defer b.unpinHandle(h)
 	if in.Offset > math.MaxInt64 || uint64(src.Len()) > math.MaxInt64-in.Offset {
 		return 0, unix.EFBIG
+	}
+	if !ctx.MayBlock && src.Len() > b.quickData() {
+		return 0, fsbackend.ErrMayBlock
 	}
 	if h.direct && b.lacks(fuseproto.FUSE_ASYNC_DIO) {
 		h.order.Lock()
@@ -337,7 +347,7 @@ func (b *Bridge) Write(ctx *fsbackend.Context, in *fuseproto.WriteIn, src *fsbac
 
 // writeSome writes as much as one request may, and at most limit bytes.
 func (b *Bridge) writeSome(ctx *fsbackend.Context, h *handle, in *fuseproto.WriteIn, offset uint64, src *fsbackend.Source, limit int) (want, n int, errno fsbackend.Errno) {
-	r, fh, errno := b.use(ctx, h)
+	r, fh, errno := b.use(ctx, fuseproto.FUSE_WRITE, h)
 	if errno != 0 {
 		return 0, 0, errno
 	}
@@ -361,19 +371,19 @@ func (b *Bridge) writeSome(ctx *fsbackend.Context, h *handle, in *fuseproto.Writ
 
 // Flush implements fsbackend.Flusher. A program that does not know of it has nothing to do.
 func (b *Bridge) Flush(ctx *fsbackend.Context, in *fuseproto.FlushIn) fsbackend.Errno {
-	if !ctx.MayBlock {
-		return fsbackend.ErrMayBlock // before locks are given back
-	}
 	h, errno := b.pinHandle(in.NodeId, in.Fh, false)
 	if errno != 0 {
 		return errno
 	}
 	defer b.unpinHandle(h)
+	if !ctx.MayBlock && b.locked(h.node) {
+		return fsbackend.ErrMayBlock // before locks are given back
+	}
 	defer b.unlockOwner(ctx, h.node, in.LockOwner)
 	if b.noFlush.Load() {
 		return fsbackend.OK
 	}
-	r, fh, errno := b.use(ctx, h)
+	r, fh, errno := b.use(ctx, fuseproto.FUSE_FLUSH, h)
 	if errno != 0 {
 		return errno
 	}
@@ -406,7 +416,7 @@ func (b *Bridge) fsync(ctx *fsbackend.Context, op fuseproto.Opcode, in *fuseprot
 		return errno
 	}
 	defer b.unpinHandle(h)
-	r, fh, errno := b.use(ctx, h)
+	r, fh, errno := b.use(ctx, op, h)
 	if errno != 0 {
 		return errno
 	}
@@ -430,7 +440,7 @@ func (b *Bridge) Syncfs(ctx *fsbackend.Context, id uint64) fsbackend.Errno {
 		return errno
 	}
 	defer b.unpin(n)
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, fuseproto.FUSE_SYNCFS, n)
 	if errno != 0 {
 		return errno
 	}
@@ -452,7 +462,7 @@ func (b *Bridge) Fallocate(ctx *fsbackend.Context, in *fuseproto.FallocateIn) fs
 	case in.Offset > math.MaxInt64 || in.Length > math.MaxInt64-in.Offset:
 		return unix.EFBIG
 	}
-	r, fh, errno := b.use(ctx, h)
+	r, fh, errno := b.use(ctx, fuseproto.FUSE_FALLOCATE, h)
 	if errno != 0 {
 		return errno
 	}
@@ -475,7 +485,7 @@ func (b *Bridge) Lseek(ctx *fsbackend.Context, in *fuseproto.LseekIn, out *fusep
 	case in.Offset > math.MaxInt64:
 		return unix.ENXIO
 	}
-	r, fh, errno := b.use(ctx, h)
+	r, fh, errno := b.use(ctx, fuseproto.FUSE_LSEEK, h)
 	if errno != 0 {
 		return errno
 	}
@@ -509,7 +519,7 @@ func (b *Bridge) CopyFileRange(ctx *fsbackend.Context, in *fuseproto.CopyFileRan
 	if in.OffOut > math.MaxInt64 || in.Len > math.MaxInt64-in.OffOut {
 		return 0, unix.EFBIG
 	}
-	r, fh, errno := b.use(ctx, from)
+	r, fh, errno := b.use(ctx, fuseproto.FUSE_COPY_FILE_RANGE, from)
 	if errno != 0 {
 		return 0, errno
 	}

@@ -1,6 +1,8 @@
 package fusebridge
 
 import (
+	"time"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fsbackend"
@@ -26,17 +28,20 @@ func (b *Bridge) Lookup(ctx *fsbackend.Context, parent uint64, name fsbackend.Na
 		return errno
 	}
 	defer b.unpin(p)
-	r, errno := b.begin(ctx, p)
+	r, errno := b.begin(ctx, fuseproto.FUSE_LOOKUP, p)
 	if errno != 0 {
 		return errno
 	}
 	defer r.end()
 	defer p.unlook(p.look(r.c))
 	var l lookup
+	began := time.Now()
 	if errno := l.start(ctx, b, r, p, name); errno != 0 {
 		return errno
 	}
-	return l.finish(b, out)
+	errno = l.finish(b, out)
+	r.c.answered(fuseproto.FUSE_LOOKUP, time.Since(began), errno)
+	return errno
 }
 
 // A lookup is a LOOKUP that the program has been sent. The names of the directory are locked (node.look) until it is finished.
@@ -121,13 +126,13 @@ func (b *Bridge) lost(p *node, name fsbackend.Name) {
 }
 
 // make sends a request that makes name in parent, whose struct and names fill has appended.
-func (b *Bridge) makeEntry(ctx *fsbackend.Context, parent uint64, name fsbackend.Name, typ uint32, out *fuseproto.EntryOut, fill func(*request)) fsbackend.Errno {
+func (b *Bridge) makeEntry(ctx *fsbackend.Context, op fuseproto.Opcode, parent uint64, name fsbackend.Name, typ uint32, out *fuseproto.EntryOut, fill func(*request)) fsbackend.Errno {
 	p, errno := b.pinDir(parent)
 	if errno != 0 {
 		return errno
 	}
 	defer b.unpin(p)
-	r, errno := b.begin(ctx, p)
+	r, errno := b.begin(ctx, op, p)
 	if errno != 0 {
 		return errno
 	}
@@ -175,7 +180,7 @@ func (b *Bridge) Mknod(ctx *fsbackend.Context, in *fuseproto.MknodIn, name fsbac
 	if typ == 0 {
 		typ = unix.S_IFREG
 	}
-	return b.makeEntry(ctx, in.NodeId, name, typ, out, func(r *request) {
+	return b.makeEntry(ctx, fuseproto.FUSE_MKNOD, in.NodeId, name, typ, out, func(r *request) {
 		req := put(r, fuseproto.FUSE_MKNOD, in)
 		b.modes(r.c, &req.Mode, &req.Umask)
 		r.name(name)
@@ -184,7 +189,7 @@ func (b *Bridge) Mknod(ctx *fsbackend.Context, in *fuseproto.MknodIn, name fsbac
 
 // Mkdir implements fsbackend.Maker.
 func (b *Bridge) Mkdir(ctx *fsbackend.Context, in *fuseproto.MkdirIn, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
-	return b.makeEntry(ctx, in.NodeId, name, unix.S_IFDIR, out, func(r *request) {
+	return b.makeEntry(ctx, fuseproto.FUSE_MKDIR, in.NodeId, name, unix.S_IFDIR, out, func(r *request) {
 		req := put(r, fuseproto.FUSE_MKDIR, in)
 		b.modes(r.c, &req.Mode, &req.Umask)
 		r.name(name)
@@ -193,7 +198,7 @@ func (b *Bridge) Mkdir(ctx *fsbackend.Context, in *fuseproto.MkdirIn, name fsbac
 
 // Symlink implements fsbackend.Maker.
 func (b *Bridge) Symlink(ctx *fsbackend.Context, parent uint64, name, target fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
-	return b.makeEntry(ctx, parent, name, unix.S_IFLNK, out, func(r *request) {
+	return b.makeEntry(ctx, fuseproto.FUSE_SYMLINK, parent, name, unix.S_IFLNK, out, func(r *request) {
 		put(r, fuseproto.FUSE_SYMLINK, &fuseproto.InHeader{})
 		r.name(name)
 		r.name(target)
@@ -212,7 +217,7 @@ func (b *Bridge) Link(ctx *fsbackend.Context, in *fuseproto.LinkIn, name fsbacke
 		return errno
 	}
 	defer b.unpin(p)
-	r, errno := b.begin(ctx, p)
+	r, errno := b.begin(ctx, fuseproto.FUSE_LINK, p)
 	if errno != 0 {
 		return errno
 	}
@@ -252,7 +257,7 @@ func (b *Bridge) remove(ctx *fsbackend.Context, op fuseproto.Opcode, parent uint
 		return errno
 	}
 	defer b.unpin(p)
-	r, errno := b.begin(ctx, p)
+	r, errno := b.begin(ctx, op, p)
 	if errno != 0 {
 		return errno
 	}
@@ -293,6 +298,10 @@ func (b *Bridge) Rename(ctx *fsbackend.Context, in *fuseproto.Rename2In, oldName
 	if in.Flags&^(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE|unix.RENAME_WHITEOUT) != 0 {
 		return unix.EINVAL
 	}
+	op := fuseproto.FUSE_RENAME
+	if in.Flags != 0 {
+		op = fuseproto.FUSE_RENAME2
+	}
 	from, errno := b.pinDir(in.NodeId)
 	if errno != 0 {
 		return errno
@@ -303,7 +312,7 @@ func (b *Bridge) Rename(ctx *fsbackend.Context, in *fuseproto.Rename2In, oldName
 		return errno
 	}
 	defer b.unpin(to)
-	r, errno := b.begin(ctx, from)
+	r, errno := b.begin(ctx, op, from)
 	if errno != 0 {
 		return errno
 	}
@@ -477,7 +486,7 @@ func (b *Bridge) Readlink(ctx *fsbackend.Context, id uint64, dst *fsbackend.Sink
 	if n.typ != unix.S_IFLNK {
 		return unix.EINVAL
 	}
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, fuseproto.FUSE_READLINK, n)
 	if errno != 0 {
 		return errno
 	}

@@ -69,6 +69,13 @@ func (b *Bridge) lockers(in *fuseproto.LkIn) int {
 	return len(h.owners)
 }
 
+// locked says whether there may be POSIX locks of n.
+func (b *Bridge) locked(n *node) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(n.lockers) > 0
+}
+
 // unlockOwner takes away what owner has locked of n, by way of whatever handle: a program need not do so on FLUSH, where it keeps
 // locks by handle.
 func (b *Bridge) unlockOwner(ctx *fsbackend.Context, n *node, owner uint64) {
@@ -83,7 +90,7 @@ func (b *Bridge) unlockOwner(ctx *fsbackend.Context, n *node, owner uint64) {
 	}
 	b.mu.Unlock()
 	for _, h := range locks {
-		if r, fh, errno := b.use(ctx, h); errno == 0 {
+		if r, fh, errno := b.use(ctx, fuseproto.FUSE_SETLK, h); errno == 0 {
 			put(r, fuseproto.FUSE_SETLK, &fuseproto.LkIn{Fh: fh, Owner: owner, Lk: fuseproto.FileLock{End: math.MaxInt64, Typ: unix.F_UNLCK}})
 			_ = r.call(ctx, 0, false)
 			r.end()
@@ -98,7 +105,7 @@ func (b *Bridge) lock(ctx *fsbackend.Context, op fuseproto.Opcode, in *fuseproto
 	if errno != 0 {
 		return nil, nil, errno
 	}
-	r, fh, errno := b.use(ctx, h)
+	r, fh, errno := b.use(ctx, op, h)
 	if errno != 0 {
 		b.unpinHandle(h)
 		return nil, nil, errno
@@ -133,7 +140,7 @@ func (b *Bridge) Ioctl(ctx *fsbackend.Context, in *fuseproto.IoctlIn, arg []byte
 	if in.Cmd&write != 0 && len(arg) < size || in.Cmd&read != 0 && dst.Len() < size {
 		return 0, unix.EINVAL
 	}
-	r, fh, errno := b.use(ctx, h)
+	r, fh, errno := b.use(ctx, fuseproto.FUSE_IOCTL, h)
 	if errno != 0 {
 		return 0, errno
 	}

@@ -29,7 +29,7 @@ func (b *Bridge) xattr(ctx *fsbackend.Context, op fuseproto.Opcode, in *fuseprot
 		return 0, errno
 	}
 	defer b.unpin(n)
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, op, n)
 	if errno != 0 {
 		return 0, errno
 	}
@@ -73,7 +73,7 @@ func (b *Bridge) Setxattr(ctx *fsbackend.Context, in *fuseproto.SetxattrIn, name
 	if len(value) > xattrSizeMax {
 		return unix.E2BIG
 	}
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, fuseproto.FUSE_SETXATTR, n)
 	if errno != 0 {
 		return errno
 	}
@@ -95,7 +95,7 @@ func (b *Bridge) Removexattr(ctx *fsbackend.Context, id uint64, name fsbackend.N
 		return errno
 	}
 	defer b.unpin(n)
-	r, errno := b.begin(ctx, n)
+	r, errno := b.begin(ctx, fuseproto.FUSE_REMOVEXATTR, n)
 	if errno != 0 {
 		return errno
 	}

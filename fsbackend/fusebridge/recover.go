@@ -10,14 +10,20 @@ import (
 // maxDepth is how deep a node may be to be found again.
 const maxDepth = 1000
 
-// begin starts a request about n, which the caller has pinned, once there is a program.
-func (b *Bridge) begin(ctx *fsbackend.Context, n *node) (*request, fsbackend.Errno) {
-	if !ctx.MayBlock {
+// begin starts a request about n, which the caller has pinned, once there is a program. Its first request is an op.
+func (b *Bridge) begin(ctx *fsbackend.Context, op fuseproto.Opcode, n *node) (*request, fsbackend.Errno) {
+	var c *conn
+	if ctx.MayBlock {
+		var errno fsbackend.Errno
+		if c, errno = b.live(ctx.Cancel); errno != 0 {
+			return nil, errno
+		}
+	} else if c = b.quick(op, n); c == nil {
 		return nil, fsbackend.ErrMayBlock
 	}
-	c, errno := b.live(ctx.Cancel)
-	if errno != 0 {
-		return nil, errno
+	if c.missing.Load()>>op&1 != 0 {
+		c.unref()
+		return nil, unix.ENOSYS
 	}
 	raw, errno := b.find(ctx, c, n, 0)
 	if errno != 0 {
