@@ -116,5 +116,11 @@ func (a *Allow) showStats(st api.Stats) api.Stats {
 			out.Events = append(out.Events, e)
 		}
 	}
+	for _, i := range st.Images {
+		if a.share(i.Tag) {
+			i.CacheBytes, i.CacheBudget = 0, 0 // of a cache that others may share
+			out.Images = append(out.Images, i)
+		}
+	}
 	return out
 }

@@ -58,6 +58,7 @@ func TestGuestSeesItsSharesOnly(t *testing.T) {
 	r.daemon.SetStats(api.Stats{
 		Shares:     []api.ShareStats{{Tag: "a", BytesRead: 1}, {Tag: "b", BytesRead: 2}},
 		Events:     []api.EventStats{{Tag: "a", Path: "/x"}, {Tag: "b", Path: "/y"}},
+		Images:     []api.ImageStats{{Tag: "a", Path: "/x", CacheBytes: 77777}, {Tag: "b", Path: "/y"}},
 		Goroutines: 5, SeccompViolations: 6,
 	})
 	for _, tt := range []struct {

@@ -57,6 +57,25 @@ var (
 	descOverflows = desc("events_overflows_total", "Overflows of the kernel's queue of events.", "share", "graft")
 )
 
+// Those of images, by graft.
+var (
+	descImages          = desc("images", "Images that a graft is made of.", "share", "graft")
+	descImageSize       = desc("image_size_bytes", "Layers of a graft's images as their registry has them.", "share", "graft")
+	descImageFetched    = desc("image_fetched_bytes", "What of the layers is here.", "share", "graft")
+	descImageRequests   = desc("image_requests_total", "Requests for layers.", "share", "graft")
+	descImageReceived   = desc("image_received_bytes_total", "Bytes of layers that came.", "share", "graft")
+	descImageHits       = desc("image_cache_hits_total", "Chunks that were asked for and in the cache.", "share", "graft")
+	descImageHitBytes   = desc("image_cache_hit_bytes_total", "Content of those chunks.", "share", "graft")
+	descImageMisses     = desc("image_cache_misses_total", "Chunks that were asked for and not in the cache.", "share", "graft")
+	descImageMissBytes  = desc("image_cache_miss_bytes_total", "Content of those chunks.", "share", "graft")
+	descImageVerified   = desc("image_chunks_verified_total", "Chunks that came and were what they should be.", "share", "graft")
+	descImageCorrupt    = desc("image_chunks_corrupt_total", "Chunks that came and were something else.", "share", "graft")
+	descImageFetchError = desc("image_fetch_errors_total", "Attempts at a registry that came to nothing.", "share", "graft", "kind")
+	descImageReadError  = desc("image_read_errors_total", "Chunks that were asked for and could not be had.", "share", "graft", "kind")
+	descImageCache      = desc("image_cache_bytes", "What the cache takes, which other grafts may share.", "share", "graft")
+	descImageBudget     = desc("image_cache_budget_bytes", "What the cache may take.", "share", "graft")
+)
+
 func desc(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc("sluice_"+name, help, labels, nil)
 }
@@ -148,12 +167,39 @@ func (s snapshot) Collect(ch chan<- prometheus.Metric) {
 		counter(ch, descLimited, e.Limited, e.Tag, e.Path)
 		counter(ch, descOverflows, e.Overflows, e.Tag, e.Path)
 	}
+	for i := range s.stats.Images {
+		collectImages(ch, &s.stats.Images[i], s.whole)
+	}
 	if s.whole {
 		counter(ch, descSeccomp, s.stats.SeccompViolations)
 		gauge(ch, descGoroutines, float64(s.stats.Goroutines))
 		gauge(ch, descThreads, float64(s.stats.Threads))
 		gauge(ch, descHeap, float64(s.stats.HeapBytes))
 		gauge(ch, descServerOpenFDs, float64(s.stats.OpenFDs))
+	}
+}
+
+func collectImages(ch chan<- prometheus.Metric, i *api.ImageStats, whole bool) {
+	gauge(ch, descImages, float64(i.Images), i.Tag, i.Path)
+	gauge(ch, descImageSize, float64(i.Size), i.Tag, i.Path)
+	gauge(ch, descImageFetched, float64(i.Fetched), i.Tag, i.Path)
+	counter(ch, descImageRequests, i.Requests, i.Tag, i.Path)
+	counter(ch, descImageReceived, i.Bytes, i.Tag, i.Path)
+	counter(ch, descImageHits, i.Hits, i.Tag, i.Path)
+	counter(ch, descImageHitBytes, i.HitBytes, i.Tag, i.Path)
+	counter(ch, descImageMisses, i.Misses, i.Tag, i.Path)
+	counter(ch, descImageMissBytes, i.MissBytes, i.Tag, i.Path)
+	counter(ch, descImageVerified, i.Verified, i.Tag, i.Path)
+	counter(ch, descImageCorrupt, i.Corrupt, i.Tag, i.Path)
+	for kind, n := range i.FetchErrors {
+		counter(ch, descImageFetchError, n, i.Tag, i.Path, kind)
+	}
+	for kind, n := range i.ReadErrors {
+		counter(ch, descImageReadError, n, i.Tag, i.Path, kind)
+	}
+	if whole {
+		gauge(ch, descImageCache, float64(i.CacheBytes), i.Tag, i.Path)
+		gauge(ch, descImageBudget, float64(i.CacheBudget), i.Tag, i.Path)
 	}
 }
 

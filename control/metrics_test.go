@@ -32,6 +32,10 @@ func fullStats() api.Stats {
 		}},
 		SeccompViolations: 10, Goroutines: 11, Threads: 12, HeapBytes: 13, OpenFDs: 14,
 		Events: []api.EventStats{{Tag: "data", Path: "/x", Watches: 15, Sent: 16, Rescans: 17, Limited: 18, Overflows: 19}},
+		Images: []api.ImageStats{{
+			Tag: "data", Path: "/i", Images: 2, Size: 50, Fetched: 51, Requests: 52, Bytes: 53, Hits: 54, HitBytes: 55, Misses: 56, MissBytes: 57, Verified: 58, Corrupt: 59,
+			FetchErrors: map[string]uint64{"stalled": 60}, ReadErrors: map[string]uint64{"corrupt": 61}, CacheBytes: 62, CacheBudget: 63,
+		}},
 	}
 }
 
@@ -133,6 +137,21 @@ func TestMetrics(t *testing.T) {
 		{17, "events_rescans_total", []string{"graft=/x", "share=data"}},
 		{18, "events_limited_total", []string{"graft=/x", "share=data"}},
 		{19, "events_overflows_total", []string{"graft=/x", "share=data"}},
+		{2, "images", []string{"graft=/i", "share=data"}},
+		{50, "image_size_bytes", []string{"graft=/i", "share=data"}},
+		{51, "image_fetched_bytes", []string{"graft=/i", "share=data"}},
+		{52, "image_requests_total", []string{"graft=/i", "share=data"}},
+		{53, "image_received_bytes_total", []string{"graft=/i", "share=data"}},
+		{54, "image_cache_hits_total", []string{"graft=/i", "share=data"}},
+		{55, "image_cache_hit_bytes_total", []string{"graft=/i", "share=data"}},
+		{56, "image_cache_misses_total", []string{"graft=/i", "share=data"}},
+		{57, "image_cache_miss_bytes_total", []string{"graft=/i", "share=data"}},
+		{58, "image_chunks_verified_total", []string{"graft=/i", "share=data"}},
+		{59, "image_chunks_corrupt_total", []string{"graft=/i", "share=data"}},
+		{60, "image_fetch_errors_total", []string{"graft=/i", "kind=stalled", "share=data"}},
+		{61, "image_read_errors_total", []string{"graft=/i", "kind=corrupt", "share=data"}},
+		{62, "image_cache_bytes", []string{"graft=/i", "share=data"}},
+		{63, "image_cache_budget_bytes", []string{"graft=/i", "share=data"}},
 		{1, "control_requests_total", []string{"operation=getInfo", "status=200"}},
 		{1, "control_connections", []string{"listener=unix"}},
 		{1, "control_connections_refused_total", []string{"listener=vsock:host(2):7000"}},

@@ -155,6 +155,7 @@ var schemaTypes = map[string]any{
 	"Error": api.Error{}, "ShareSpec": api.ShareSpec{}, "Share": api.Share{}, "GraftSpec": api.GraftSpec{}, "Graft": api.Graft{},
 	"GraftChange": api.GraftChange{}, "IDRange": api.IDRange{}, "LowerSpec": api.LowerSpec{}, "Info": api.Info{}, "Event": api.Event{}, "Stats": api.Stats{},
 	"ShareStats": api.ShareStats{}, "OpStats": api.OpStats{}, "QueueStats": api.QueueStats{}, "EventStats": api.EventStats{},
+	"ImageStats":      api.ImageStats{},
 	"NydusDaemonInfo": nydusInfo{}, "NydusVersion": nydusVersion{}, "NydusMountCmd": mountCmd{},
 }
 

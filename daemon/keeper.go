@@ -633,6 +633,11 @@ func (k *keeper) Stats(ctx context.Context) (stats api.Stats, err error) {
 	for _, s := range k.all() {
 		stats.Events = append(stats.Events, s.eventStats()...)
 	}
+	images, err := k.registry.ImageStats(ctx)
+	if err != nil {
+		k.log.Warn("what is fetched of images cannot be counted", "error", err)
+	}
+	stats.Images = imageStats(images)
 	return stats, nil
 }
 

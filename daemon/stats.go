@@ -1,15 +1,18 @@
 package daemon
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
 	"runtime/metrics"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/control/api"
+	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/fuseproto"
 	"github.com/sluicefs/sluice/fuseserver"
 	"github.com/sluicefs/sluice/seccomp"
@@ -74,6 +77,46 @@ func opStats(o *fuseserver.OpStats) api.OpStats {
 		op.Errors[errnoName(errno)] += n
 	}
 	return op
+}
+
+// imageStats adds the counts of images up by graft, in order.
+func imageStats(images []extensions.ImageStats) (sums []api.ImageStats) {
+	slices.SortStableFunc(images, func(a, b extensions.ImageStats) int {
+		return cmp.Or(cmp.Compare(a.Share, b.Share), cmp.Compare(a.Path, b.Path))
+	})
+	for i := range images {
+		n := &images[i]
+		if last := len(sums) - 1; last < 0 || sums[last].Tag != n.Share || sums[last].Path != n.Path {
+			sums = append(sums, api.ImageStats{Tag: n.Share, Path: n.Path})
+		}
+		s := &sums[len(sums)-1]
+		s.Images++
+		s.Size += n.Size
+		s.Fetched += n.Fetched
+		s.Requests += n.Requests
+		s.Bytes += n.Bytes
+		s.Hits += n.Hits
+		s.HitBytes += n.HitBytes
+		s.Misses += n.Misses
+		s.MissBytes += n.MissBytes
+		s.Verified += n.Verified
+		s.Corrupt += n.Corrupt
+		s.FetchErrors, s.ReadErrors = addCounts(s.FetchErrors, n.FetchErrors), addCounts(s.ReadErrors, n.ReadErrors)
+		if n.CacheBytes >= s.CacheBytes {
+			s.CacheBytes, s.CacheBudget = n.CacheBytes, n.CacheBudget
+		}
+	}
+	return sums
+}
+
+func addCounts(to, more map[string]uint64) map[string]uint64 {
+	if to == nil && len(more) > 0 {
+		to = make(map[string]uint64, len(more))
+	}
+	for name, n := range more {
+		to[name] += n
+	}
+	return to
 }
 
 // opName is the opcode's name in fuse.h without FUSE_.

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/control/api"
+	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fuseproto"
 	"github.com/sluicefs/sluice/fuseserver"
@@ -154,6 +155,36 @@ func TestShareState(t *testing.T) {
 	is(api.StateServing)
 	d.Connected = false // the session's end is on its way
 	is(api.StateWaiting)
+}
+
+func TestImageStats(t *testing.T) {
+	errs := func(n uint64) map[string]uint64 { return map[string]uint64{"network": n} }
+	got := imageStats([]extensions.ImageStats{
+		{Share: "b", Path: "/", Size: 1, Hits: 1},
+		{
+			Share: "a", Path: "/x", Size: 1, Fetched: 2, Requests: 3, Bytes: 4, Hits: 5, HitBytes: 6, Misses: 7, MissBytes: 8, Verified: 9, Corrupt: 10,
+			FetchErrors: errs(11), ReadErrors: errs(12), CacheBytes: 13, CacheBudget: 14,
+		},
+		{Share: "a", Path: "/", Requests: 20},
+		{
+			Share: "a", Path: "/x", Size: 10, Fetched: 20, Requests: 30, Bytes: 40, Hits: 50, HitBytes: 60, Misses: 70, MissBytes: 80, Verified: 90, Corrupt: 100,
+			FetchErrors: errs(110), CacheBytes: 5, CacheBudget: 600,
+		},
+	})
+	want := []api.ImageStats{
+		{Tag: "a", Path: "/", Images: 1, Requests: 20},
+		{
+			Tag: "a", Path: "/x", Images: 2, Size: 11, Fetched: 22, Requests: 33, Bytes: 44, Hits: 55, HitBytes: 66, Misses: 77, MissBytes: 88, Verified: 99, Corrupt: 110,
+			FetchErrors: errs(121), ReadErrors: errs(12), CacheBytes: 13, CacheBudget: 14,
+		},
+		{Tag: "b", Path: "/", Images: 1, Size: 1, Hits: 1},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("they add up to %+v, expected %+v", got, want)
+	}
+	if got := imageStats(nil); got != nil {
+		t.Errorf("of none: %+v", got)
+	}
 }
 
 func TestProcessStats(t *testing.T) {

@@ -1,6 +1,7 @@
 package extensions
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"reflect"
@@ -303,6 +304,41 @@ func TestNeeds(t *testing.T) {
 			t.Errorf("the spec is now %v", spec)
 		}
 	})
+}
+
+// hosted is one in two halves, of which none is asked for anything here.
+type hosted struct{ plain }
+
+func (*hosted) OpenOutside(context.Context, *Outside, Mount) (*Given, error) { return nil, nil }
+func (*hosted) OpenInside(*Inside, Mount, *Given) (fsbackend.Backend, Options, error) {
+	return nil, Options{}, nil
+}
+
+// counter counts images.
+type counter struct {
+	hosted
+	stats func() ([]ImageStats, error)
+}
+
+func (c *counter) ImageStats(context.Context) ([]ImageStats, error) { return c.stats() }
+
+func TestImageStats(t *testing.T) {
+	of := func(name string, f func() ([]ImageStats, error)) *counter { return &counter{hosted{plain{name: name}}, f} }
+	r, err := NewRegistry(named("other"),
+		of("good", func() ([]ImageStats, error) { return []ImageStats{{Share: "a"}, {Share: "b"}}, nil }),
+		of("panics", func() ([]ImageStats, error) { panic("oh") }),
+		of("fails", func() ([]ImageStats, error) { return nil, errors.New("cannot") }),
+		of("last", func() ([]ImageStats, error) { return []ImageStats{{Share: "c"}}, nil }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := r.ImageStats(t.Context())
+	if len(all) != 3 || all[0].Share != "a" || all[2].Share != "c" {
+		t.Errorf("they are %+v", all)
+	}
+	if err == nil || !strings.Contains(err.Error(), "panics: count images") || !strings.Contains(err.Error(), "fails: count images: cannot") {
+		t.Errorf("the error is %v", err)
+	}
 }
 
 func TestPrepare(t *testing.T) {

@@ -2,6 +2,7 @@ package extensions
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"reflect"
@@ -161,6 +162,26 @@ func (r Registry) Inside(in *Inside, m Mount, g *Given) (Choice, error) {
 		return Choice{}, err
 	}
 	return e.choose("OpenInside", m.Path, m.ReadOnly, func() (fsbackend.Backend, Options, error) { return h.OpenInside(in, deepCopy(m), g) })
+}
+
+// ImageStats asks each ImageCounter. What those that could answer have counted is returned beside an error of others.
+func (r Registry) ImageStats(ctx context.Context) (all []ImageStats, err error) {
+	for _, e := range r.entries {
+		c, ok := e.Extension.(ImageCounter)
+		if !ok {
+			continue
+		}
+		var stats []ImageStats
+		var failed error
+		if panicked := e.call("ImageStats", func() { stats, failed = c.ImageStats(ctx) }); panicked != nil {
+			failed = panicked
+		}
+		if failed != nil {
+			err = errors.Join(err, fmt.Errorf("extension %s: count images: %w", e.name, failed))
+		}
+		all = append(all, stats...)
+	}
+	return all, err
 }
 
 func (r Registry) hosted(m Mount) (entry, Hosted, error) {

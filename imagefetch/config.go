@@ -18,6 +18,8 @@ import (
 
 // Config is an image to open. It is what sluice-fetch is sent, as JSON.
 type Config struct {
+	// ID is what whoever opens the image calls it.
+	ID string `json:"id,omitempty"`
 	// Reference says where it is: see registry.ParseReference.
 	Reference string `json:"reference"`
 	// Layer is the digest of one of its layers, which is then the only one.

@@ -94,6 +94,7 @@ type Image struct {
 	gate    *gate
 	limit   *limiter
 	trace   *trace
+	counts  counts
 	// asking has an element for each chunk that is being fetched because it was asked for: what they take of memory is bounded.
 	asking chan struct{}
 
@@ -348,6 +349,7 @@ func (m *Image) Chunk(ctx context.Context, index int, chunk uint32) (*os.File, e
 	// Most are in the cache: they need no time limit.
 	if index >= 0 && index < len(layers) && uint64(chunk) < uint64(len(layers[index].chunks)) {
 		if f := layers[index].fromCache(chunk); f != nil {
+			m.counts.hit(&layers[index].chunks[chunk])
 			return f, nil
 		}
 	}
@@ -372,8 +374,10 @@ func (m *Image) Chunk(ctx context.Context, index int, chunk uint32) (*os.File, e
 		l.setErr(err)
 	}
 	if errors.Is(err, registry.ErrContent) {
+		m.counts.corruptReads.Add(1)
 		return nil, store.ErrCorrupt
 	}
+	m.counts.unavailableReads.Add(1)
 	return nil, store.ErrUnavailable
 }
 

@@ -410,8 +410,10 @@ func (l *layer) fromCache(index uint32) *os.File {
 func (l *layer) chunk(ctx context.Context, index uint32) (*os.File, error) {
 	s := l.at[index].stream
 	if f := l.fromCache(index); f != nil {
+		l.img.counts.hit(&l.chunks[index])
 		return f, nil
 	}
+	l.img.counts.miss(&l.chunks[index])
 	defer l.img.gate.ask()()
 	k := l.key(s)
 	if l.plain {
@@ -606,7 +608,11 @@ func (l *layer) keep(in io.Reader, c *store.Chunk) (*os.File, error) {
 		return nil, err
 	}
 	f, err := w.Commit(c.Digest)
+	if err == nil {
+		l.img.counts.verified.Add(1)
+	}
 	if errors.Is(err, cache.ErrContent) {
+		l.img.counts.corrupt.Add(1)
 		return nil, fmt.Errorf("chunk sha256:%s: %w", hex.EncodeToString(c.Digest[:]), registry.ErrContent)
 	}
 	return f, err

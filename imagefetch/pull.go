@@ -83,8 +83,10 @@ func (l *layer) pull(ctx context.Context) ([]byte, error) {
 		return nil, err
 	}
 	if got := "sha256:" + hex.EncodeToString(sum.Sum(nil)); l.img.ref.Image != nil && got != l.digest {
+		l.img.counts.corrupt.Add(p.chunks)
 		return nil, fmt.Errorf("it is not what its digest says: %w", registry.ErrContent)
 	}
+	l.img.counts.verified.Add(p.chunks)
 	return json.Marshal(p.toc)
 }
 
@@ -151,6 +153,8 @@ type puller struct {
 	cache *cache.Cache
 	limit int64
 	toc   plainTOC
+	// chunks are how many have been put into the cache.
+	chunks int64
 }
 
 func (p *puller) tar(ctx context.Context, r io.Reader) error {
@@ -196,6 +200,7 @@ func (p *puller) file(r io.Reader, e tocEntry, size int64) error {
 			w.Abort()
 			return err
 		}
+		p.chunks++
 		sum := w.Sum()
 		if p.cache.Has(sum, n) {
 			w.Abort()

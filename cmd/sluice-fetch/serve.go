@@ -24,6 +24,13 @@ const maxConfig = 64 << 10
 // maxFiles is how many descriptors may come with it.
 const maxFiles = 2
 
+// message is one on the control line.
+type message struct {
+	imagefetch.Config
+	// Stats asks for those of all images instead, by Config.ID, as JSON into the descriptor that came along.
+	Stats bool `json:"stats,omitempty"`
+}
+
 // serveControl opens an image for each message on the control line and serves its session, until the line is closed or ctx ends. With
 // a message come one descriptor, of the session, or two: that of the cache's directory then, in place of the one it names.
 func serveControl(ctx context.Context, fd int, log *slog.Logger) error {
@@ -105,7 +112,7 @@ type program struct {
 	log     *slog.Logger
 
 	mu     sync.Mutex
-	images map[*imagefetch.Image]struct{}
+	images map[*imagefetch.Image]string // their IDs
 }
 
 // open opens an image and serves it in the background. What is wrong is told to who opens the session: nobody reads it here.
@@ -115,7 +122,19 @@ func (p *program) open(b []byte, files []*os.File) {
 		return
 	}
 	session, rest := files[0], files[1:]
-	m, err := p.openImage(b, rest)
+	var msg message
+	err := json.Unmarshal(b, &msg)
+	if err == nil && msg.Stats {
+		closeAll(rest)
+		go p.report(session)
+		return
+	}
+	var m *imagefetch.Image
+	if err != nil {
+		err = fmt.Errorf("read the configuration of an image: %w", err)
+	} else {
+		m, err = p.openImage(msg.Config, rest)
+	}
 	closeAll(rest)
 	var s store.Store
 	if err != nil {
@@ -134,11 +153,20 @@ func (p *program) open(b []byte, files []*os.File) {
 	}()
 }
 
-func (p *program) openImage(b []byte, rest []*os.File) (*imagefetch.Image, error) {
-	var cfg imagefetch.Config
-	if err := json.Unmarshal(b, &cfg); err != nil {
-		return nil, fmt.Errorf("read the configuration of an image: %w", err)
+// report writes the counts of all images to who has asked for them, and waits until they are taken or nobody wants them any more.
+func (p *program) report(to *os.File) {
+	defer to.Close()
+	p.mu.Lock()
+	images := maps.Clone(p.images)
+	p.mu.Unlock()
+	all := make(map[string]imagefetch.Stats, len(images))
+	for m, id := range images {
+		all[id] = m.Stats()
 	}
+	_ = json.NewEncoder(to).Encode(all)
+}
+
+func (p *program) openImage(cfg imagefetch.Config, rest []*os.File) (*imagefetch.Image, error) {
 	if len(rest) > 0 {
 		cfg.Cache.Dir = fmt.Sprintf("/proc/self/fd/%d", rest[0].Fd())
 	}
@@ -149,9 +177,9 @@ func (p *program) openImage(b []byte, rest []*os.File) (*imagefetch.Image, error
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.images == nil {
-		p.images = map[*imagefetch.Image]struct{}{}
+		p.images = map[*imagefetch.Image]string{}
 	}
-	p.images[m] = struct{}{}
+	p.images[m] = cfg.ID
 	return m, nil
 }
 

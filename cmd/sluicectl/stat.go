@@ -101,6 +101,7 @@ func (p *program) sample(ctx context.Context, c *client.Client, tags []string) (
 	if len(tags) > 0 {
 		stats.Shares = slices.DeleteFunc(stats.Shares, func(s api.ShareStats) bool { return !slices.Contains(tags, s.Tag) })
 		stats.Events = slices.DeleteFunc(stats.Events, func(e api.EventStats) bool { return !slices.Contains(tags, e.Tag) })
+		stats.Images = slices.DeleteFunc(stats.Images, func(i api.ImageStats) bool { return !slices.Contains(tags, i.Tag) })
 	}
 	slices.SortFunc(stats.Shares, func(a, b api.ShareStats) int { return cmp.Compare(a.Tag, b.Tag) })
 	return &sample{at: p.now(), stats: stats}, nil

@@ -77,6 +77,35 @@ type Stats struct {
 	OpenFDs    int    `json:"open_fds"`
 	// Events counts by graft what was sent, gathered into rescans and left out for a limit.
 	Events []EventStats `json:"events,omitempty"`
+	// Images counts by graft what was fetched of images.
+	Images []ImageStats `json:"images,omitempty"`
+}
+
+// ImageStats are those of the images that a graft is, or is made of, together. Bytes of chunks are those of their content, unpacked.
+type ImageStats struct {
+	Tag     string `json:"tag"`
+	Path    string `json:"path"`
+	Images  int    `json:"images"`  // how many there are (gauge)
+	Size    uint64 `json:"size"`    // of their layers, as the registry has them (gauge)
+	Fetched uint64 `json:"fetched"` // of that (gauge)
+	// Requests and Bytes are what was asked for layers, and what came. Like all counts here, they begin at 0 again with the fetcher.
+	Requests uint64 `json:"requests"`
+	Bytes    uint64 `json:"bytes"`
+	// Hits are chunks that were asked for and in the cache, Misses those that were not.
+	Hits      uint64 `json:"hits"`
+	HitBytes  uint64 `json:"hit_bytes"`
+	Misses    uint64 `json:"misses"`
+	MissBytes uint64 `json:"miss_bytes"`
+	// Verified are chunks that came and were what they should be, Corrupt those that were not.
+	Verified uint64 `json:"verified"`
+	Corrupt  uint64 `json:"corrupt"`
+	// FetchErrors are attempts at a registry that came to nothing, by why; ReadErrors chunks that a guest has not got.
+	FetchErrors map[string]uint64 `json:"fetch_errors,omitempty"`
+	ReadErrors  map[string]uint64 `json:"read_errors,omitempty"`
+	// CacheBytes is what the largest of their caches takes, which others may share, and CacheBudget what it may (gauges). A guest is
+	// not told.
+	CacheBytes  uint64 `json:"cache_bytes"`
+	CacheBudget uint64 `json:"cache_budget"`
 }
 
 // EventStats are a watched graft's.

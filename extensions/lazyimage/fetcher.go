@@ -5,12 +5,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -53,11 +57,17 @@ type hosted struct {
 	giver  *store.Giver
 	log    *slog.Logger
 	given  bool // it has had a session; under fetcher.mu
+	// id is what the fetcher calls it, share and path are where it is.
+	id, share, path string
 }
 
+// lastID is of the image that was opened last.
+var lastID atomic.Uint64
+
 // open has an image fetched, and returns the server's end of the line that its sessions come over.
-func (f *fetcher) open(ctx context.Context, out *extensions.Outside, e *Extension, o *options) (line *os.File, err error) {
-	h := &hosted{log: out.Log}
+func (f *fetcher) open(ctx context.Context, out *extensions.Outside, e *Extension, o *options, m *extensions.Mount) (line *os.File, err error) {
+	h := &hosted{log: out.Log, id: strconv.FormatUint(lastID.Add(1), 10), share: m.Share, path: m.Path}
+	o.fetch.ID = h.id
 	if h.config, err = json.Marshal(o.fetch); err != nil {
 		return nil, err
 	}
@@ -235,18 +245,64 @@ func (f *fetcher) session(h *hosted) error {
 	if h.cache != nil {
 		give = append(give, int(h.cache.Fd()))
 	}
+	if err := f.send(h.config, give...); err != nil {
+		return fmt.Errorf("have an image opened: %w", err)
+	}
+	return h.giver.Give(server)
+}
+
+// send sends the program a message. mu is held, and control there.
+func (f *fetcher) send(message []byte, fds ...int) error {
 	raw, err := f.control.SyscallConn()
 	if err != nil {
 		return err
 	}
 	var sent error
 	err = raw.Control(func(fd uintptr) {
-		sent = unix.Sendmsg(int(fd), h.config, unix.UnixRights(give...), nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
+		sent = unix.Sendmsg(int(fd), message, unix.UnixRights(fds...), nil, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT)
 	})
-	if err = errors.Join(err, sent); err != nil {
-		return fmt.Errorf("have an image opened: %w", err)
+	return errors.Join(err, sent)
+}
+
+// statsLimit is how long the program may take to say what it has counted, and maxStats how much that may be, in bytes of JSON.
+const (
+	statsLimit = 2 * time.Second
+	maxStats   = 16 << 20
+)
+
+// stats asks the program what it has counted of each image. Those that it has just been given, or is to be given when it has been started
+// again, are not among them.
+func (f *fetcher) stats(ctx context.Context) (all []extensions.ImageStats, err error) {
+	ours, theirs, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("make a pipe: %w", err)
 	}
-	return h.giver.Give(server)
+	defer ours.Close()
+	f.mu.Lock()
+	images := slices.Collect(maps.Keys(f.images))
+	asked := f.control != nil && len(images) > 0
+	if asked {
+		err = f.send([]byte(`{"stats":true}`), int(theirs.Fd()))
+	}
+	f.mu.Unlock()
+	_ = theirs.Close()
+	if err != nil || !asked {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, statsLimit)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { _ = ours.SetReadDeadline(time.Now()) })()
+	var by map[string]extensions.ImageStats
+	if err := json.NewDecoder(io.LimitReader(ours, maxStats)).Decode(&by); err != nil {
+		return nil, fmt.Errorf("read what %s has counted: %w", programName, err)
+	}
+	for _, h := range images {
+		if s, ok := by[h.id]; ok {
+			s.Share, s.Path = h.share, h.path
+			all = append(all, s)
+		}
+	}
+	return all, nil
 }
 
 // close ends an image, and the program with the last.

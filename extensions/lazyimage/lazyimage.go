@@ -96,12 +96,17 @@ func (e *Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m 
 	if err != nil {
 		return nil, err
 	}
-	line, err := e.fetcher.open(ctx, out, e, o)
+	line, err := e.fetcher.open(ctx, out, e, o, &m)
 	if err != nil {
 		return nil, err
 	}
 	out.Action("check", func(ctx context.Context, _ json.RawMessage) (any, error) { return out.Tell(ctx, "check", nil) })
 	return &extensions.Given{Data: data, Files: []*os.File{line}}, nil
+}
+
+// ImageStats implements extensions.ImageCounter.
+func (e *Extension) ImageStats(ctx context.Context) ([]extensions.ImageStats, error) {
+	return e.fetcher.stats(ctx)
 }
 
 // OpenInside implements extensions.Hosted.

@@ -2,6 +2,7 @@ package lazyimage
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -85,6 +86,21 @@ func host(t *testing.T) (*extensionstest.Host, *Extension) {
 
 func mount(options ...string) extensions.Mount {
 	return extensions.Mount{Backend: Name, Options: options, ReadOnly: true}
+}
+
+// tryOpen is h.Open without a look at descriptors, of which the registry has some until it notices that the fetcher is gone.
+func tryOpen(t *testing.T, h *extensionstest.Host, m extensions.Mount) *extensionstest.Graft {
+	t.Helper()
+	g, err := h.TryOpen(t.Context(), m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := g.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return g
 }
 
 func cat(t *testing.T, c *fsbackendtest.Client, p string) string {
@@ -205,20 +221,7 @@ func TestFetcherIsKilled(t *testing.T) {
 	image := imagetest.New(t, files...)
 	h, e := host(t)
 	m := mount("image="+image.Ref, "prefetch=off", "background=off")
-	var grafts []*extensionstest.Graft
-	for range 2 {
-		g, err := h.TryOpen(t.Context(), m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		grafts = append(grafts, g)
-		defer func() {
-			if err := g.Close(); err != nil {
-				t.Error(err)
-			}
-		}()
-	}
-	first, second := grafts[0], grafts[1]
+	first, second := tryOpen(t, h, m), tryOpen(t, h, m)
 	pid := e.fetcher.supervisor.Status().PID
 	if got := cat(t, second.Client(), "etc/hostname"); got != "upper" {
 		t.Errorf("hostname is %q", got)
@@ -253,6 +256,75 @@ func TestFetcherIsKilled(t *testing.T) {
 	}
 	if got := cat(t, second.Client(), "bin/tool"); got != string(files[0][4].Data) {
 		t.Errorf("the tool is of %d bytes", len(got))
+	}
+}
+
+// What the fetcher counts comes by graft, and begins anew with it.
+func TestImageStats(t *testing.T) {
+	image := imagetest.New(t, files...)
+	h, e := host(t)
+	if s, err := e.ImageStats(t.Context()); err != nil || len(s) != 0 {
+		t.Errorf("without images: %+v, %v", s, err)
+	}
+	budget := filepath.Join(t.TempDir(), "cache")
+	m := mount("image="+image.Ref, "prefetch=off", "background=off", "cache-dir="+budget, "cache-bytes=64M")
+	m.Share, m.Path = "root", "/"
+	first := tryOpen(t, h, m)
+	m.Path = "/other"
+	tryOpen(t, h, m)
+	stats := func() extensions.ImageStats {
+		t.Helper()
+		all, err := e.ImageStats(t.Context())
+		if err != nil || len(all) != 2 {
+			t.Fatalf("%+v, %v", all, err)
+		}
+		if all[0].Path != "/" {
+			all[0], all[1] = all[1], all[0]
+		}
+		if all[0].Share != "root" || all[0].Path != "/" || all[1].Share != "root" || all[1].Path != "/other" || all[1].Misses != 0 {
+			t.Errorf("the images are %+v", all)
+		}
+		return all[0]
+	}
+	if s := stats(); s.Hits+s.Misses != 0 || s.Size != uint64(len(image.Layers[0].Blob)+len(image.Layers[1].Blob)) {
+		t.Errorf("before anything is read: %+v", s)
+	}
+	cat(t, first.Client(), "bin/tool")
+	if s := stats(); s.Misses == 0 || s.HitBytes+s.MissBytes != 200_000 || s.Verified != s.Misses || s.Bytes == 0 || s.Fetched == 0 || s.CacheBytes < s.MissBytes ||
+		s.CacheBudget != 64<<20 || len(s.ReadErrors) != 2 || len(s.FetchErrors) != 7 {
+		t.Errorf("after 200,000 bytes were read: %+v", s)
+	}
+	pid := e.fetcher.supervisor.Status().PID
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	// It may take a moment until it has been started again and has had the images opened.
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		all, err := e.ImageStats(t.Context())
+		if err == nil && len(all) == 2 && all[0].Misses == 0 && all[1].Misses == 0 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("after a new start: %+v, %v", all, err)
+		}
+	}
+}
+
+// A fetcher that does not answer is not waited for.
+func TestImageStatsHang(t *testing.T) {
+	image := imagetest.New(t, files...)
+	h, e := host(t)
+	tryOpen(t, h, mount("image="+image.Ref, "prefetch=off", "background=off"))
+	pid := e.fetcher.supervisor.Status().PID
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Kill(pid, unix.SIGCONT)
+	start := time.Now()
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if s, err := e.ImageStats(ctx); err == nil || time.Since(start) > statsLimit {
+		t.Errorf("%+v, %v after %v", s, err, time.Since(start))
 	}
 }
 

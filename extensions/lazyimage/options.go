@@ -30,6 +30,7 @@ type options struct {
 
 // fetchConfig is what sluice-fetch is told, as imagefetch.Config has it.
 type fetchConfig struct {
+	ID         string           `json:"id,omitempty"`
 	Reference  string           `json:"reference"`
 	Layer      string           `json:"layer,omitempty"`
 	Platform   string           `json:"platform,omitempty"`

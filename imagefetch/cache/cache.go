@@ -131,10 +131,10 @@ func (c *Cache) PutMeta(name string, data []byte) {
 	}
 }
 
-// Usage is how many bytes the directory takes, as far as is known without counting; 0 without one.
+// Usage is how many bytes the directory takes, as far as is known without counting; without one, what is kept in memory.
 func (c *Cache) Usage() int64 {
 	if c.dir == nil {
-		return 0
+		return c.mem.usage()
 	}
 	return c.dir.usage()
 }

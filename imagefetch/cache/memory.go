@@ -44,6 +44,12 @@ func (m *memory) get(k Key) *os.File {
 	return f
 }
 
+func (m *memory) usage() int64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.used
+}
+
 func (m *memory) has(k Key) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -244,7 +244,7 @@ func loginFailure(ctx context.Context, host string, err error) error {
 		return &failure{kind: elsewhere, err: fmt.Errorf("log in at %s: %.200s", host, line)}
 	}
 	// Its text has the address in it, and what the service has said.
-	f := &failure{kind: elsewhere, err: fmt.Errorf("log in at %s: refused with status %d: the docker config should have credentials for it", host, refused.StatusCode)}
+	f := &failure{kind: elsewhere, reason: reasonStatus4xx, err: fmt.Errorf("log in at %s: refused with status %d: the docker config should have credentials for it", host, refused.StatusCode)}
 	if refused.Temporary() || refused.StatusCode == http.StatusTooManyRequests {
 		f.kind = temporary
 	}

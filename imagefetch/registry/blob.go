@@ -351,6 +351,9 @@ func (s *stream) Read(p []byte) (int, error) {
 		s.at += int64(n)
 		if err != nil {
 			s.hangUp()
+			if s.at < s.b.size {
+				s.b.c.failures.count(s.ctx, &failure{kind: temporary, reason: reasonNetwork, err: err})
+			}
 			if n == 0 {
 				s.broken++
 			}

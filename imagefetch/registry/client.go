@@ -19,6 +19,7 @@ type Client struct {
 	keychain authn.Keychain
 	strict   *http.Transport
 	lax      *http.Transport // takes any certificate
+	failures failureCounts
 
 	mu       sync.Mutex
 	hosts    map[hostKey]*host

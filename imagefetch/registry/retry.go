@@ -31,9 +31,10 @@ const (
 
 // failure is an attempt that has come to nothing.
 type failure struct {
-	kind  kind
-	err   error
-	after time.Duration // that the host wants to be left alone
+	kind   kind
+	reason reason
+	err    error
+	after  time.Duration // that the host wants to be left alone
 }
 
 func (f *failure) Error() string { return f.err.Error() }
@@ -53,12 +54,18 @@ func netFailure(ctx context.Context, host string, err error) error {
 	for errors.As(err, &u) {
 		err = u.Err
 	}
-	return &failure{kind: temporary, err: fmt.Errorf("ask %s: %w", host, err)}
+	return &failure{kind: temporary, reason: reasonNetwork, err: fmt.Errorf("ask %s: %w", host, err)}
 }
 
 // statusFailure is of an answer that is none of those expected.
 func statusFailure(host string, resp *http.Response) error {
 	f := &failure{kind: elsewhere, err: fmt.Errorf("%s answers with status %d", host, resp.StatusCode)}
+	switch {
+	case resp.StatusCode >= 500:
+		f.reason = reasonStatus5xx
+	case resp.StatusCode >= 400:
+		f.reason = reasonStatus4xx
+	}
 	switch {
 	case resp.StatusCode == http.StatusTooManyRequests, resp.StatusCode == http.StatusServiceUnavailable:
 		f.kind, f.after = temporary, retryAfter(resp.Header.Get("Retry-After"), time.Now())
@@ -100,6 +107,7 @@ func (c *Client) try(ctx context.Context, hosts []*host, f func(ctx context.Cont
 				return nil
 			}
 			last = err
+			c.failures.count(ctx, err)
 			if ctx.Err() != nil {
 				return last
 			}

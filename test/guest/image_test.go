@@ -177,6 +177,13 @@ func TestImage(t *testing.T) {
 		t.Errorf("the second guest has had %d requests and %d bytes fetched", gets, bytes)
 	}
 	g.denies(noEntry, "ls /mnt/two/root/answer-of-one")
+
+	stats, err := s.c.Stats(s.ctx)
+	s.check(err)
+	if n := stats.Images; len(n) != 2 || n[0].Tag != "one" || n[0].Path != "/" || n[0].Misses == 0 || n[0].Verified < n[0].Misses || n[0].Size != uint64(whole) ||
+		n[1].Tag != "two" || n[1].Misses > 0 || n[1].Hits == 0 || n[1].Bytes > 0 || n[1].CacheBytes == 0 {
+		t.Errorf("of the two guests' images the daemon counts %+v", n)
+	}
 }
 
 // TestImageLayers serves the layers of an image one by one, for the guest's own overlayfs to merge, and compares that with the kernel's on
