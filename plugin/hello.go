@@ -21,7 +21,7 @@ type Hello struct {
 	MaxRequests int `json:"max_requests,omitempty"`
 }
 
-// Needs are what a plug-in cannot do without. They are granted by who runs Sluice, not by asking.
+// Needs are what a plug-in cannot do without. The network is given to who asks; the rest tells who runs Sluice, and grants nothing.
 type Needs struct {
 	Network  bool     `json:"network,omitempty"`  // connections to other machines
 	Syscalls []string `json:"syscalls,omitempty"` // beyond those that every program needs

@@ -17,7 +17,6 @@ import (
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fsbackend/pluginlayer"
 	"github.com/sluicefs/sluice/internal/program"
-	"github.com/sluicefs/sluice/internal/sandbox"
 	"github.com/sluicefs/sluice/plugin"
 	"github.com/sluicefs/sluice/seccomp"
 )
@@ -161,14 +160,14 @@ func (s starter) Start(ctx context.Context, path string) (*os.File, func(), erro
 	return <-first, func() { _ = p.Stop(context.WithoutCancel(ctx)) }, nil
 }
 
-// config is how a plug-in is run: kept from everything but the files that its user may use, and what it was granted.
+// config is how a plug-in is run: kept from everything but the files that its user may use, and the network if it asks for that before it
+// has heard of any guest.
 func config(out *extensions.Outside, path string, needs plugin.Needs) program.Config {
 	c := program.Config{Name: "layer plug-in " + filepath.Base(path), Args: []string{path}, Log: out.Log}
 	c.Confine.Seccomp, c.Confine.Network = true, needs.Network
-	for _, name := range needs.Caps {
-		if caps, err := sandbox.ParseCap(name); err == nil {
-			c.Confine.Caps |= uint64(caps)
-		}
+	if len(needs.Caps) > 0 || len(needs.Syscalls) > 0 {
+		out.Log.Warn("layer plug-in says that it needs what no plug-in is given: no capabilities, and no system calls of the deny list",
+			"plugin", path, "caps", needs.Caps, "syscalls", needs.Syscalls)
 	}
 	return c
 }

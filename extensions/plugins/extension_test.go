@@ -1,6 +1,7 @@
 package plugins
 
 import (
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -60,9 +61,9 @@ func TestServed(t *testing.T) {
 		{extensions.Mount{Backend: Name, Options: []string{"name=one", "layers=some"}}, "expected all"},
 		{extensions.Mount{Backend: Name, Source: "/x", Options: []string{"name=one"}}, "has no source"},
 		{extensions.Mount{Backend: Name, Options: []string{"name=one", "data=3"}}, "the plug-in has 3 layers: expected one, or an overlay of them: lowerdir=//one/3/"},
-		{extensions.Mount{Backend: Name, Options: []string{"name=none"}}, "there are one, two"},
-		{lowerdir("lowerdir=//one//a://none//b"), "there are one, two"},
-		{lowerdir("lowerdir=//two//b", "plugins="+dir+"/good-one"), "there are one"},
+		{extensions.Mount{Backend: Name, Options: []string{"name=none"}}, "expected one of one, two"},
+		{lowerdir("lowerdir=//one//a://none//b"), "expected one of one, two"},
+		{lowerdir("lowerdir=//two//b", "plugins="+dir+"/good-one"), "expected one of one"},
 		{lowerdir("lowerdir=//two//b", "plugins="), "there are none"},
 		{lowerdir("lowerdir=//one//broken"), "layer plugin name=one"},
 		{lowerdir("lowerdir=//one/0/a"), "layer plugin name=one"},
@@ -92,7 +93,7 @@ func TestDefaultDirectory(t *testing.T) {
 	if got := names(t, host().Open(t, lowerdir("lowerdir=//found//x"))); got != "found-x-0" {
 		t.Errorf("it has %s", got)
 	}
-	if err := host(filepath.Join(programs(t, "good-other"), "good-other")).OpenFails(t, lowerdir("lowerdir=//found//x")); !strings.Contains(err.Error(), "there are other") {
+	if err := host(filepath.Join(programs(t, "good-other"), "good-other")).OpenFails(t, lowerdir("lowerdir=//found//x")); !strings.Contains(err.Error(), "expected one of other") {
 		t.Error(err)
 	}
 }
@@ -124,5 +125,22 @@ func TestCompiled(t *testing.T) {
 		if with[call] == nil || without[call] != nil {
 			t.Errorf("%s is allowed with a plug-in that is compiled in: %v, without: %v", call, with[call] != nil, without[call] != nil)
 		}
+	}
+}
+
+// TestNeeds gives a plug-in no more than the network for the asking.
+func TestNeeds(t *testing.T) {
+	var log strings.Builder
+	out := &extensions.Outside{Log: slog.New(slog.NewTextHandler(&log, nil))}
+	c := config(out, "/p", plugin.Needs{Network: true, Caps: []string{"CAP_SYS_ADMIN"}, Syscalls: []string{"mount"}, Write: []string{"/"}})
+	if !c.Confine.Network || c.Confine.Caps != 0 || !c.Confine.Seccomp || c.Confine.Mount || c.Confine.None {
+		t.Errorf("a plug-in that asks for more is run with %+v", c.Confine)
+	}
+	if !strings.Contains(log.String(), "CAP_SYS_ADMIN") || !strings.Contains(log.String(), "plugin=/p") {
+		t.Errorf("the log says %q", log.String())
+	}
+	log.Reset()
+	if c := config(out, "/p", plugin.Needs{}); c.Confine.Network || log.Len() > 0 {
+		t.Errorf("a plug-in that asks for nothing is run with %+v, and the log says %q", c.Confine, log.String())
 	}
 }

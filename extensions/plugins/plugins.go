@@ -73,9 +73,9 @@ type Set map[string]Plugin
 func (s Set) Find(name string) (Plugin, error) {
 	p, ok := s[name]
 	if !ok {
-		known := "there are none (--plugin)"
+		known := "there are none: name its program with --plugin, or put it into " + DefaultDir()
 		if len(s) > 0 {
-			known = "there are " + strings.Join(slices.Sorted(maps.Keys(s)), ", ")
+			known = "expected one of " + strings.Join(slices.Sorted(maps.Keys(s)), ", ")
 		}
 		return p, fmt.Errorf("layer plug-in %q is not known: %s", name, known)
 	}

@@ -212,10 +212,10 @@ func TestFind(t *testing.T) {
 	if p, err := set.Find("a"); err != nil || p.Name != "a" {
 		t.Errorf("a is %+v, %v", p, err)
 	}
-	if _, err := set.Find("c"); err == nil || !strings.Contains(err.Error(), `"c" is not known: there are a, b`) {
+	if _, err := set.Find("c"); err == nil || !strings.Contains(err.Error(), `"c" is not known: expected one of a, b`) {
 		t.Errorf("c: %v", err)
 	}
-	if _, err := (Set{}).Find("c"); err == nil || !strings.Contains(err.Error(), "there are none (--plugin)") {
+	if _, err := (Set{}).Find("c"); err == nil || !strings.Contains(err.Error(), "there are none: name its program with --plugin") {
 		t.Errorf("c of none: %v", err)
 	}
 }

@@ -302,8 +302,11 @@ func (d *differ) sameData(n *node, old File) (bool, error) {
 }
 
 func sameBytes(a, b io.Reader) (bool, error) {
-	const step = 128 << 10
-	p, q := make([]byte, step), make([]byte, step)
+	const step = bufferLen
+	x, y := takeBuffer(), takeBuffer()
+	defer x.put()
+	defer y.put()
+	p, q := x[:], y[:]
 	for {
 		n, errA := io.ReadFull(a, p)
 		m, errB := io.ReadFull(b, q)

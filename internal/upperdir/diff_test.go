@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -75,5 +76,27 @@ func TestDiff(t *testing.T) {
 	stop := errors.New("stop")
 	if err := u.Diff(t.Context(), s.lowersOf(t, lower), func(*Change) error { return stop }); !errors.Is(err, stop) {
 		t.Errorf("Diff ended with %v, expected the error of emit", err)
+	}
+}
+
+// TestDiffAllocates bounds what comparing a file costs: guests write many.
+func TestDiffAllocates(t *testing.T) {
+	s := openStore(t)
+	dir := t.TempDir()
+	u := s.given(t, dir)
+	lower := dir + "/lower"
+	must(t, os.Mkdir(lower, 0o755))
+	const files = 200
+	for i := range files {
+		must(t, os.WriteFile(fmt.Sprintf("%s/%d", u.Path(), i), []byte("1"), 0o644))
+		must(t, os.WriteFile(fmt.Sprintf("%s/%d", lower, i), []byte("2"), 0o644))
+	}
+	below := s.lowersOf(t, lower)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	must(t, u.Diff(t.Context(), below, func(*Change) error { return nil }))
+	runtime.ReadMemStats(&after)
+	if got := (after.TotalAlloc - before.TotalAlloc) / files; got > 192<<10 { // the race detector has a pool forget things
+		t.Errorf("%d bytes are allocated for each file, expected less than its buffers", got)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -24,6 +25,18 @@ const (
 	// maxXattr is XATTR_SIZE_MAX and XATTR_LIST_MAX (include/uapi/linux/limits.h).
 	maxXattr = 65536
 )
+
+// bufferLen is how long a buffer is, in bytes: at least maxXattr.
+const bufferLen = 128 << 10
+
+// buffer is for what is needed for each of a million files, and for none of them for long.
+type buffer [bufferLen]byte
+
+var buffers = sync.Pool{New: func() any { return new(buffer) }}
+
+func takeBuffer() *buffer { return buffers.Get().(*buffer) }
+
+func (b *buffer) put() { buffers.Put(b) }
 
 // host is how files are reached: by descriptors, so that nothing a guest puts into a directory leads out of it.
 type host struct {
@@ -136,12 +149,13 @@ func (n *node) list(ctx context.Context) ([]dirent, error) {
 
 func readNames(ctx context.Context, fd int) ([]dirent, error) {
 	var entries []dirent
-	buf := make([]byte, 64<<10)
+	b := takeBuffer()
+	defer b.put()
 	for {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		n, errno := sys.Getdents64(fd, buf)
+		n, errno := sys.Getdents64(fd, b[:])
 		if errno != 0 {
 			return nil, errno
 		}
@@ -149,7 +163,7 @@ func readNames(ctx context.Context, fd int) ([]dirent, error) {
 			return entries, nil
 		}
 		// struct linux_dirent64: ino 8, off 8, reclen 2, type 1, name with its NUL.
-		for b := buf[:n]; len(b) >= 19; {
+		for b := b[:n]; len(b) >= 19; {
 			reclen := int(binary.NativeEndian.Uint16(b[16:]))
 			if reclen < 19 || reclen > len(b) {
 				return nil, unix.EIO
@@ -168,7 +182,9 @@ func readNames(ctx context.Context, fd int) ([]dirent, error) {
 
 // xattrs returns the names of n's extended attributes, sorted; none where the file system has none.
 func (n *node) xattrs() ([]string, error) {
-	buf := make([]byte, maxXattr)
+	b := takeBuffer()
+	defer b.put()
+	buf := b[:maxXattr]
 	got, errno := n.h.xattr.List(n.fd, buf)
 	switch errno {
 	case 0:
