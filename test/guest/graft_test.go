@@ -116,9 +116,9 @@ func (s *steered) leaving() (paths []string) {
 // await waits until what is true, which somebody else makes.
 func (m *machine) await(what string, is func() bool) {
 	m.t.Helper()
-	for end := time.Now().Add(20 * time.Second); !is(); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !is(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
-			m.t.Fatalf("not within 20 s: %s", what)
+			m.t.Fatalf("not within a minute: %s", what)
 		}
 	}
 }
