@@ -79,8 +79,11 @@ test: setup check
 
 check: lint lint-nocgo unit test-guest
 
-# In a fresh clone, much of the time is compiling the same with other flags. These are the ones of the programs that tests build.
-lint lint-nocgo unit test-guest fuzz: export GOFLAGS = $(shell $(GO) env GOFLAGS) -trimpath -tags=osusergo,netgo
+# In a fresh clone most of the time is compiling. These are the flags of the programs that the tests build, so that what the checks have
+# compiled need not be compiled again; with the profile of cmd/sluiced it would be, so only the daemon of test-guest has that.
+FLAGS = $(shell $(GO) env GOFLAGS) -trimpath -tags=osusergo,netgo
+lint lint-nocgo unit fuzz: export GOFLAGS = $(FLAGS) -pgo=off
+test-guest: export GOFLAGS = $(FLAGS)
 
 lint:
 	@files=$$($(GO) tool gofumpt -l .) && [ -z "$$files" ] || { echo "not formatted, run 'go tool gofumpt -w .':" $$files; exit 1; }
@@ -90,10 +93,9 @@ lint:
 	staticcheck=$$($(GO) tool -n staticcheck) && cd examples && $$staticcheck ./...
 	@dead=$$($(GO) tool deadcode -test ./...) && [ -z "$$dead" ] || { echo "dead code:"; echo "$$dead"; exit 1; }
 
-# What is compiled without cgo, and for another machine: no file is for only one of these. Without the profile, which takes
-# compiling all of it once more.
+# Without cgo, and for another machine: no file is for only one of these.
 lint-nocgo:
-	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) build -pgo=off -o /dev/null ./cmd/...
+	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/...
 	GOOS=linux GOARCH=arm64 CGO_ENABLED=0 $(GO) vet ./...
 
 # lint has vetted the tests.
@@ -101,8 +103,9 @@ unit:
 	$(GO) test -race -vet=off -timeout 10m $$($(GO) list ./... | grep -v /test/)
 	cd examples && $(GO) test -race -vet=off -timeout 10m ./...
 
+# Guests boot and wait: more of them than there are CPUs keep these busy.
 test-guest:
-	$(GO) test -race -vet=off -count=1 -timeout 15m -exec '$(SUDO)' $(GUEST_TESTS)
+	$(GO) test -race -vet=off -count=1 -timeout 15m -parallel $$((2 * $$(nproc))) -exec '$(SUDO)' $(GUEST_TESTS)
 
 # The same in every sandbox, as root and as an ordinary user.
 SURROUNDINGS := root+namespace root+chroot user+namespace user+none

@@ -517,6 +517,8 @@ func (q *queue) serve(t *task) (next *task, what outcome) {
 		q.calls++
 		call := q.calls
 		q.inCall = true
+		// From here on another thread may be the worker's.
+		t.req.Counters, t.req.Fetched = w.counters, w.now
 		q.mu.Unlock()
 		bytes += t.chain.ReadableLen + t.chain.WritableLen
 		written, done := w.handle(q, t)

@@ -268,11 +268,10 @@ func (w *worker) run() {
 	}
 }
 
-// handle begins t's request and answers it, if that does not sleep for all that is known.
+// handle begins t's request and answers it, if that does not sleep for all that is known. The worker may have another thread by then.
 func (w *worker) handle(q *queue, t *task) (written uint32, done bool) {
 	d := w.device
 	d.pool.watch.rouse()
-	t.req.Counters, t.req.Fetched = w.counters, w.now
 	t.server.Begin(t.req, t.chain.Readable, t.chain.Writable, t.chain.ReadableLen, t.chain.WritableLen)
 	op := uint32(t.req.Opcode())
 	if w.opcode.Load() != op {

@@ -20,7 +20,7 @@ func TestGuest(t *testing.T) {
 	}
 	for _, kind := range []Kind{UML, QEMU} {
 		t.Run(string(kind), func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 			defer cancel()
 			begin := time.Now()
 			g, err := Boot(ctx, Config{Kind: kind, Kit: kit, Initrd: initrd, Scratch: t.TempDir()})

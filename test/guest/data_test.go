@@ -101,15 +101,16 @@ func TestSourceTree(t *testing.T) {
 func TestQueues(t *testing.T) {
 	t.Parallel()
 	const queues = 2
+	files := size{50, 200}.n()
 	m := newMachine(t, "--num-request-queues", fmt.Sprint(queues))
 	m.boot(testguest.Config{Kind: testguest.QEMU, CPUs: queues})
 	m.sh(`for i in 1 2 3 4; do
-		(mkdir /mnt/$i; guestprog random /mnt/$i/file %d $i; for j in $(seq 200); do echo $j >/mnt/$i/$j; done) &
-	done; wait`, 8<<20)
+		(mkdir /mnt/$i; guestprog random /mnt/$i/file %d $i; for j in $(seq %d); do echo $j >/mnt/$i/$j; done) &
+	done; wait`, size{2, 8}.n()<<20, files)
 	for i := range 4 {
 		dir := fmt.Sprint(i + 1)
-		if got, want := m.sh("guestprog sum /mnt/%s", dir), digest(t, m.path(dir)); got != want || !strings.HasSuffix(want, " 202") {
-			t.Errorf("the guest has %s, the host %s, want both the same with 202 entries", got, want)
+		if got, want := m.sh("guestprog sum /mnt/%s", dir), digest(t, m.path(dir)); got != want || !strings.HasSuffix(want, fmt.Sprint(" ", files+2)) {
+			t.Errorf("the guest has %s, the host %s, want both the same with %d entries", got, want, files+2)
 		}
 	}
 }

@@ -55,7 +55,7 @@ func of(mounts ...specs.Mount) func(*machine) *specs.Spec {
 // seen waits until the daemon has logged each of texts.
 func (m *machine) seen(texts ...string) {
 	m.t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; {
+	for end := time.Now().Add(time.Minute); ; {
 		log := m.daemon.Log()
 		missing := ""
 		for _, text := range texts {

@@ -165,7 +165,7 @@ func (w *watched) line() string {
 			w.t.Fatal("the serial line has ended")
 		}
 		return line
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		w.t.Fatal("nothing fires in the guest")
 	case <-w.ctx.Done():
 		w.t.Fatal(w.ctx.Err())

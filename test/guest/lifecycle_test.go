@@ -47,7 +47,7 @@ func TestMounts(t *testing.T) {
 // TestReboots reboots a guest whose virtual machine keeps the daemon's connection.
 func TestReboots(t *testing.T) {
 	t.Parallel()
-	reboots := size{4, 20}
+	reboots := size{3, 20}
 	m := newMachine(t)
 	m.check(tree.WriteSample(m.path("tree"), 1))
 	want := digest(t, m.path("tree"))

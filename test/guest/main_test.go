@@ -207,6 +207,9 @@ func (m *machine) start(cfg testguest.DaemonConfig) (err error) {
 	return nil
 }
 
+// bootTime is how long a guest may take to boot: seconds of CPU time, of which it may get little.
+const bootTime = 3 * time.Minute
+
 // boot boots a guest and mounts the share at /mnt, with mount's options.
 func (m *machine) boot(cfg testguest.Config, mountOptions ...string) {
 	m.t.Helper()
@@ -215,7 +218,7 @@ func (m *machine) boot(cfg testguest.Config, mountOptions ...string) {
 	device := m.daemon.Device()
 	device.Queues = cfg.CPUs
 	cfg.Devices = []testguest.Device{device}
-	ctx, cancel := context.WithTimeout(m.serving, time.Minute)
+	ctx, cancel := context.WithTimeout(m.serving, bootTime)
 	defer cancel()
 	g, err := testguest.Boot(ctx, cfg)
 	m.check(err)

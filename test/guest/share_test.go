@@ -39,7 +39,7 @@ func (s *steered) on(tags ...string) *machine {
 	for _, tag := range tags {
 		cfg.Devices = append(cfg.Devices, testguest.Device{Socket: filepath.Join(s.scratch, tag+".sock"), Tag: tag})
 	}
-	ctx, cancel := context.WithTimeout(m.serving, time.Minute)
+	ctx, cancel := context.WithTimeout(m.serving, bootTime)
 	defer cancel()
 	m.guest, err = testguest.Boot(ctx, cfg)
 	s.check(err)

@@ -70,7 +70,7 @@ func connectGuest(ctx context.Context, path string, port int, text string) (stri
 		return "", err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
 		return "", err
 	}
 	if _, err := fmt.Fprintf(conn, "CONNECT %d\n", port); err != nil {
