@@ -235,6 +235,10 @@ func (o *outside) apply(ctx context.Context, arg api.OverlayApply) (any, error) 
 	err = o.at(ctx, arg.Checkpoint, func(u *upperdir.Upper) error {
 		return u.Apply(ctx, arg.Target, upperdir.ApplyOptions{Below: below, DryRun: arg.DryRun, Devices: arg.Devices}, gather(&changes))
 	})
+	if arg.Checkpoint != "" && !arg.DryRun {
+		// What the guest is shown of a lower layer may be known from before: after a freeze it is looked at anew.
+		err = errors.Join(err, o.frozen(ctx, func() error { return nil }))
+	}
 	var conflict *upperdir.ConflictError
 	if errors.As(err, &conflict) {
 		err = &extensions.ActionError{Message: conflict.Error(), Hint: "put the target back to what the overlay began with, or take the changes over by hand: diff --tar writes them to a file"}

@@ -408,6 +408,33 @@ func TestApplyConflicts(t *testing.T) {
 	}
 }
 
+// TestApplyWhileInUse has a guest go on after what it did was applied to the lower directory: what it removes then is gone, too.
+func TestApplyWhileInUse(t *testing.T) {
+	for _, checkpoint := range []string{"", "one"} {
+		p := newPlace(t)
+		mount := p.mount("upper=keep")
+		g, err := p.TryOpen(t.Context(), mount)
+		p.must(err)
+		c := p.guest(g)
+		c.create("mine", "above")
+		p.act(g, api.ActCheckpoint, api.OverlayName{Name: "one"}, nil)
+		for _, name := range []string{"nothing", "neither", "none"} { // the names below are known then
+			if _, e := c.Lookup(fsbackendtest.Root, name); e != unix.ENOENT {
+				t.Fatalf("LOOKUP of %s: %v", name, e)
+			}
+		}
+		p.act(g, api.ActApply, api.OverlayApply{Target: p.path("lower"), Checkpoint: checkpoint}, nil)
+		if text, err := os.ReadFile(p.path("lower/mine")); err != nil || string(text) != "above" {
+			t.Errorf("applied: %q, %v", text, err)
+		}
+		c.ok("UNLINK", c.Unlink(fsbackendtest.Root, "mine"))
+		p.must(g.Close())
+		if got := p.guest(p.Open(t, mount)).names(); got != "d f" {
+			t.Errorf("applied from checkpoint %q, and removed: the guest sees %s", checkpoint, got)
+		}
+	}
+}
+
 // TestActionErrors asks for what cannot be.
 func TestActionErrors(t *testing.T) {
 	p := newPlace(t)

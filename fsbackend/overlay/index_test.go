@@ -147,7 +147,7 @@ func TestNames(t *testing.T) {
 // TestKnownNames has a lower layer not be asked for what it does not have.
 func TestKnownNames(t *testing.T) {
 	l := new(asked)
-	o := newAsked(t, l, Config{})
+	o := newAsked(t, l, Config{}, "e/b")
 	d := o.dir(t)
 	o.nothing(t, d, 2)
 	before, read := l.lookups.Load(), l.read.Load()
@@ -166,14 +166,32 @@ func TestKnownNames(t *testing.T) {
 	if got := l.read.Load() - read; got > 8 {
 		t.Errorf("a directory was read %d times", got)
 	}
-	if got := o.names(t); !slices.Equal(got, []string{"d/", "d/a", "d/dir/", "d/h", "d/l", "elsewhere"}) {
+	if got := o.names(t); !slices.Equal(got, []string{"d/", "d/a", "d/dir/", "d/h", "d/l", "e/", "e/b", "elsewhere"}) {
 		t.Errorf("the tree has %q", got)
+	}
+	if _, err := o.walk("d/h"); err != nil {
+		t.Fatal(err)
+	}
+	if e := o.Rename(d, "h", d, "a", unix.RENAME_NOREPLACE); e != unix.EEXIST {
+		t.Errorf("RENAME_NOREPLACE to what the lower layer has: %v, expected EEXIST", e)
 	}
 	if e := o.Unlink(d, "a"); e != 0 {
 		t.Error(e)
 	}
 	if _, e := o.Lookup(d, "a"); e != unix.ENOENT {
 		t.Errorf("what was removed from the lower layer: %v", e)
+	}
+	// Into a directory that the upper layer does not have yet.
+	e, err := o.walk("e")
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.nothing(t, e.NodeId, 3)
+	if got := o.Rename(d, "h", e.NodeId, "new", 0); got != 0 {
+		t.Errorf("RENAME into a directory of the lower layer: %v", got)
+	}
+	if got := o.names(t); !slices.Equal(got, []string{"d/", "d/dir/", "d/l", "e/", "e/b", "e/new", "elsewhere"}) {
+		t.Errorf("the tree has %q", got)
 	}
 }
 
@@ -324,13 +342,14 @@ func TestLowerChanges(t *testing.T) {
 	defer o.fs.Close()
 	d := o.dir(t)
 	o.nothing(t, d, 3)
-	for _, name := range []string{"own", "applied", "both"} {
+	for _, name := range []string{"own", "both"} {
 		if err := o.create("d/"+name, 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := o.walk("d/applied"); err != nil { // the guest has it in its caches, and that nothing is below is known with it
-		t.Fatal(err)
+	// The guest has it in its caches, and that nothing is below is known with it.
+	if _, e := o.Mknod(d, "applied", unix.S_IFREG|0o644, 0); e != 0 {
+		t.Fatal(e)
 	}
 	for _, err := range []error{
 		os.Remove(lower + "/d/gone"), os.Remove(lower + "/d/becomes"), os.Mkdir(lower+"/d/becomes", 0o755),
@@ -378,6 +397,78 @@ func TestLowerChanges(t *testing.T) {
 	}
 	if err := o.fs.check(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestListedAhead has files be changed, renamed and removed while a directory is listed with attributes: what is listed after that has them as
+// they are then.
+func TestListedAhead(t *testing.T) {
+	s := newStack(t, 2)
+	for i := range 60 {
+		put(t, s.lowers[i%2], 0, "d/", fmt.Sprintf("d/file%d", i), fmt.Sprintf("d/dir%d/", i))
+	}
+	for i := range 15 { // some are hidden
+		put(t, s.lowers[1], 1, fmt.Sprintf("d/file%d", 4*i))
+		put(t, s.upper, 12345, "d/", fmt.Sprintf("d/file%d", 4*i+2))
+	}
+	put(t, s.upper, 0, "d/own1", "d/own2", "d/own3")
+	o := s.open(t)
+	defer o.fs.Close()
+	d := o.dir(t)
+	fh, e := o.Opendir(d)
+	if e != 0 {
+		t.Fatal(e)
+	}
+	nodes := make(map[string]fuseproto.EntryOut)
+	gone := make(map[string]bool)
+	rnd := rand.New(rand.NewPCG(1, 1))
+	for round, off := 0, uint64(0); ; round++ {
+		entries, e := o.Readdir(d, fh, off, 700, true)
+		if e != 0 {
+			t.Fatal(e)
+		}
+		if len(entries) == 0 {
+			break
+		}
+		for _, x := range entries {
+			off = x.Off
+			if x.Entry.NodeId == 0 {
+				continue
+			}
+			now, e := o.Lookup(d, x.Name)
+			if e != 0 || now.NodeId != x.Entry.NodeId || now.Size != x.Entry.Size || now.Ino != x.Ino {
+				t.Errorf("%s is listed as %+v, and is %+v, %v", x.Name, x.Entry, now, e)
+			}
+			if _, ok := nodes[x.Name]; ok || gone[x.Name] {
+				t.Errorf("%s is listed again, or has gone", x.Name)
+			}
+			nodes[x.Name] = x.Entry
+			o.fs.Forget(x.Entry.NodeId, 2)
+		}
+		for range 3 {
+			if round < 12 {
+				break // as long as nothing changes, the parts below are listed ahead, too
+			}
+			name := fmt.Sprintf("file%d", rnd.IntN(60))
+			err := o.write("d/"+name, 0, strings.Repeat("x", 100+round))
+			if round%5 == 0 {
+				err = errors.Join(err, o.unlink("d/"+name))
+				gone[name] = true
+			}
+			if err != nil && !errors.Is(err, unix.ENOENT) {
+				t.Error(err)
+			}
+		}
+	}
+	o.Releasedir(d, fh)
+	if len(nodes)+len(gone) < 123 {
+		t.Errorf("%d files are listed, %d have gone, expected 123 of them", len(nodes), len(gone))
+	}
+	o.fs.Forget(d, 1)
+	for _, l := range o.fs.layers {
+		if got := l.r.Stats(); got.Inodes != 1 || got.FDs.Open != 0 {
+			t.Errorf("layer %s holds %+v, expected its root alone", l.name, got)
+		}
 	}
 }
 
