@@ -220,4 +220,3 @@ const (
 	defaultTimeout     = 30 * time.Second
 	defaultRestartWait = 2 * time.Second
 )
-
