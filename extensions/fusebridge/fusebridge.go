@@ -19,7 +19,6 @@ import (
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fsbackend/fusebridge"
-	"github.com/sluicefs/sluice/fsbackend/passthrough"
 	"github.com/sluicefs/sluice/fuseproto"
 	"github.com/sluicefs/sluice/internal/program"
 	"github.com/sluicefs/sluice/seccomp"
@@ -68,7 +67,7 @@ type given struct {
 	MaxWrite    int               `json:"max_write"`
 	Parallel    bool              `json:"parallel_lookups,omitempty"`
 	Owner       *fuseproto.Caller `json:"owner,omitempty"`
-	// Mounted says that the file is the directory that the program has mounted, and not a line.
+	// Mounted says that the line brings directories that the program has mounted, and not sockets.
 	Mounted bool `json:"mounted,omitempty"`
 }
 
@@ -189,7 +188,7 @@ func (Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *extens
 		return nil, extensions.Options{}, fmt.Errorf("FUSE program: %w", err)
 	}
 	if d.Mounted {
-		return openMounted(in, m, g)
+		return openMounted(in, m, &d, program.NewLine(g.Files[0]))
 	}
 	line := program.NewLine(g.Files[0])
 	ctx, cancel := context.WithTimeout(context.Background(), startPatience)
@@ -221,16 +220,3 @@ const (
 	defaultTimeout     = 30 * time.Second
 	defaultRestartWait = 2 * time.Second
 )
-
-// openMounted serves what a program has mounted, as a directory.
-func openMounted(in *extensions.Inside, m extensions.Mount, g *extensions.Given) (fsbackend.Backend, extensions.Options, error) {
-	defer g.Close()
-	fs, err := passthrough.New(passthrough.Config{
-		Dir: "FUSE program", DirFD: int(g.Files[0].Fd()), ProcFD: in.ProcFD, NoFileHandles: true,
-		MaxFDs: in.MaxFDs, MaxInodes: in.MaxInodes, Log: in.Log,
-	})
-	if err != nil {
-		return nil, extensions.Options{}, err
-	}
-	return fs, extensions.Options{ReadOnly: m.ReadOnly, Timeout: time.Minute}, nil
-}

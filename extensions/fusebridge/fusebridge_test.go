@@ -202,6 +202,14 @@ func TestServeMounted(t *testing.T) {
 	if strings.Contains(string(mounts), "sluice-fuse-") {
 		t.Error("the host sees the mount")
 	}
+	e, errno := c.Lookup(fsbackendtest.Root, "hello")
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	fh, errno := c.Open(e.NodeId, unix.O_RDONLY)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
 	answer, err := h.actions["program"](t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -209,12 +217,36 @@ func TestServeMounted(t *testing.T) {
 	if err := unix.Kill(answer.(status).PID, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	for answer.(status).PID != 0 {
-		time.Sleep(time.Millisecond)
-		answer, _ = h.actions["program"](t.Context(), nil)
+	// It mounts again: names are found there, what was open is lost. Until then the host's kernel may know an answer still.
+	for end := time.Now().Add(30 * time.Second); ; {
+		now, errno := c.Lookup(fsbackendtest.Root, "hello")
+		var opened uint64
+		if errno == 0 {
+			opened, errno = c.Open(now.NodeId, unix.O_RDONLY)
+		}
+		if errno == 0 {
+			c.Release(now.NodeId, opened)
+			if now.NodeId != e.NodeId {
+				break
+			}
+		} else if errno != unix.ESTALE && errno != unix.EIO {
+			t.Fatalf("when it has ended: %v", errno)
+		}
+		if time.Now().After(end) {
+			t.Fatalf("it does not serve again: %v", errno)
+		}
 	}
-	if _, errno := c.Lookup(fsbackendtest.Root, "other"); errno == 0 || errno == unix.ENOENT {
-		t.Errorf("LOOKUP when it has ended: %v", errno)
+	hello(t, c)
+	if _, errno := c.Read(e.NodeId, fh, 0, 5); errno != unix.EIO {
+		t.Errorf("READ of what was open before: %v", errno)
+	}
+	if _, errno := c.Getattr(e.NodeId); errno != unix.ESTALE {
+		t.Errorf("GETATTR of a file of the first mount: %v", errno)
+	}
+	c.Release(e.NodeId, fh)
+	again, err := h.actions["program"](t.Context(), nil)
+	if err != nil || again.(status).PID == answer.(status).PID || again.(status).Restarts == 0 {
+		t.Errorf("%+v, %v", again, err)
 	}
 }
 

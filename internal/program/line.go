@@ -27,6 +27,7 @@ type Line struct {
 	next sync.Mutex // held in Next
 	mu   sync.Mutex
 	s    State
+	news chan struct{} // closed when s changes
 }
 
 // State is what a line has said so far.
@@ -49,7 +50,7 @@ func NewLine(f *os.File) *Line {
 		_ = f.Close()
 		f = os.NewFile(uintptr(fd), "program line")
 	}
-	return &Line{f: f}
+	return &Line{f: f, news: make(chan struct{})}
 }
 
 // Next blocks until the program is started the next time, and returns this end of its socket, which is the caller's to close. To
@@ -90,6 +91,8 @@ func (l *Line) Next(ctx context.Context) (*os.File, error) {
 			l.s.Running = false
 			l.s.Status = status
 		}
+		close(l.news)
+		l.news = make(chan struct{})
 		l.mu.Unlock()
 	}
 }
@@ -166,11 +169,17 @@ func oneFD(oob []byte) (int, error) {
 	return fd, nil
 }
 
-// State returns what the line has said up to the last Next.
+// State returns what the line has said up to the last Next, or to a Next that waits.
 func (l *Line) State() State {
+	s, _ := l.Watch()
+	return s
+}
+
+// Watch returns the state, and a channel that is closed when it changes.
+func (l *Line) Watch() (State, <-chan struct{}) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.s
+	return l.s, l.news
 }
 
 // Close ends the line and a Next that waits.

@@ -23,6 +23,7 @@ type process struct {
 	pidfd  int
 	far    *os.File // the program's end of its socket: by it is seen that the other end was shut
 	output *output
+	gone   func() // unless nil, called when it has ended
 }
 
 // pair makes a pair of connected sockets whose messages may have up to size bytes, as far as is allowed; 0 leaves that as it is.
@@ -171,6 +172,9 @@ func (p *process) reap() {
 		_ = p.far.Close()
 	}
 	p.output.end()
+	if p.gone != nil {
+		p.gone()
+	}
 }
 
 // status says how it ended, with its last words.

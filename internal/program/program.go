@@ -9,6 +9,7 @@
 package program
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -48,6 +49,9 @@ type Config struct {
 	// OnStart, unless nil, is given the other end of each start's socket, to be closed by it, and there is no line: for a
 	// program that serves many over one control socket. It must return soon.
 	OnStart func(control *os.File)
+	// Serves, unless nil, waits until the program that has just been started as process pid serves, and returns what the line brings
+	// in place of its socket: for a program that mounts. ctx ends with the program; on an error it is ended, and started again.
+	Serves func(ctx context.Context, pid int) (*os.File, error)
 	// Log takes what the program writes to its standard output and error, line by line and at a bounded rate, and its ends.
 	Log *slog.Logger
 }
@@ -104,6 +108,8 @@ func (c *Config) Validate() error {
 	switch {
 	case len(c.Args) == 0 || c.Args[0] == "":
 		return errors.New("no program: expected its name and arguments")
+	case c.OnStart != nil && c.Serves != nil:
+		return errors.New("OnStart and Serves: expected one of the two")
 	case c.BufferSize < 0:
 		return fmt.Errorf("buffer of %d bytes: expected 0 for the default, or more", c.BufferSize)
 	case c.Confine.None && (c.Confine.ReadOnly || c.Confine.Mount):

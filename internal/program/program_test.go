@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -589,5 +590,40 @@ func TestLogOfEnds(t *testing.T) {
 	}
 	if got := log.String(); strings.Contains(got, "again") {
 		t.Errorf("the log of a program that nobody wants any more: %s", got)
+	}
+}
+
+// TestServes has the line bring what the program serves once it does, and the program started again where that fails.
+func TestServes(t *testing.T) {
+	var starts atomic.Int32
+	c := self("echo")
+	c.Serves = func(ctx context.Context, pid int) (*os.File, error) {
+		switch starts.Add(1) {
+		case 2:
+			return nil, errors.New("it serves nothing")
+		case 3:
+			_ = unix.Kill(pid, unix.SIGKILL)
+			<-ctx.Done() // it has ended before it serves
+			return nil, ctx.Err()
+		}
+		return os.Open("/dev/null")
+	}
+	s, line := start(t, c)
+	for range 2 {
+		f, err := line.Next(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.Fd()), &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR {
+			t.Errorf("the line brings a file of mode %#o, %v", st.Mode, err)
+		}
+		f.Close()
+		if err := unix.Kill(s.Status().PID, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := starts.Load(); n < 4 {
+		t.Errorf("%d starts", n)
 	}
 }

@@ -238,6 +238,10 @@ func (s *Supervisor) start() (*process, error) {
 		s.c.OnStart(near)
 		return p, nil
 	}
+	if s.c.Serves != nil {
+		s.serve(p, near)
+		return p, nil
+	}
 	err = s.say([]byte{lineStarted}, near)
 	_ = near.Close()
 	if err != nil {
@@ -249,6 +253,28 @@ func (s *Supervisor) start() (*process, error) {
 		return nil, err
 	}
 	return p, nil
+}
+
+// serve tells the server when p, which has a socket that nobody speaks over, serves, or ends it.
+func (s *Supervisor) serve(p *process, near *os.File) {
+	ctx, cancel := context.WithCancel(context.Background())
+	pid := p.cmd.Process.Pid
+	var told sync.WaitGroup
+	told.Go(func() {
+		f, err := s.c.Serves(ctx, pid)
+		if err == nil {
+			err = errors.Join(s.say([]byte{lineStarted}, f), f.Close())
+		}
+		if err != nil && ctx.Err() == nil {
+			s.c.Log.Error("started program is of no use", "program", s.c.Name, "error", err)
+			_ = unix.Shutdown(int(near.Fd()), unix.SHUT_RDWR)
+		}
+	})
+	p.gone = func() {
+		cancel()
+		told.Wait()
+		_ = near.Close()
+	}
 }
 
 // say sends a message over the line. It does not wait for a server that does not listen.

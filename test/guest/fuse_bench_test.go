@@ -93,14 +93,23 @@ func (f *fuseBench) mount(args []string) (path string, remove func()) {
 	}
 }
 
-// work is what the daemon and the programs have done so far, since the programs were started: microseconds on a CPU, and how often they
-// have waited for something. Other processes of the host do not touch it, as they do the time that passes.
-func (f *fuseBench) work() (cpu, waits float64) {
+// work is what the daemon and the program called name have done so far, since the latter was started: microseconds on a CPU, how often
+// they have waited for something, and how many answers the program has given, as far as it writes nothing else. Other processes of the
+// host do not touch it, as they do the time that passes.
+func (f *fuseBench) work(name string) (cpu, waits, answers float64) {
 	pids := f.d.PIDs()
 	if f.mounted != 0 {
 		pids = append(pids, f.mounted)
 	}
 	for _, pid := range pids {
+		if comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); strings.TrimSpace(string(comm)) == name {
+			text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/io", pid))
+			if _, writes, ok := strings.Cut(string(text), "syscw: "); ok {
+				var n float64
+				_, _ = fmt.Sscan(writes, &n)
+				answers += n
+			}
+		}
 		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", pid)) // of which some may end meanwhile
 		for _, task := range tasks {
 			var ns float64
@@ -116,7 +125,7 @@ func (f *fuseBench) work() (cpu, waits float64) {
 			}
 		}
 	}
-	return cpu, waits
+	return cpu, waits, answers
 }
 
 // fuseSteps are what the guest does in a directory, in rounds of which each begins with programs that were just started. The guest
@@ -135,7 +144,7 @@ var fuseWrites = []struct{ name, script string }{
 
 // BenchmarkFUSEPrograms has a guest work with FUSE programs as shares, and with the same mounted on the host and shared from there, in
 // turn. The unit x is how many times as much the latter takes, the median of the rounds: of time, of CPU time of the daemon and the
-// program, and of their waits.
+// program, of their waits, and of answers.
 func BenchmarkFUSEPrograms(b *testing.B) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
@@ -214,13 +223,13 @@ func BenchmarkFUSEPrograms(b *testing.B) {
 						for _, step := range steps {
 							_, err := f.g.Sh(ctx, "echo 3 >/proc/sys/vm/drop_caches")
 							f.check(err)
-							cpu, waits := f.work()
+							cpu, waits, answers := f.work(p.name)
 							began := time.Now()
 							_, err = f.g.Sh(ctx, fmt.Sprintf(step.script, dir))
 							f.check(err)
 							elapsed := time.Since(began).Seconds()
-							cpuAfter, waitsAfter := f.work()
-							for what, n := range map[string]float64{"": elapsed, "-cpu": cpuAfter - cpu, "-waits": waitsAfter - waits} {
+							cpuAfter, waitsAfter, answersAfter := f.work(p.name)
+							for what, n := range map[string]float64{"": elapsed, "-cpu": cpuAfter - cpu, "-waits": waitsAfter - waits, "-answers": answersAfter - answers} {
 								if took[step.name+what] == nil {
 									order = append(order, step.name+what)
 									took[step.name+what] = new([2][]float64)
@@ -236,14 +245,18 @@ func BenchmarkFUSEPrograms(b *testing.B) {
 				t := took[name]
 				ratios := make([]float64, len(t[0]))
 				for i := range ratios {
-					ratios[i] = t[1][i] / t[0][i]
+					ratios[i] = t[1][i] / max(t[0][i], 1e-6)
 				}
 				median := func(all []float64) float64 {
 					slices.Sort(all)
 					return all[len(all)/2]
 				}
 				b.ReportMetric(median(ratios), name+"-x")
-				if !strings.HasSuffix(name, "-cpu") && !strings.HasSuffix(name, "-waits") {
+				switch {
+				case strings.HasSuffix(name, "-answers"):
+					b.ReportMetric(median(t[0]), name)
+					b.ReportMetric(median(t[1]), name+"-mounted")
+				case !strings.HasSuffix(name, "-cpu") && !strings.HasSuffix(name, "-waits"):
 					b.ReportMetric(median(t[0])*1e3, name+"-ms")
 				}
 			}
