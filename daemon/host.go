@@ -69,9 +69,7 @@ func (k *keeper) openGrafts(tag string, specs []api.GraftSpec) (all grafts, err 
 
 // openOne is openGrafts for one.
 func (k *keeper) openOne(tag string, spec api.GraftSpec) (*openGraft, error) {
-	if _, ok := k.registry.Hosted(spec.Type); ok && spec.Backend == "" {
-		spec.Backend = spec.Type // a mount of type overlay, say
-	}
+	spec.Backend = backendOf(k.registry, spec)
 	o := &openGraft{graftOrder: graftOrder{Tag: tag, Spec: spec}}
 	m := &o.Mount
 	m.Path, m.Source, m.ReadOnly, m.Backend = spec.Path, spec.Source, spec.ReadOnly, spec.Backend
@@ -106,6 +104,14 @@ func (k *keeper) openOne(tag string, spec api.GraftSpec) (*openGraft, error) {
 		return nil, err
 	}
 	return o, nil
+}
+
+// backendOf is what spec names as its backend, if only by its type: a mount of type overlay, say.
+func backendOf(r extensions.Registry, spec api.GraftSpec) string {
+	if _, ok := r.Hosted(spec.Type); ok && spec.Backend == "" {
+		return spec.Type
+	}
+	return spec.Backend
 }
 
 // openOuter opens the half outside of a graft in two halves.

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"errors"
 	"fmt"
 	"reflect"
 	"slices"
@@ -66,6 +67,28 @@ func (p *program) loadFile(cfg *config.Config, flags *pflag.FlagSet) (*configfil
 		}
 	}
 	return f, nil
+}
+
+// checkGrafts says what is wrong with the grafts of f that extensions serve, without opening or starting anything.
+func (p *program) checkGrafts(f *configfile.File) error {
+	var wrong []error
+	for i, s := range f.Shares {
+		for j, g := range s.Grafts {
+			g.Backend = backendOf(p.registry, g)
+			at, err := fmt.Sprintf("share[%d].graft[%d]", i, j), error(nil)
+			if _, known := p.registry.Lookup(g.Backend); known {
+				if _, hosted := p.registry.Hosted(g.Backend); hosted {
+					err = p.registry.Check(hostedMount(s.Tag, g))
+				}
+			} else if !isStock(g.Backend) {
+				at, err = at+".backend", fmt.Errorf("there is no backend %q: expected one of those that --list-extensions prints", g.Backend)
+			}
+			if err != nil {
+				wrong = append(wrong, f.Wrong(at, err.Error()))
+			}
+		}
+	}
+	return errors.Join(wrong...)
 }
 
 // checkShareOptions refuses options about one share where they describe none: nobody must believe in a --readonly that is not heeded.

@@ -93,10 +93,7 @@ func (k *keeper) openHosted(tag string, spec api.GraftSpec) (_ *hostedGraft, err
 		err = ended(k.line.Call(ctx, askTell, tellOrder{ID: h.order.ID, Method: method, Arg: text}, &answer, files...))
 		return answer, err
 	}
-	h.order.Mount = extensions.Mount{
-		Share: tag, Path: spec.Path, Backend: spec.Backend, Source: spec.Source, Options: spec.Options, ReadOnly: spec.ReadOnly,
-		Lowers: lowerMounts(tag, spec.Path, spec.Lowers),
-	}
+	h.order.Mount = hostedMount(tag, spec)
 	defer func() {
 		if err != nil {
 			err = errors.Join(invalidGraft(err), h.close())
@@ -120,6 +117,14 @@ func invalidGraft(err error) error {
 		return err
 	}
 	return &api.Error{Code: api.CodeInvalid, Message: err.Error()}
+}
+
+// hostedMount is a graft as its extension is asked for it.
+func hostedMount(tag string, spec api.GraftSpec) extensions.Mount {
+	return extensions.Mount{
+		Share: tag, Path: spec.Path, Backend: spec.Backend, Source: spec.Source, Options: spec.Options, ReadOnly: spec.ReadOnly,
+		Lowers: lowerMounts(tag, spec.Path, spec.Lowers),
+	}
 }
 
 func lowerMounts(tag, path string, lowers []api.LowerSpec) (mounts []extensions.Mount) {

@@ -110,6 +110,9 @@ func (p *program) serve(ctx context.Context, cfg config.Config, flags *pflag.Fla
 		return usageError{err}
 	}
 	if cfg.CheckFile {
+		if err := p.checkGrafts(file); err != nil {
+			return err
+		}
 		_, err := fmt.Fprintf(p.out, "%s: no errors\n", cfg.File)
 		return err
 	}

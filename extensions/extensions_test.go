@@ -323,7 +323,9 @@ type counter struct {
 func (c *counter) ImageStats(context.Context) ([]ImageStats, error) { return c.stats() }
 
 func TestImageStats(t *testing.T) {
-	of := func(name string, f func() ([]ImageStats, error)) *counter { return &counter{hosted{plain{name: name}}, f} }
+	of := func(name string, f func() ([]ImageStats, error)) *counter {
+		return &counter{hosted{plain{name: name}}, f}
+	}
 	r, err := NewRegistry(named("other"),
 		of("good", func() ([]ImageStats, error) { return []ImageStats{{Share: "a"}, {Share: "b"}}, nil }),
 		of("panics", func() ([]ImageStats, error) { panic("oh") }),

@@ -24,6 +24,21 @@ type Hosted interface {
 	OpenInside(in *Inside, m Mount, g *Given) (fsbackend.Backend, Options, error)
 }
 
+// Checker is a Hosted extension that can say what is wrong with a mount before it is served: for --check-config.
+type Checker interface {
+	Hosted
+	// CheckMount returns what OpenOutside would find wrong with m without a look at the host: nothing is opened, started or asked for.
+	CheckMount(c *Checking, m Mount) error
+}
+
+// Checking is what CheckMount is given by the daemon.
+type Checking struct {
+	// Has says whether m.Backend of Mount may be name, as Outside.Has does.
+	Has func(name string) bool
+	// Mount checks a part, as Outside.Open opens it.
+	Mount func(m Mount) error
+}
+
 // ImageCounter is a Hosted extension that serves images, or the like, which are loaded as they are read, and counts that.
 type ImageCounter interface {
 	Hosted

@@ -30,20 +30,38 @@ func (m Mount) ParseOptions(known map[string]func(value string) error) error {
 	return nil
 }
 
-// OpenOne opens the one tree that m is a layer over: its only Lower, or the directory that is its Source.
-func (out *Outside) OpenOne(ctx context.Context, m Mount) (*Given, error) {
+// one is the tree that m is a layer over: its only Lower, or the directory that is its Source.
+func (m Mount) one() (Mount, error) {
 	lower := Mount{Backend: Passthrough, Source: m.Source, Share: m.Share, Path: m.Path}
 	switch {
 	case len(m.Lowers) > 1:
-		return nil, fmt.Errorf("%d trees below %s: expected one", len(m.Lowers), m.Backend)
+		return lower, fmt.Errorf("%d trees below %s: expected one", len(m.Lowers), m.Backend)
 	case len(m.Lowers) == 1 && m.Source != "":
-		return nil, fmt.Errorf("%s is a layer over a tree: expected it, or a directory as the source, and not both", m.Backend)
+		return lower, fmt.Errorf("%s is a layer over a tree: expected it, or a directory as the source, and not both", m.Backend)
 	case len(m.Lowers) == 1:
 		lower = m.Lowers[0]
 	case m.Source == "":
-		return nil, fmt.Errorf("%s is a layer over a tree: expected a directory as the source, or a tree below it", m.Backend)
+		return lower, fmt.Errorf("%s is a layer over a tree: expected a directory as the source, or a tree below it", m.Backend)
 	}
 	lower.ReadOnly = lower.ReadOnly || m.ReadOnly
+	return lower, nil
+}
+
+// CheckOne is OpenOne's for CheckMount.
+func (c *Checking) CheckOne(m Mount) error {
+	lower, err := m.one()
+	if err != nil {
+		return err
+	}
+	return c.Mount(lower)
+}
+
+// OpenOne opens the one tree that m is a layer over: its only Lower, or the directory that is its Source.
+func (out *Outside) OpenOne(ctx context.Context, m Mount) (*Given, error) {
+	lower, err := m.one()
+	if err != nil {
+		return nil, err
+	}
 	part, err := out.Open(ctx, lower)
 	if err != nil {
 		return nil, err

@@ -164,6 +164,40 @@ func (r Registry) Inside(in *Inside, m Mount, g *Given) (Choice, error) {
 	return e.choose("OpenInside", m.Path, m.ReadOnly, func() (fsbackend.Backend, Options, error) { return h.OpenInside(in, deepCopy(m), g) })
 }
 
+// Check returns what is wrong with m, as far as can be said without a look at the host. A panic is an error.
+func (r Registry) Check(m Mount) error {
+	switch m.Backend {
+	case "":
+		return errors.New("it has no backend: expected its name")
+	case Mem:
+		return nil
+	case Passthrough:
+		if m.Source == "" {
+			return errors.New("backend passthrough has no source: expected a directory of the host")
+		}
+		return nil
+	}
+	e, h, err := r.hosted(m)
+	if err != nil {
+		return err
+	}
+	c, ok := h.(Checker)
+	if !ok {
+		return nil
+	}
+	has := func(name string) bool {
+		_, ok := r.Hosted(name)
+		return ok || reserved(name)
+	}
+	if panicked := e.call("CheckMount", func() { err = c.CheckMount(&Checking{Has: has, Mount: r.Check}, deepCopy(m)) }); panicked != nil {
+		err = panicked
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", e.name, err)
+	}
+	return nil
+}
+
 // ImageStats asks each ImageCounter. What those that could answer have counted is returned beside an error of others.
 func (r Registry) ImageStats(ctx context.Context) (all []ImageStats, err error) {
 	for _, e := range r.entries {

@@ -18,7 +18,7 @@ import (
 //	normalize=none|nfc   none without it
 type Extension struct{}
 
-var _ extensions.Hosted = Extension{}
+var _ extensions.Checker = Extension{}
 
 // Name implements extensions.Extension.
 func (Extension) Name() string { return "casefold" }
@@ -39,6 +39,14 @@ func parse(m extensions.Mount) (cfg casefold.Config, err error) {
 		},
 	})
 	return cfg, err
+}
+
+// CheckMount implements extensions.Checker.
+func (Extension) CheckMount(c *extensions.Checking, m extensions.Mount) error {
+	if _, err := parse(m); err != nil {
+		return err
+	}
+	return c.CheckOne(m)
 }
 
 // OpenOutside implements extensions.Hosted.

@@ -30,7 +30,7 @@ const Name = "fuse"
 // Extension serves FUSE programs. It has no state.
 type Extension struct{}
 
-var _ extensions.Hosted = Extension{}
+var _ extensions.Checker = Extension{}
 
 // Name implements extensions.Extension.
 func (Extension) Name() string { return Name }
@@ -81,6 +81,12 @@ func capSet(numbers ...int) (s uint64) {
 		s |= 1 << n
 	}
 	return s
+}
+
+// CheckMount implements extensions.Checker.
+func (Extension) CheckMount(_ *extensions.Checking, m extensions.Mount) error {
+	_, err := parseOptions(m)
+	return err
 }
 
 // OpenOutside implements extensions.Hosted: it starts the program.

@@ -80,12 +80,28 @@ type insideOptions struct {
 	Timeout   time.Duration    `json:"timeout"` // of a request to the registry, with all tries
 }
 
-// OpenOutside implements extensions.Hosted.
-func (e *Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m extensions.Mount) (*extensions.Given, error) {
+// readMount returns what m asks for.
+func readMount(m extensions.Mount) (*options, error) {
 	if m.Source != "" || len(m.Lowers) > 0 {
 		return nil, fmt.Errorf("lazyimage of the directory %q: expected none, but one of the options image=, url= and file=", m.Source)
 	}
-	o, err := parse(m.Options)
+	return parse(m.Options)
+}
+
+var (
+	_ extensions.Checker      = (*Extension)(nil)
+	_ extensions.ImageCounter = (*Extension)(nil)
+)
+
+// CheckMount implements extensions.Checker.
+func (*Extension) CheckMount(_ *extensions.Checking, m extensions.Mount) error {
+	_, err := readMount(m)
+	return err
+}
+
+// OpenOutside implements extensions.Hosted.
+func (e *Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m extensions.Mount) (*extensions.Given, error) {
+	o, err := readMount(m)
 	if err != nil {
 		return nil, err
 	}

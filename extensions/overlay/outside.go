@@ -65,21 +65,21 @@ type outside struct {
 	dirs   []*os.File      // the lower layers, where all of them are directories of the host
 }
 
-// OpenOutside implements extensions.Hosted.
-func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m extensions.Mount) (*extensions.Given, error) {
+// readMount returns what m asks for, and its layers, the uppermost first.
+func readMount(m extensions.Mount, has func(string) bool) (*Options, []extensions.Mount, error) {
 	lowers := m.Lowers
 	options, err := Parse(m.Options)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	for _, l := range options.Lowers {
-		lowers = append(lowers, mountOf(m, l, out.Has))
+		lowers = append(lowers, mountOf(m, l, has))
 	}
 	switch {
 	case m.Source != "" && m.Source != Name && m.Source != "none":
-		return nil, fmt.Errorf("source %s: an overlay has none: expected it as a layer, lowerdir=%s; or for a share, --share dir=%s,overlay=discard,…", m.Source, m.Source, m.Source)
+		return nil, nil, fmt.Errorf("source %s: an overlay has none: expected it as a layer, lowerdir=%s; or for a share, --share dir=%s,overlay=discard,…", m.Source, m.Source, m.Source)
 	case len(lowers) == 0:
-		return nil, errors.New("lowerdir= is missing: it names at least one layer, DIR[:DIR...] with the uppermost first")
+		return nil, nil, errors.New("lowerdir= is missing: it names at least one layer, DIR[:DIR...] with the uppermost first")
 	}
 	if options.Plugins != nil {
 		plugins := "programs=" + joinColons(options.Plugins)
@@ -88,6 +88,31 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 				lowers[i].Options = append(lowers[i].Options, plugins)
 			}
 		}
+	}
+	return options, lowers, nil
+}
+
+var _ extensions.Checker = Extension{}
+
+// CheckMount implements extensions.Checker.
+func (Extension) CheckMount(c *extensions.Checking, m extensions.Mount) error {
+	_, lowers, err := readMount(m, c.Has)
+	if err != nil {
+		return err
+	}
+	for _, l := range lowers {
+		if err := c.Mount(l); err != nil {
+			return fmt.Errorf("layer %s: %w", layerName(l), err)
+		}
+	}
+	return nil
+}
+
+// OpenOutside implements extensions.Hosted.
+func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m extensions.Mount) (*extensions.Given, error) {
+	options, lowers, err := readMount(m, out.Has)
+	if err != nil {
+		return nil, err
 	}
 	for _, note := range options.Notes {
 		out.Log.Warn(note)

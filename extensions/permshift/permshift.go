@@ -19,7 +19,7 @@ import (
 //	force-mask=MODE     of files on the host: octal, or shared (0755, the default) or private (0700)
 type Extension struct{}
 
-var _ extensions.Hosted = Extension{}
+var _ extensions.Checker = Extension{}
 
 // Name implements extensions.Extension.
 func (Extension) Name() string { return "permshift" }
@@ -54,6 +54,14 @@ func parse(m extensions.Mount) (permshift.Config, error) {
 		},
 	})
 	return cfg, err
+}
+
+// CheckMount implements extensions.Checker.
+func (Extension) CheckMount(c *extensions.Checking, m extensions.Mount) error {
+	if _, err := parse(m); err != nil {
+		return err
+	}
+	return c.CheckOne(m)
 }
 
 // OpenOutside implements extensions.Hosted.

@@ -172,6 +172,14 @@ func config(out *extensions.Outside, path string, needs plugin.Needs) program.Co
 	return c
 }
 
+var _ extensions.Checker = (*Extension)(nil)
+
+// CheckMount implements extensions.Checker. What plug-ins there are it does not say: they would have to be started.
+func (*Extension) CheckMount(_ *extensions.Checking, m extensions.Mount) error {
+	_, err := parse(m)
+	return err
+}
+
 // OpenOutside implements extensions.Hosted.
 func (e *Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m extensions.Mount) (*extensions.Given, error) {
 	r, err := parse(m)
