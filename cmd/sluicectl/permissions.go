@@ -53,7 +53,7 @@ sluicectl permissions convert /srv/images/debian --format user-override --force-
 			}
 			dir, err := os.OpenFile(args[0], unix.O_PATH|unix.O_DIRECTORY, 0)
 			if err != nil {
-				return err
+				return fmt.Errorf("%w: expected the directory to convert", err)
 			}
 			defer dir.Close()
 			done, err := permshift.Convert(cmd.Context(), int(dir.Fd()), f, mode)

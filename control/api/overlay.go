@@ -12,7 +12,7 @@ const (
 	ActApply       = "apply"       // OverlayApply → []OverlayChange
 )
 
-// OverlayName names a checkpoint: 1 to 100 of letters, digits, '.', '_' and '-', the first no dot.
+// OverlayName names a checkpoint: 1 to 128 of letters, digits, '.', '_' and '-', the first no dot.
 type OverlayName struct {
 	Name string `json:"name"`
 }

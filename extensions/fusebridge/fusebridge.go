@@ -11,6 +11,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -126,7 +128,28 @@ func (o *options) config(log *slog.Logger, readOnly bool) program.Config {
 	if o.credential == nil {
 		c.Confine.Caps = fileCaps
 	}
+	if c.Confine.ReadOnly && !slices.ContainsFunc(o.writable, inTmp) {
+		for _, path := range hidden(o.args) {
+			log.Warn("the program will not find a file that its command names: where files are read-only it has an empty /tmp of its own; expected it outside of /tmp, or write= with a directory in /tmp",
+				"program", c.Name, "path", path)
+		}
+	}
 	return c
+}
+
+// inTmp says whether path is one that an empty /tmp hides.
+func inTmp(path string) bool { return path == "/tmp" || strings.HasPrefix(path, "/tmp/") }
+
+// hidden are the files that there are of those in /tmp that words name, also behind a '=', a ':' or a ','.
+func hidden(words []string) (paths []string) {
+	for _, word := range words {
+		for _, path := range strings.FieldsFunc(word, func(r rune) bool { return strings.ContainsRune("=:,", r) }) {
+			if _, err := os.Lstat(path); inTmp(path) && err == nil {
+				paths = append(paths, path)
+			}
+		}
+	}
+	return paths
 }
 
 // startLine starts a program that takes a descriptor for a mount point.

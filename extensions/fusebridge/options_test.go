@@ -1,6 +1,8 @@
 package fusebridge
 
 import (
+	"log/slog"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -103,6 +105,38 @@ func TestParseOptions(t *testing.T) {
 	} {
 		if _, err := parseOptions(tt.mount); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%q: %v, expected %q", tt.mount.Options, err, tt.want)
+		}
+	}
+}
+
+// TestHiddenInTmp warns of an image in /tmp where the program is given an empty one.
+func TestHiddenInTmp(t *testing.T) {
+	f, err := os.CreateTemp("/tmp", "sluice-fusebridge-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	for _, tt := range []struct {
+		name     string
+		options  []string
+		readOnly bool
+		warned   bool
+	}{
+		{"read-only", nil, true, true},
+		{"with write=", []string{"write=/var"}, false, true},
+		{"with write= in /tmp", []string{"write=/tmp/x"}, true, false},
+		{"writable", nil, false, false},
+		{"unconfined", []string{"sandbox=none"}, true, false},
+	} {
+		o, err := parseOptions(extensions.Mount{Options: append([]string{"command=p -o image=" + f.Name() + ",x=/tmp/not/there {mnt}"}, tt.options...)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var log strings.Builder
+		o.config(slog.New(slog.NewTextHandler(&log, nil)), tt.readOnly)
+		if got := strings.Count(log.String(), "path="+f.Name()); got > 1 || got == 1 != tt.warned || strings.Contains(log.String(), "not/there") {
+			t.Errorf("%s: the log says %q, expected a warning: %v", tt.name, log.String(), tt.warned)
 		}
 	}
 }

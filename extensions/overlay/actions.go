@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -45,10 +46,23 @@ func with[T any](f func(context.Context, T) (any, error)) func(context.Context, 
 		dec := json.NewDecoder(bytes.NewReader(arg))
 		dec.DisallowUnknownFields()
 		if err := dec.Decode(&v); err != nil {
-			return nil, &extensions.ActionError{Message: fmt.Sprintf("the argument: %v: expected JSON of a %T", err, v)}
+			return nil, &extensions.ActionError{Message: fmt.Sprintf("the argument: %v", err), Hint: "expected " + members[T]()}
 		}
 		return f(ctx, v)
 	}
+}
+
+// members says what the JSON of a T may have.
+func members[T any]() string {
+	var names []string
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[T]()) {
+		name, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+		names = append(names, name)
+	}
+	if len(names) == 0 {
+		return "an empty JSON object"
+	}
+	return "a JSON object with no other members than " + strings.Join(names, ", ")
 }
 
 // frozen runs f while the guest's changes wait, and everything that it has changed so far is in the upper directory.
@@ -176,6 +190,9 @@ const maxTar = 64 << 30
 // writeTar writes u as a layer of an OCI image to the new file path, which is there when it is whole.
 func writeTar(ctx context.Context, u *upperdir.Upper, below upperdir.Tree, path string) (err error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("%w: expected the name of a new file", err)
+	}
 	if err != nil {
 		return err
 	}

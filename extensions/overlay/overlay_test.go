@@ -451,13 +451,19 @@ func TestActionErrors(t *testing.T) {
 		{api.ActCheckpoint, api.OverlayName{Name: "../x"}, "is not usable"},
 		{api.ActForget, api.OverlayName{Name: "none"}, "there is no checkpoint none"},
 		{api.ActDiff, api.OverlayDiff{Checkpoint: "none"}, "there is no checkpoint none"},
-		{api.ActDiff, api.OverlayDiff{Tar: p.path("there.tar")}, "exists"},
-		{api.ActDiff, map[string]int{"x": 1}, "expected JSON of a"},
+		{api.ActDiff, api.OverlayDiff{Tar: p.path("there.tar")}, "exists: expected the name of a new file"},
+		{api.ActDiff, map[string]int{"x": 1}, "expected a JSON object with no other members than checkpoint, tar"},
+		{api.ActCheckpoints, map[string]int{"x": 1}, "expected an empty JSON object"},
 		{api.ActApply, api.OverlayApply{Target: "relative"}, "no absolute path"},
-		{api.ActApply, api.OverlayApply{Target: p.path("none")}, "no such file"},
+		{api.ActApply, api.OverlayApply{Target: p.path("none")}, "expected the directory that the overlay is on"},
 	} {
-		if _, err := g.Act(t.Context(), c.action, c.arg); err == nil || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%s %+v: %v, expected %q", c.action, c.arg, err, c.want)
+		_, err := g.Act(t.Context(), c.action, c.arg)
+		text := fmt.Sprint(err)
+		if action := (*extensions.ActionError)(nil); errors.As(err, &action) {
+			text += ": " + action.Hint
+		}
+		if !strings.Contains(text, c.want) {
+			t.Errorf("%s %+v: %s, expected %q", c.action, c.arg, text, c.want)
 		}
 	}
 	// What was refused, or given up, holds no guest up.

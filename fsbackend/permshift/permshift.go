@@ -145,7 +145,7 @@ func (f *FS) detect(ctx *fsbackend.Context) error {
 	for i, format := range detected {
 		names[i] = format.Xattr()
 	}
-	return fmt.Errorf("the root carries none of %q: name the format, which marks it, or convert the tree first", names)
+	return fmt.Errorf("the root carries none of %q: name the format (format=containers-override, say), which marks it, or convert the tree first (sluicectl permissions convert)", names)
 }
 
 // markRoot gives the root a value, which says what it is without one, unless it has one.

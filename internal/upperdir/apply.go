@@ -90,7 +90,7 @@ func (u *Upper) apply(ctx context.Context, target string, o ApplyOptions, emit f
 	h := u.s.h
 	fd, err := unix.Open(target, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: expected the directory that the overlay is on, or a copy of it", err)
 	}
 	top, err := h.take(fd)
 	if err != nil {
