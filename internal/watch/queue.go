@@ -13,9 +13,10 @@ const (
 	// holdRename is how long a rename waits for files that are being written: one that makes a finished tree visible under
 	// its name, as kubelet's atomic writer does, must not come before its files, and one of an unrelated file not much later.
 	holdRename = 200 * time.Millisecond
-	// recentRescan is how long a reader may take to look at what a Rescan named; if the directory is renamed before, it is named again.
-	recentRescan = time.Second
-	maxRecent    = 16
+	// recentRescan is how long it may take a reader to look at what a Rescan named, and the tracker to read that the directory was renamed
+	// before; then it is named again.
+	recentRescan = 10 * time.Second
+	maxRecent    = 64
 	// maxRescans is how many Rescans wait; more become one.
 	maxRescans = 64
 )
