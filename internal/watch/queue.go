@@ -37,7 +37,7 @@ type queue struct {
 
 	mu    sync.Mutex
 	items []*item
-	// gen changes when paths change their meaning: nothing is joined across a rename.
+	// gen changes when paths change their meaning: nothing is joined across a rename, or a Create that replaces.
 	gen     uint64
 	last    map[string]*item // the last Create, Modify or Attrib of a path, if it waits
 	rescans []*item          // those that wait
@@ -129,7 +129,16 @@ func (q *queue) create(path string, dir, fresh bool) {
 			q.forget(old)
 		}
 	}
+	q.replaced(fresh)
 	q.push(&item{Event: Event{Kind: Create, Path: path, Dir: dir}, fresh: fresh})
+}
+
+// replaced is called before a Create: of what the reader knows it takes away what was below. What waits of that says nothing of what is
+// there from now on.
+func (q *queue) replaced(fresh bool) {
+	if !fresh {
+		q.gen++
+	}
 }
 
 // hold tells of a file that is being written before the rename that comes next, and says how to make it ready.
@@ -141,6 +150,7 @@ func (q *queue) hold(path string, fresh bool, now time.Time) *item {
 		it.gone = true
 		return it
 	}
+	q.replaced(fresh)
 	q.push(it)
 	return it
 }

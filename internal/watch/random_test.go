@@ -136,6 +136,26 @@ func TestRescanBeforeRename(t *testing.T) {
 	}
 }
 
+// TestReplacedDirectory has a directory replaced by another one with the same in it, while what was told of the first still waits.
+func TestReplacedDirectory(t *testing.T) {
+	q := newQueue()
+	take := func(path string) {
+		t.Helper()
+		want := Event{Kind: Create, Path: path, Dir: true}
+		if ev, _, ok := q.next(time.Now()); !ok || ev != want {
+			t.Errorf("the queue has %+v, %v, expected %+v", ev, ok, want)
+		}
+	}
+	q.create("/d", true, true)
+	q.create("/d/x", true, true)
+	take("/d")
+	q.create("/d", true, false)
+	q.create("/d/x", true, true)
+	take("/d/x")
+	take("/d")
+	take("/d/x")
+}
+
 func difference(got, want map[string]string) string {
 	var s strings.Builder
 	for p, c := range want {
