@@ -119,7 +119,7 @@ seccomp-seen: setup
 	for s in $(SURROUNDINGS); do SLUICE_SURROUNDINGS=$$s $(GO) test -count=1 -timeout 30m -exec '$(SUDO)' ./test/guest || exit 1; done && \
 	$(GO) run ./seccomp/internal/seen $$dir seccomp/testdata/seen-$$($(GO) env GOARCH).txt
 
-# The same with the full sizes: 1 GiB files, a million inodes, 10,000 opens, 1,000 mounts, 20 reboots, longer races; and in each kind of
+# The same with the full sizes: 1 GiB files, all of Go's source tree, a million inodes, 10,000 opens, 1,000 mounts, 20 reboots, longer races; and in each kind of
 # guest what test-guest does in User-Mode Linux alone: bundles, read-only and grafted shares, submounts, --no-open, what the host sees,
 # each cache policy of files that are replaced, and each end of a machine.
 test-guest-full:

@@ -13,9 +13,10 @@ const (
 	// holdRename is how long a rename waits for files that are being written: one that makes a finished tree visible under
 	// its name, as kubelet's atomic writer does, must not come before its files, and one of an unrelated file not much later.
 	holdRename = 200 * time.Millisecond
-	// recentRescan is how long a reader may take to look at what a Rescan named; if the directory is renamed before, it is named again.
-	recentRescan = time.Second
-	maxRecent    = 16
+	// recentRescan is how long it may take a reader to look at what a Rescan named, and the tracker to read that the directory was renamed
+	// before; then it is named again.
+	recentRescan = 10 * time.Second
+	maxRecent    = 64
 	// maxRescans is how many Rescans wait; more become one.
 	maxRescans = 64
 )
@@ -36,7 +37,7 @@ type queue struct {
 
 	mu    sync.Mutex
 	items []*item
-	// gen changes when paths change their meaning: nothing is joined across a rename.
+	// gen changes when paths change their meaning: nothing is joined across a rename, or a Create that replaces.
 	gen     uint64
 	last    map[string]*item // the last Create, Modify or Attrib of a path, if it waits
 	rescans []*item          // those that wait
@@ -128,7 +129,16 @@ func (q *queue) create(path string, dir, fresh bool) {
 			q.forget(old)
 		}
 	}
+	q.replaced(fresh)
 	q.push(&item{Event: Event{Kind: Create, Path: path, Dir: dir}, fresh: fresh})
+}
+
+// replaced is called before a Create: of what the reader knows it takes away what was below. What waits of that says nothing of what is
+// there from now on.
+func (q *queue) replaced(fresh bool) {
+	if !fresh {
+		q.gen++
+	}
 }
 
 // hold tells of a file that is being written before the rename that comes next, and says how to make it ready.
@@ -140,6 +150,7 @@ func (q *queue) hold(path string, fresh bool, now time.Time) *item {
 		it.gone = true
 		return it
 	}
+	q.replaced(fresh)
 	q.push(it)
 	return it
 }

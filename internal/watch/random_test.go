@@ -111,6 +111,51 @@ func TestRandom(t *testing.T) {
 	}
 }
 
+// TestRescanBeforeRename has a reader look in vain for what a Rescan names, for it has been renamed, of which it hears some time later.
+func TestRescanBeforeRename(t *testing.T) {
+	q, now := newQueue(), time.Now()
+	take := func(want Event) {
+		t.Helper()
+		if ev, _, ok := q.next(now); !ok || ev != want {
+			t.Errorf("the queue has %+v, %v, expected %+v", ev, ok, want)
+		}
+	}
+	for i := range 20 {
+		q.rescan(fmt.Sprint("/d/", i))
+		take(Event{Kind: Rescan, Path: fmt.Sprint("/d/", i), Dir: true})
+	}
+	now = now.Add(5 * time.Second)
+	q.rename("/d/0", "/e", true, now)
+	take(Event{Kind: Rename, Path: "/d/0", To: "/e", Dir: true})
+	take(Event{Kind: Rescan, Path: "/e", Dir: true})
+	now = now.Add(time.Hour)
+	q.rename("/d/1", "/f", true, now)
+	take(Event{Kind: Rename, Path: "/d/1", To: "/f", Dir: true})
+	if ev, _, ok := q.next(now); ok {
+		t.Errorf("the queue has %+v for a Rescan of an hour ago", ev)
+	}
+}
+
+// TestReplacedDirectory has a directory replaced by another one with the same in it, while what was told of the first still waits.
+func TestReplacedDirectory(t *testing.T) {
+	q := newQueue()
+	take := func(path string) {
+		t.Helper()
+		want := Event{Kind: Create, Path: path, Dir: true}
+		if ev, _, ok := q.next(time.Now()); !ok || ev != want {
+			t.Errorf("the queue has %+v, %v, expected %+v", ev, ok, want)
+		}
+	}
+	q.create("/d", true, true)
+	q.create("/d/x", true, true)
+	take("/d")
+	q.create("/d", true, false)
+	q.create("/d/x", true, true)
+	take("/d/x")
+	take("/d")
+	take("/d/x")
+}
+
 func difference(got, want map[string]string) string {
 	var s strings.Builder
 	for p, c := range want {

@@ -244,7 +244,7 @@ func (m *machine) run(command testguest.Command) (testguest.Result, error) {
 	return m.guest.Run(ctx, command)
 }
 
-var commandMinutes = size{2, 30}
+var commandMinutes = size{5, 30}
 
 // sh runs a shell script in the guest as root, which must succeed, and returns its output without the last newline.
 func (m *machine) sh(format string, args ...any) string {
