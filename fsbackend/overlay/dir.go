@@ -620,7 +620,7 @@ func (fs *FS) listMerged(c *fsbackend.Context, epoch uint64, h *handle, off uint
 		}
 		var f found
 		var entry fuseproto.EntryOut
-		e := fs.findListed(c, n, h, l, &a, out.Len(), &f)
+		e := fs.findListed(c, n, h, entries[i:], &a, out.Len(), &f)
 		if e == unix.ENOENT {
 			continue
 		}
@@ -649,15 +649,22 @@ func (fs *FS) listMerged(c *fsbackend.Context, epoch uint64, h *handle, off uint
 	return 0
 }
 
-// findListed is find for an entry of h's listing.
-func (fs *FS) findListed(c *fsbackend.Context, n *node, h *handle, l *listed, a *ahead, room int, f *found) errno {
+// minRun is how many entries of one part are to follow each other so that it is worth while to ask for them together.
+const minRun = 4
+
+// findListed is find for the first of what is still to be listed.
+func (fs *FS) findListed(c *fsbackend.Context, n *node, h *handle, entries []listed, a *ahead, room int, f *found) errno {
+	l := &entries[0]
 	name, part := fsbackend.MakeName(l.name), int(l.part)
 	if part > 0 && h.list.version != n.dir.version.Load() {
 		return fs.find(c, n, name, f) // the parts above may have it by now
 	}
-	given, e := a.of(fs, c, n, h, l, room)
-	if e != 0 {
-		return e
+	var given *fuseproto.EntryOut
+	if len(a.rest) > 0 || len(entries) >= minRun && entries[minRun-1].part == l.part {
+		var e errno
+		if given, e = a.of(fs, c, n, h, l, room); e != 0 {
+			return e
+		}
 	}
 	return fs.findFrom(c, n, part, name, given, f)
 }

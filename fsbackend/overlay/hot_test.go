@@ -85,7 +85,7 @@ var counted = []struct {
 	{"LOOKUP of a known file", func(g *countedGuest) { g.look("a") }, 0},
 	// What files .wh.NAME there are is read once of the upper part, and the names of the lower one when it has been asked in vain.
 	{"LOOKUP of nothing, the first", func(g *countedGuest) { _, _ = g.Lookup(g.dir, "nothing") }, 6},
-	{"LOOKUP of nothing, the second", func(g *countedGuest) { _, _ = g.Lookup(g.dir, "neither") }, 9},
+	{"LOOKUP of nothing, the second", func(g *countedGuest) { _, _ = g.Lookup(g.dir, "neither") }, 7},
 	{"LOOKUP of nothing", func(g *countedGuest) { _, _ = g.Lookup(g.dir, "nothing") }, 0},
 	{"LOOKUP of an unknown directory", func(g *countedGuest) { g.look("sub") }, 0},
 	{"GETATTR", func(g *countedGuest) { _, e := g.Getattr(g.a.NodeId); g.ok(e) }, 0},
@@ -107,9 +107,14 @@ var counted = []struct {
 	{"UNLINK", func(g *countedGuest) { g.ok(g.Unlink(g.dir, "newer")) }, 0},
 	{"RMDIR", func(g *countedGuest) { g.ok(g.Rmdir(g.dir, "dir")) }, 0},
 	{"OPENDIR", func(g *countedGuest) { fh, e := g.Opendir(g.dir); g.ok(e); g.fh = fh }, 0},
-	// Of it, the part in the upper layer is opened and closed.
-	{"READDIRPLUS", func(g *countedGuest) { _, e := g.Readdir(g.dir, g.fh, 0, 1<<15, true); g.ok(e) }, 14},
+	// Of it, the part in the upper layer is opened here, and read once more for its attributes: with OPENDIR and RELEASEDIR it is less than
+	// half as much again.
+	{"READDIRPLUS", func(g *countedGuest) { _, e := g.Readdir(g.dir, g.fh, 0, 1<<15, true); g.ok(e) }, 15},
 	{"RELEASEDIR", func(g *countedGuest) { g.Releasedir(g.dir, g.fh) }, 0},
+	// What is below has to be hidden by a device that is made and, where there is a copy, moved over that: the kernel's overlayfs does so, too.
+	{"LOOKUP of a file below", func(g *countedGuest) { g.look("below") }, 0},
+	{"UNLINK of a file below", func(g *countedGuest) { g.ok(g.Unlink(g.dir, "below")) }, 4},
+	{"UNLINK of a copy", func(g *countedGuest) { g.ok(g.Unlink(g.dir, "copy")) }, 5},
 	{"STATFS", func(g *countedGuest) { _, e := g.Statfs(g.dir); g.ok(e) }, 0},
 }
 
@@ -186,8 +191,12 @@ func TestSystemCalls(t *testing.T) {
 		}
 	}
 	for _, f := range []string{"alone/pure", "upper/pure", "upper/merged"} {
-		put(t, dir+"/"+f, 0, "a", "known", "listed")
+		put(t, dir+"/"+f, 0, "a", "known", "listed", "copy")
 	}
+	for _, f := range []string{"alone/pure", "upper/pure", "lower/merged"} {
+		put(t, dir+"/"+f, 0, "below")
+	}
+	put(t, dir+"/lower/merged", 0, "copy")
 	calls := fsbackendtest.CountCalls(t, 3*len(counted), callsEnv+"="+dir)
 	for i, op := range counted {
 		var made [3]int

@@ -15,12 +15,14 @@ type there struct {
 	node *node // if it is known
 }
 
-// look finds out what name in p is. Of a node that is known to be in the upper layer nothing is asked. p's lock is held.
+// look finds out what name in p is. Of a file that is known nothing is asked. p's lock is held.
 func (fs *FS) look(c *fsbackend.Context, p *node, name fsbackend.Name, t *there) errno {
 	t.node = fs.at(p, name)
-	if n := t.node; n != nil && n.dir == nil && n.upper.Load() != 0 {
+	if n := t.node; n != nil && n.dir == nil {
 		t.attr.Mode = n.typ
-		t.below = fs.knownBelow(n)
+		if t.below = belowSomething; n.upper.Load() != 0 {
+			t.below = fs.knownBelow(n)
+		}
 		return 0
 	}
 	return fs.find(c, p, name, &t.found)

@@ -77,3 +77,18 @@ func TestListingAnew(t *testing.T) {
 		t.Errorf("%d entries, expected 22", len(entries))
 	}
 }
+
+// TestListsAll knows file systems that list all that a lookup finds.
+func TestListsAll(t *testing.T) {
+	for dir, want := range map[string]bool{fastDir(t): true, "/proc/self": false, "/sys": false} {
+		g := newGuest(t, Config{Dir: dir})
+		fh := g.opendir(rootID)
+		if got := g.fs.ListsAll(rootID, fh); got != want {
+			t.Errorf("%s lists all: %v, expected %v", dir, got, want)
+		}
+		g.releasedir(rootID, fh)
+		if g.fs.ListsAll(rootID, fh) {
+			t.Errorf("%s lists all, though it is not open", dir)
+		}
+	}
+}

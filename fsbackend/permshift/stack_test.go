@@ -41,3 +41,24 @@ func folded(t *testing.T, b fsbackend.Backend) fsbackend.Backend {
 	}
 	return f
 }
+
+// incomplete is a backend that does not say that its listings have all names.
+type incomplete struct{ fsbackend.Backend }
+
+// TestListsAll says what the backend below does.
+func TestListsAll(t *testing.T) {
+	for _, want := range []bool{false, true} {
+		b := newMem(t)
+		if !want {
+			b = incomplete{b}
+		}
+		f, err := New(b, Config{Format: Off})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := f.ListsAll(1, 0); got != want {
+			t.Errorf("%v, expected %v", got, want)
+		}
+		_ = f.Close()
+	}
+}
