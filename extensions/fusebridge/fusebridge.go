@@ -240,7 +240,8 @@ func (Extension) OpenInside(in *extensions.Inside, m extensions.Mount, g *extens
 	}
 	// The bridge has time limits of its own, which come first: a call may wait for the program to be started again, and then for it.
 	limit := cmp.Or(d.Timeout, defaultTimeout) + cmp.Or(d.RestartWait, defaultRestartWait) + 5*time.Second
-	// What is known is answered on the queue's own thread; the rest asks for another one by ErrMayBlock, of those that are the graft's own.
+	// What is known is answered on the queue's own thread, and so is, as a disk's answer is waited for, what the program has been answering
+	// in no time; the rest asks for another one by ErrMayBlock, of those that are the graft's own.
 	return &served{b, line}, extensions.Options{ReadOnly: m.ReadOnly, Inline: true, Timeout: limit}, nil
 }
 

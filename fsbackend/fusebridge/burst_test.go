@@ -21,19 +21,23 @@ func (l *lister) answer(f *fake, h *fuseproto.InHeader, body []byte) {
 	switch fuseproto.Opcode(h.Opcode) {
 	case fuseproto.FUSE_OPENDIR:
 		f.reply(h.Unique, 0, bytesOf(&fuseproto.OpenOut{Fh: 5}))
-	case fuseproto.FUSE_READDIR:
+	case fuseproto.FUSE_READDIR, fuseproto.FUSE_READDIRPLUS:
+		head := 0
+		if h.Opcode == uint32(fuseproto.FUSE_READDIRPLUS) {
+			head = entryOutSize // of zeros
+		}
 		var in fuseproto.ReadIn
 		copy(bytesOf(&in)[inHeaderSize:], body)
 		var out []byte
 		for i := int(in.Offset); i < l.files; i++ {
 			name := fmt.Sprint("file", i)
-			size := (direntSize + len(name) + 7) &^ 7
+			size := (head + direntSize + len(name) + 7) &^ 7
 			if len(out)+size > int(in.Size) {
 				break
 			}
 			entry := make([]byte, size)
-			copy(entry, bytesOf(&fuseproto.Dirent{Ino: 100 + uint64(i), Off: uint64(i) + 1, Namelen: uint32(len(name)), Type: unix.DT_REG}))
-			copy(entry[direntSize:], name)
+			copy(entry[head:], bytesOf(&fuseproto.Dirent{Ino: 100 + uint64(i), Off: uint64(i) + 1, Namelen: uint32(len(name)), Type: unix.DT_REG}))
+			copy(entry[head+direntSize:], name)
 			out = append(out, entry...)
 		}
 		f.reply(h.Unique, 0, out)
@@ -128,6 +132,26 @@ func TestLookupsTogether(t *testing.T) {
 	}
 	// What a reply to READDIR has beyond one to READDIRPLUS is kept for the next: 200 names are in the first, and the second says that there are no more.
 	if count[fuseproto.FUSE_READDIR] != 2 || count[fuseproto.FUSE_LOOKUP] != files {
+		t.Errorf("asked %v", count)
+	}
+}
+
+// TestBareReaddirplus has a program whose READDIRPLUS looks nothing up: it is asked for it once.
+func TestBareReaddirplus(t *testing.T) {
+	const files = 200
+	l := lister{files: files}
+	l.lookup = func(f *fake, h *fuseproto.InHeader, raw uint64) {
+		f.reply(h.Unique, 0, entryOf(raw, unix.S_IFREG|0o644))
+	}
+	c, _, f, _ := newFake(t, Config{}, l.answer)
+	for range 2 {
+		listPlus(t, c, files, 50*160)
+	}
+	count := map[fuseproto.Opcode]int{}
+	for _, op := range f.seen() {
+		count[op]++
+	}
+	if count[fuseproto.FUSE_READDIRPLUS] != 1 || count[fuseproto.FUSE_READDIR] > 4 {
 		t.Errorf("asked %v", count)
 	}
 }

@@ -47,6 +47,7 @@ type conn struct {
 
 	unique  atomic.Uint64
 	pace    [64]atomic.Int32 // by operation: how quick answers were lately
+	bare    atomic.Bool      // its READDIRPLUS looks nothing up: it is libfuse's high level
 	missing atomic.Uint64    // operations that the program has answered ENOSYS, by number
 	sinks   atomic.Int32     // requests in flight whose data go to the guest's memory
 	heard   atomic.Uint64    // messages received

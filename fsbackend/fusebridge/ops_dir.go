@@ -61,7 +61,7 @@ func (b *Bridge) Readdirplus(ctx *fsbackend.Context, in *fuseproto.ReadIn, out *
 	defer b.unpinHandle(h)
 	w := b.newBurst(ctx, h.node, out)
 	defer b.bursts.Put(w)
-	if b.first&fuseproto.FUSE_DO_READDIRPLUS == 0 {
+	if b.first&fuseproto.FUSE_DO_READDIRPLUS == 0 || b.current.Load().bare.Load() {
 		errno = b.readdirLookups(ctx, h, in, w)
 	} else {
 		errno = b.readdirplus(ctx, h, in, w)
@@ -82,18 +82,29 @@ func (b *Bridge) readdirplus(ctx *fsbackend.Context, h *handle, in *fuseproto.Re
 	w.plus = r.c
 	defer w.flush()
 	var d dirent
+	names, looked := 0, 0
 	for reply, ok, bad := r.reply, true, false; ok; {
 		if reply, ok, bad = d.next(reply, true); bad {
 			return unix.EIO
+		}
+		if ok && !isDots(d.name) {
+			names++
+			if d.entry.NodeId != 0 {
+				looked++
+			}
 		}
 		if ok {
 			w.add(&d) // what does not go to the guest was looked up all the same
 		}
 	}
+	if names > 0 && looked == 0 {
+		r.c.bare.Store(true)
+	}
 	return fsbackend.OK
 }
 
-// readdirLookups has the program, which has no READDIRPLUS, list with READDIR. What is left over stays for the next call.
+// readdirLookups has the program, which has no READDIRPLUS or makes no use of it, list with READDIR, of which more names go into a
+// message. What is left over stays for the next call.
 func (b *Bridge) readdirLookups(ctx *fsbackend.Context, h *handle, in *fuseproto.ReadIn, w *burst) fsbackend.Errno {
 	reply := b.takeRest(h, in.Offset, w.version)
 	if reply == nil {

@@ -104,9 +104,7 @@ func (b *Bridge) cut(ctx *fsbackend.Context, h fuseproto.InHeader, fh uint64, fl
 	if openFlags&fuseproto.FUSE_OPEN_KILL_SUIDGID != 0 {
 		in.Valid |= fuseproto.FATTR_KILL_SUIDGID
 	}
-	own := *ctx
-	own.MayBlock = true // what comes before is done
-	return b.Setattr(&own, &in, out)
+	return b.Setattr(begun(ctx), &in, out)
 }
 
 // openStateless makes a handle where the program opens nothing: it takes handle 0 in every request, and is not told of the release
@@ -237,9 +235,7 @@ func (b *Bridge) openExisting(ctx *fsbackend.Context, r *request, p *node, in *f
 	b.keepEntry(n, &out.EntryOut, b.version(n), p, name, b.version(p))
 	open := fuseproto.OpenIn{InHeader: in.InHeader, Flags: in.Flags &^ (unix.O_CREAT | unix.O_EXCL), Mode: in.OpenFlags}
 	open.NodeId = n.id
-	own := *ctx
-	own.MayBlock = true // what comes before is done
-	if errno := b.open(&own, &open, &out.OpenOut, false); errno != 0 {
+	if errno := b.open(begun(ctx), &open, &out.OpenOut, false); errno != 0 {
 		b.Forget(n.id, 1)
 		return errno
 	}
@@ -273,7 +269,7 @@ func (b *Bridge) Read(ctx *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbacke
 	if offset > math.MaxInt64 {
 		return unix.EINVAL
 	}
-	if !ctx.MayBlock && dst.Len() > b.quickData() {
+	if n := dst.Len(); !ctx.MayBlock && (n > b.quickData() || dst.Fits(n) < n) {
 		return fsbackend.ErrMayBlock
 	}
 	if b.lacks(fuseproto.FUSE_ASYNC_READ) || h.direct && b.lacks(fuseproto.FUSE_ASYNC_DIO) {
@@ -281,6 +277,9 @@ func (b *Bridge) Read(ctx *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbacke
 		defer h.order.Unlock()
 	}
 	for dst.Len() > 0 && offset < math.MaxInt64 {
+		if offset > in.Offset {
+			ctx = begun(ctx)
+		}
 		want, got, errno := b.readSome(ctx, h, in, offset, dst)
 		if errno != 0 {
 			if offset > in.Offset {
@@ -320,7 +319,7 @@ func (b *Bridge) Write(ctx *fsbackend.Context, in *fuseproto.WriteIn, src *fsbac
 	if in.Offset > math.MaxInt64 || uint64(src.Len()) > math.MaxInt64-in.Offset {
 		return 0, unix.EFBIG
 	}
-	if !ctx.MayBlock && src.Len() > b.quickData() {
+	if n := src.Len(); !ctx.MayBlock && (n > b.quickData() || src.Fits(n) < n) {
 		return 0, fsbackend.ErrMayBlock
 	}
 	if h.direct && b.lacks(fuseproto.FUSE_ASYNC_DIO) {
@@ -330,6 +329,9 @@ func (b *Bridge) Write(ctx *fsbackend.Context, in *fuseproto.WriteIn, src *fsbac
 	defer b.touch(h.node)
 	total, limit := 0, LimitMaxWrite
 	for src.Len() > 0 {
+		if total > 0 {
+			ctx = begun(ctx)
+		}
 		want, put, errno := b.writeSome(ctx, h, in, in.Offset+uint64(total), src, limit)
 		total += put
 		switch {

@@ -89,6 +89,9 @@ func (b *Bridge) unlockOwner(ctx *fsbackend.Context, n *node, owner uint64) {
 		}
 	}
 	b.mu.Unlock()
+	if len(locks) > 0 {
+		ctx = begun(ctx)
+	}
 	for _, h := range locks {
 		if r, fh, errno := b.use(ctx, fuseproto.FUSE_SETLK, h); errno == 0 {
 			put(r, fuseproto.FUSE_SETLK, &fuseproto.LkIn{Fh: fh, Owner: owner, Lk: fuseproto.FileLock{End: math.MaxInt64, Typ: unix.F_UNLCK}})

@@ -35,6 +35,16 @@ func (b *Bridge) quickData() int {
 	return min(32<<10, c.maxRead, c.maxWrite)
 }
 
+// begun is ctx for the rest of a call that has been quick so far: it cannot be made again from its beginning.
+func begun(ctx *fsbackend.Context) *fsbackend.Context {
+	if ctx.MayBlock {
+		return ctx
+	}
+	own := *ctx
+	own.MayBlock = true
+	return &own
+}
+
 // quick returns the connection, with a reference, if an op about n is likely to be answered in no time.
 func (b *Bridge) quick(op fuseproto.Opcode, n *node) *conn {
 	c := b.current.Load()

@@ -91,3 +91,42 @@ func TestNotAskedAgain(t *testing.T) {
 		t.Errorf("asked %d times", asked)
 	}
 }
+
+// TestManyPiecesAreNotQuick reads to more pieces of memory than go into one request: the second could not be waited for.
+func TestManyPiecesAreNotQuick(t *testing.T) {
+	c, b, _, _ := newFake(t, Config{}, func(f *fake, h *fuseproto.InHeader, body []byte) {
+		switch fuseproto.Opcode(h.Opcode) {
+		case fuseproto.FUSE_LOOKUP:
+			f.reply(h.Unique, 0, entryOf(9, unix.S_IFREG|0o644))
+		case fuseproto.FUSE_OPEN:
+			f.reply(h.Unique, 0, bytesOf(&fuseproto.OpenOut{Fh: 5}))
+		case fuseproto.FUSE_READ:
+			var in fuseproto.ReadIn
+			copy(bytesOf(&in)[inHeaderSize:], body)
+			f.reply(h.Unique, 0, make([]byte, in.Size))
+		case fuseproto.FUSE_RELEASE:
+			f.reply(h.Unique, 0, nil)
+		}
+	})
+	e, errno := c.Lookup(fsbackendtest.Root, "file")
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	fh, errno := c.Open(e.NodeId, unix.O_RDONLY)
+	if errno != 0 {
+		t.Fatal(errno)
+	}
+	defer c.Release(e.NodeId, fh)
+	b.current.Load().pace[fuseproto.FUSE_READ].Store(mostQuick)
+	for _, tt := range []struct {
+		piece int
+		want  fsbackend.Errno
+	}{{0, fsbackend.OK}, {1, fsbackend.ErrMayBlock}} {
+		data := make([]byte, 2000)
+		in := &fuseproto.ReadIn{Fh: fh, Size: uint32(len(data))}
+		in.NodeId = e.NodeId
+		if errno := b.Read(&fsbackend.Context{}, in, fsbackendtest.NewSink(data, tt.piece)); errno != tt.want {
+			t.Errorf("pieces of %d: %v", tt.piece, errno)
+		}
+	}
+}
