@@ -20,6 +20,8 @@ import (
 	"github.com/sluicefs/sluice/imagefetch"
 )
 
+//go:generate sh -c "go run . man >../../docs/man/sluice-fetch.1"
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the program whatever it does
@@ -47,9 +49,10 @@ func command(stdin io.Reader, stdout, stderr io.Writer, status *int) *cobra.Comm
 	root := &cobra.Command{
 		Use:   "sluice-fetch",
 		Short: "Fetch images from registries for sluiced",
-		Long: `Fetches images from registries for sluiced, which starts it.
+		Long: `Fetches images from registries for sluiced, which starts it: nobody needs to. Without a command it waits on a socket that it has
+been given as a descriptor.
 
-Without a command it waits on a socket that it has been given as a descriptor.`,
+By hand it says what an image is like, with stat, and makes lists of what to fetch first, with prefetch-list.`,
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
@@ -62,11 +65,12 @@ Without a command it waits on a socket that it has been given as a descriptor.`,
 		},
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
-	root.PersistentFlags().StringVar(&logFormat, "log-format", "text", "how lines of the log are written: `text` or json")
-	root.PersistentFlags().StringVar(&logLevel, "log-level", "info", "what is logged: debug, `info`, warn or error")
+	root.PersistentFlags().StringVar(&logFormat, "log-format", "text", "the `format` of lines of the log: text or json")
+	root.PersistentFlags().StringVar(&logLevel, "log-level", "info", "the `level` from which on something is logged: debug, info, warn or error")
 	fd := root.Flags().Int("control-fd", 3, "the `descriptor` of the SOCK_SEQPACKET socket that images to open come from")
 	root.RunE = func(cmd *cobra.Command, _ []string) error { return serveControl(cmd.Context(), *fd, log) }
-	root.AddCommand(statCommand(stdout, &log), prefetchListCommand(stdin, stdout))
+	root.SetHelpCommand(&cobra.Command{Hidden: true}) // --help is enough
+	root.AddCommand(statCommand(stdout, &log), prefetchListCommand(stdin, stdout), manCommand(stdout, root))
 	return root
 }
 

@@ -217,6 +217,21 @@ func TestSignal(t *testing.T) {
 	}
 }
 
+// TestManual compares what go generate makes with what is checked in.
+func TestManual(t *testing.T) {
+	want, err := os.ReadFile("../../docs/man/sluice-fetch.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out, errs bytes.Buffer
+	if got := run(t.Context(), []string{"man"}, nil, &out, &errs); got != 0 {
+		t.Fatalf("man ends with %d: %s", got, &errs)
+	}
+	if !bytes.Equal(out.Bytes(), want) {
+		t.Error("docs/man/sluice-fetch.1 is not what the commands say: run go generate ./cmd/sluice-fetch")
+	}
+}
+
 func TestStat(t *testing.T) {
 	s := imagetest.NewServer(t)
 	img := s.Push(t, "a/b", imagetest.Build(t, files, imagetest.Options{}), imagetest.Build(t, files, imagetest.Options{Format: imagetest.PlainGzip}))

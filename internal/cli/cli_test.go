@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
 
@@ -56,5 +57,21 @@ func TestManFlags(t *testing.T) {
 	}
 	if got := Roff(".so x"); got != `\&.so x` {
 		t.Errorf("%q", got)
+	}
+}
+
+// TestCommands finds what a manual page has sections of.
+func TestCommands(t *testing.T) {
+	root := &cobra.Command{Use: "p"}
+	group := &cobra.Command{Use: "group"}
+	leaf := &cobra.Command{Use: "leaf ONE [TWO]"}
+	group.AddCommand(leaf)
+	root.AddCommand(group, &cobra.Command{Use: "hidden", Hidden: true})
+	all := Commands(root)
+	if len(all) != 1 || all[0] != leaf {
+		t.Fatalf("the commands are %v", all)
+	}
+	if path, arguments := Spelled(leaf); path != "p group leaf" || arguments != "ONE [TWO]" {
+		t.Errorf("it is spelled %q %q", path, arguments)
 	}
 }

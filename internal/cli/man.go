@@ -4,8 +4,32 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
+
+// Commands are the commands below cmd that do something, in order.
+func Commands(cmd *cobra.Command) (all []*cobra.Command) {
+	for _, c := range cmd.Commands() {
+		switch {
+		case c.Hidden:
+		case c.HasSubCommands():
+			all = append(all, Commands(c)...)
+		default:
+			all = append(all, c)
+		}
+	}
+	return all
+}
+
+// Spelled is how cmd is typed: its path, and its arguments.
+func Spelled(cmd *cobra.Command) (path, arguments string) {
+	_, arguments, _ = strings.Cut(cmd.Use, " ")
+	return cmd.CommandPath(), arguments
+}
+
+// Timed, for ManFlags, has the default be told of options that are times.
+func Timed(f *pflag.Flag) bool { return f.Value.Type() == "duration" }
 
 // Roff escapes s for lines of a manual page, in troff's man macros.
 func Roff(s string) string {

@@ -96,10 +96,15 @@ func TestLineEndsOnEitherSide(t *testing.T) {
 		t.Error("there is one more after the end")
 	}
 	l, g = ends(t, func() {})
-	time.AfterFunc(10*time.Millisecond, func() { _ = l.Close() })
+	closed := make(chan struct{})
+	time.AfterFunc(10*time.Millisecond, func() {
+		_ = l.Close()
+		close(closed)
+	})
 	if _, err := l.Next(context.Background()); err == nil {
 		t.Error("there is one after Close")
 	}
+	<-closed // Next returns as soon as it has begun
 	f := os.NewFile(uintptr(must(unix.Dup(0))), "")
 	defer f.Close()
 	if err := g.Give(f); err == nil {
