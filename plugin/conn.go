@@ -148,7 +148,7 @@ func (c *Conn) Greet(ctx context.Context, mine *Hello) (*Hello, error) {
 		err = ctx.Err()
 	}
 	if err != nil && ctx.Err() != nil {
-		err = fmt.Errorf("no hello in time: %w", ctx.Err())
+		err = fmt.Errorf("no hello in time, expected one on descriptor 3 as soon as it starts: %w", ctx.Err())
 	}
 	return theirs, err
 }

@@ -677,3 +677,44 @@ func TestFreezeIsEnded(t *testing.T) {
 		t.Errorf("told was %q, with %v; expected a freeze and its end", told, err)
 	}
 }
+
+// TestManPageNumbers maps ids as the example of fuse-overlayfs(1) does (B11), with its own text; also of what the guest makes.
+func TestManPageNumbers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("files of several owners are root's")
+	}
+	p := newPlace(t)
+	p.must(os.Chown(p.path("lower/f"), 0, 1))
+	p.must(os.Chown(p.path("lower/d"), 65536, 70000))
+	for _, c := range []struct {
+		options []string
+		f, d    [2]uint32
+	}{
+		{[]string{"uidmapping=0:1000:1:1:110000:65536", "gidmapping=0:1000:1:1:110000:65536"}, [2]uint32{1000, 110000}, [2]uint32{175535, 65534}},
+		{[]string{"uidmapping=0:1000:1,1:110000:65536"}, [2]uint32{1000, 1}, [2]uint32{175535, 70000}},
+		{[]string{"uidmapping=0:1000:1", "squash_to_gid=7"}, [2]uint32{1000, 7}, [2]uint32{65534, 7}},
+		{[]string{"squash_to_root"}, [2]uint32{}, [2]uint32{}},
+		{[]string{"squash_to_uid=5", "squash_to_root"}, [2]uint32{5, 0}, [2]uint32{5, 0}},
+	} {
+		graft, err := p.TryOpen(t.Context(), p.mount(append(c.options, "upper=discard")...))
+		p.must(err)
+		g := p.guest(graft)
+		for name, want := range map[string][2]uint32{"f": c.f, "d": c.d} {
+			e, errno := g.Lookup(fsbackendtest.Root, name)
+			g.ok("LOOKUP", errno)
+			if got := [2]uint32{e.Uid, e.Gid}; got != want {
+				t.Errorf("%v: %s belongs to %v, expected %v", c.options, name, got, want)
+			}
+		}
+		p.must(graft.Close())
+	}
+	// Who is 110000 in the guest is 1 in the layer.
+	m := p.mount("uidmapping=0:1000:1:1:110000:65536", "gidmapping=0:1000:1:1:110000:65536", "upperdir="+p.path("upper"), "workdir="+p.path("work"))
+	p.must(os.Chmod(p.path("lower"), 0o777))
+	p.must(os.Chmod(p.path("upper"), 0o777))
+	made, errno := p.Open(t, m).Client().As(110000, 1000).Mkdir(fsbackendtest.Root, "made", 0o755)
+	var st unix.Stat_t
+	if err := unix.Lstat(p.path("upper/made"), &st); errno != 0 || err != nil || made.Uid != 110000 || made.Gid != 1000 || st.Uid != 1 || st.Gid != 0 {
+		t.Errorf("a directory of 110000:1000 is shown as %d:%d and belongs to %d:%d, %v, %v, expected 1:0", made.Uid, made.Gid, st.Uid, st.Gid, errno, err)
+	}
+}

@@ -170,7 +170,7 @@ func TestDiscover(t *testing.T) {
 		{name: "other version", cfg: Config{Lists: []string{dir + "/old"}}, want: "old: hello: it speaks version 0 of the protocol, expected 1"},
 		{name: "rubbish", cfg: Config{Lists: []string{dir + "/rubbish"}}, want: "expected JSON like"},
 		{name: "no hello", cfg: Config{Lists: []string{dir + "/ends"}}, want: "it ended without a hello"},
-		{name: "silence", cfg: Config{Lists: []string{dir + "/silent"}, Timeout: 100 * time.Millisecond}, want: "no hello in time"},
+		{name: "silence", cfg: Config{Lists: []string{dir + "/silent"}, Timeout: 100 * time.Millisecond}, want: "no hello in time, expected one on descriptor 3"},
 		{name: "cannot be started", cfg: Config{Lists: []string{"/dev/null/x"}}, want: "not a directory"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
