@@ -90,7 +90,7 @@ func squash(b *testing.B, tree string) string {
 
 // bridge serves p behind a bridge.
 func (p *benchProgram) bridge(b *testing.B, what string) rig {
-	s := serve(b, p.bridged(what), Config{})
+	s := serve(b, p.bridged(what), Config{ParallelLookups: true}) // as the extension has it for these programs
 	return rig{&fsbackendtest.Client{R: fsbackend.Resolve(s)}, func() { _ = s.Close() }}
 }
 

@@ -52,6 +52,7 @@ func servePrograms(t *testing.T) *programs {
 		"--share", fmt.Sprintf("tag=sq,socket=%s/sq.sock,fuse=squashfuse -f %s {mnt}", p.scratch, p.in("tree.sqfs")),
 		"--share", fmt.Sprintf("tag=cr,socket=%s/cr.sock,xattr,fuse=gocryptfs -fg -q -allow_other -passfile %s %s {mnt}", p.scratch, p.in("pass"), p.in("cipher")),
 		"--share", fmt.Sprintf(`tag=ov,socket=%[1]s/ov.sock,xattr,fuse=fuse-overlayfs -f -o lowerdir=%[2]s\,upperdir=%[1]s/upper\,workdir=%[1]s/work {mnt}`, p.scratch, p.tree),
+		"--share", fmt.Sprintf("tag=pv,socket=%s/pv.sock,fuse=squashfuse_ll -f -o allow_other %s {mnt},option=mount=private", p.scratch, p.in("tree.sqfs")),
 		"--share", fmt.Sprintf("tag=pt,socket=%s/pt.sock,dir=%s", p.scratch, p.in("plain")),
 		"--share", fmt.Sprintf("tag=ss,socket=%s/ss.sock,fuse=sshfs -f %s {mnt},option=network", p.scratch, strings.Join(server.Options(p.in("remote")), " ")),
 	}})
@@ -63,7 +64,7 @@ func TestFUSEPrograms(t *testing.T) {
 	forRoot(t)
 	t.Parallel()
 	p := servePrograms(t)
-	g := p.on("sq", "cr", "ov", "ss", "pt")
+	g := p.on("sq", "cr", "ov", "ss", "pt", "pv")
 	want := hostSh(t, fmt.Sprintf(walkScript, p.tree))
 	if got := g.sh(walkScript, "/mnt/sq"); got != want {
 		t.Errorf("squashfuse serves another tree:\n%s", difference(want, got))
@@ -98,8 +99,8 @@ func TestFUSEPrograms(t *testing.T) {
 		t.Errorf("sshfs serves another tree:\n%s", difference(want, got))
 	}
 
-	// A program that is killed is started again: what is asked meanwhile fails soon or waits for it.
-	for program, file := range map[string]string{"squashfuse": "/mnt/sq/a/b/c", "sshfs": "/mnt/ss/new/moved/a/b/c"} {
+	// A program that is killed is started again, and where it has mounted mounts again: what is asked meanwhile fails soon or waits for it.
+	for program, file := range map[string]string{"squashfuse": "/mnt/sq/a/b/c", "squashfuse_ll": "/mnt/pv/a/b/c", "sshfs": "/mnt/ss/new/moved/a/b/c"} {
 		data := g.sh("cat %s", file)
 		killed := p.process(program)
 		reading := g.pausing(func(say, hear string) string {
