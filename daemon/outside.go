@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/internal/link"
@@ -111,12 +113,18 @@ func (k *keeper) openHosted(tag string, spec api.GraftSpec) (_ *hostedGraft, err
 	return h, nil
 }
 
-// invalidGraft is err as of a graft that was asked for.
+// invalidGraft is err as of a graft that was asked for: nothing to be done about by asking for something else is what the host is short of.
 func invalidGraft(err error) error {
 	if errors.As(err, new(*api.Error)) {
 		return err
 	}
-	return &api.Error{Code: api.CodeInvalid, Message: err.Error()}
+	code := api.CodeInvalid
+	for _, short := range []error{unix.ENOSPC, unix.EDQUOT, unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
+		if errors.Is(err, short) {
+			code = api.CodeUnavailable
+		}
+	}
+	return &api.Error{Code: code, Message: err.Error()}
 }
 
 // hostedMount is a graft as its extension is asked for it.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/extensions"
@@ -92,6 +93,8 @@ func (h *halves) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 			<-ctx.Done()
 			h.note("the action has ended")
 			return nil, ctx.Err()
+		case `"full"`:
+			return nil, fmt.Errorf("write: %w", unix.ENOSPC)
 		case `"wrong"`:
 			return nil, &extensions.ActionError{Message: "wrong: expected something else", Hint: "say something else"}
 		}
@@ -166,6 +169,8 @@ func TestHalves(t *testing.T) {
 	}
 	_, err = r.ActGraft(t.Context(), "x", "/sub", "say", json.RawMessage(`"wrong"`))
 	wantCode(t, err, api.CodeInvalid, "expected something else")
+	_, err = r.ActGraft(t.Context(), "x", "/sub", "say", json.RawMessage(`"full"`))
+	wantCode(t, err, api.CodeUnavailable, "no space left")
 	_, err = r.ActGraft(t.Context(), "x", "/sub", "shout", nil)
 	wantCode(t, err, api.CodeInvalid, "[say]")
 	_, err = r.ActGraft(t.Context(), "x", "/none", "say", nil)

@@ -49,8 +49,8 @@ type Extension interface {
 type Options struct {
 	// ReadOnly has the core refuse every change with EROFS, as a read-only mount does.
 	ReadOnly bool
-	// Inline promises that no call of the backend ever sleeps, so that it is made on the queue's own thread. A call that
-	// hangs all the same then hangs the queue.
+	// Inline promises that no call of the backend sleeps for longer than a disk does, so that it is made on the queue's own thread. A
+	// call that hangs all the same holds the queue up until another thread takes it over.
 	Inline bool
 	// Timeout is how long a call may take until the guest gets EIO and the call is given up; 0 is DefaultTimeout, and
 	// NoTimeout waits for ever.
