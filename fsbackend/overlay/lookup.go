@@ -283,8 +283,9 @@ func (fs *FS) walk(c *fsbackend.Context, l *layer, path string, f *found) (below
 		if i == len(names)-1 {
 			redirect, goOn, e := fs.take(c, dir, cur, &out, true, true, f)
 			if e == 0 && goOn {
-				opaque2, e2 := fs.hasFile(c, real{l, out.NodeId}, opaqueFile)
-				opaque, e = opaque || opaque2, e2
+				var marked bool
+				marked, e = fs.hasFile(c, real{l, out.NodeId}, opaqueFile)
+				opaque = opaque || marked
 			}
 			return extend(below, name, redirect), goOn && !opaque, e
 		}
