@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/control/api"
-	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/fuseproto"
 	"github.com/sluicefs/sluice/fuseserver"
 	"github.com/sluicefs/sluice/seccomp"
@@ -80,14 +79,14 @@ func opStats(o *fuseserver.OpStats) api.OpStats {
 }
 
 // imageStats adds the counts of images up by graft, in order.
-func imageStats(images []extensions.ImageStats) (sums []api.ImageStats) {
-	slices.SortStableFunc(images, func(a, b extensions.ImageStats) int {
-		return cmp.Or(cmp.Compare(a.Share, b.Share), cmp.Compare(a.Path, b.Path))
+func imageStats(images []api.ImageStats) (sums []api.ImageStats) {
+	slices.SortStableFunc(images, func(a, b api.ImageStats) int {
+		return cmp.Or(cmp.Compare(a.Tag, b.Tag), cmp.Compare(a.Path, b.Path))
 	})
 	for i := range images {
 		n := &images[i]
-		if last := len(sums) - 1; last < 0 || sums[last].Tag != n.Share || sums[last].Path != n.Path {
-			sums = append(sums, api.ImageStats{Tag: n.Share, Path: n.Path})
+		if last := len(sums) - 1; last < 0 || sums[last].Tag != n.Tag || sums[last].Path != n.Path {
+			sums = append(sums, api.ImageStats{Tag: n.Tag, Path: n.Path})
 		}
 		s := &sums[len(sums)-1]
 		s.Images++

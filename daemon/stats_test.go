@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/control/api"
-	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fuseproto"
 	"github.com/sluicefs/sluice/fuseserver"
@@ -159,15 +158,15 @@ func TestShareState(t *testing.T) {
 
 func TestImageStats(t *testing.T) {
 	errs := func(n uint64) map[string]uint64 { return map[string]uint64{"network": n} }
-	got := imageStats([]extensions.ImageStats{
-		{Share: "b", Path: "/", Size: 1, Hits: 1},
+	got := imageStats([]api.ImageStats{
+		{Tag: "b", Path: "/", Size: 1, Hits: 1},
 		{
-			Share: "a", Path: "/x", Size: 1, Fetched: 2, Requests: 3, Bytes: 4, Hits: 5, HitBytes: 6, Misses: 7, MissBytes: 8, Verified: 9, Corrupt: 10,
+			Tag: "a", Path: "/x", Size: 1, Fetched: 2, Requests: 3, Bytes: 4, Hits: 5, HitBytes: 6, Misses: 7, MissBytes: 8, Verified: 9, Corrupt: 10,
 			FetchErrors: errs(11), ReadErrors: errs(12), CacheBytes: 13, CacheBudget: 14,
 		},
-		{Share: "a", Path: "/", Requests: 20},
+		{Tag: "a", Path: "/", Requests: 20},
 		{
-			Share: "a", Path: "/x", Size: 10, Fetched: 20, Requests: 30, Bytes: 40, Hits: 50, HitBytes: 60, Misses: 70, MissBytes: 80, Verified: 90, Corrupt: 100,
+			Tag: "a", Path: "/x", Size: 10, Fetched: 20, Requests: 30, Bytes: 40, Hits: 50, HitBytes: 60, Misses: 70, MissBytes: 80, Verified: 90, Corrupt: 100,
 			FetchErrors: errs(110), CacheBytes: 5, CacheBudget: 600,
 		},
 	})

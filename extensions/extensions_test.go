@@ -11,6 +11,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/pflag"
 
+	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/seccomp"
 )
@@ -317,25 +318,25 @@ func (*hosted) OpenInside(*Inside, Mount, *Given) (fsbackend.Backend, Options, e
 // counter counts images.
 type counter struct {
 	hosted
-	stats func() ([]ImageStats, error)
+	stats func() ([]api.ImageStats, error)
 }
 
-func (c *counter) ImageStats(context.Context) ([]ImageStats, error) { return c.stats() }
+func (c *counter) ImageStats(context.Context) ([]api.ImageStats, error) { return c.stats() }
 
 func TestImageStats(t *testing.T) {
-	of := func(name string, f func() ([]ImageStats, error)) *counter {
+	of := func(name string, f func() ([]api.ImageStats, error)) *counter {
 		return &counter{hosted{plain{name: name}}, f}
 	}
 	r, err := NewRegistry(named("other"),
-		of("good", func() ([]ImageStats, error) { return []ImageStats{{Share: "a"}, {Share: "b"}}, nil }),
-		of("panics", func() ([]ImageStats, error) { panic("oh") }),
-		of("fails", func() ([]ImageStats, error) { return nil, errors.New("cannot") }),
-		of("last", func() ([]ImageStats, error) { return []ImageStats{{Share: "c"}}, nil }))
+		of("good", func() ([]api.ImageStats, error) { return []api.ImageStats{{Tag: "a"}, {Tag: "b"}}, nil }),
+		of("panics", func() ([]api.ImageStats, error) { panic("oh") }),
+		of("fails", func() ([]api.ImageStats, error) { return nil, errors.New("cannot") }),
+		of("last", func() ([]api.ImageStats, error) { return []api.ImageStats{{Tag: "c"}}, nil }))
 	if err != nil {
 		t.Fatal(err)
 	}
 	all, err := r.ImageStats(t.Context())
-	if len(all) != 3 || all[0].Share != "a" || all[2].Share != "c" {
+	if len(all) != 3 || all[0].Tag != "a" || all[2].Tag != "c" {
 		t.Errorf("they are %+v", all)
 	}
 	if err == nil || !strings.Contains(err.Error(), "panics: count images") || !strings.Contains(err.Error(), "fails: count images: cannot") {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"os"
 
+	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/fsbackend"
 )
 
@@ -42,35 +43,9 @@ type Checking struct {
 // ImageCounter is a Hosted extension that serves images, or the like, which are loaded as they are read, and counts that.
 type ImageCounter interface {
 	Hosted
-	// ImageStats returns what is counted of each image that is open, within ctx. One graft may have several.
-	ImageStats(ctx context.Context) ([]ImageStats, error)
-}
-
-// ImageStats are an image's. What is no gauge may begin at 0 again. Bytes of chunks are those of their content, unpacked.
-type ImageStats struct {
-	// Share and Path are those of the Mount that it is, or is a part of.
-	Share string `json:"-"`
-	Path  string `json:"-"`
-	// Size and Fetched are the bytes of the layers as the registry has them, and how much of that is here: gauges.
-	Size    uint64 `json:"size"`
-	Fetched uint64 `json:"fetched"`
-	// Requests and Bytes are what was asked for layers and what came.
-	Requests uint64 `json:"requests"`
-	Bytes    uint64 `json:"bytes"`
-	// Hits are chunks that were asked for and in the cache, Misses those that were not.
-	Hits      uint64 `json:"hits"`
-	HitBytes  uint64 `json:"hit_bytes"`
-	Misses    uint64 `json:"misses"`
-	MissBytes uint64 `json:"miss_bytes"`
-	// Verified are chunks that came and were what they should be, Corrupt those that were not.
-	Verified uint64 `json:"verified"`
-	Corrupt  uint64 `json:"corrupt"`
-	// FetchErrors are attempts that came to nothing, ReadErrors chunks that who asked for them did not get, both by why.
-	FetchErrors map[string]uint64 `json:"fetch_errors"`
-	ReadErrors  map[string]uint64 `json:"read_errors"`
-	// CacheBytes is what the cache takes, which other images may share, and CacheBudget what it may: gauges.
-	CacheBytes  uint64 `json:"cache_bytes"`
-	CacheBudget uint64 `json:"cache_budget"`
+	// ImageStats returns what is counted of each image that is open, within ctx, with Tag and Path of the Mount that it is, or is a part of.
+	// One graft may have several: they are added up.
+	ImageStats(ctx context.Context) ([]api.ImageStats, error)
 }
 
 // Mount is what a Hosted extension is asked to serve: a graft, or a part of one.

@@ -15,6 +15,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/pflag"
 
+	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/seccomp"
 )
@@ -199,13 +200,13 @@ func (r Registry) Check(m Mount) error {
 }
 
 // ImageStats asks each ImageCounter. What those that could answer have counted is returned beside an error of others.
-func (r Registry) ImageStats(ctx context.Context) (all []ImageStats, err error) {
+func (r Registry) ImageStats(ctx context.Context) (all []api.ImageStats, err error) {
 	for _, e := range r.entries {
 		c, ok := e.Extension.(ImageCounter)
 		if !ok {
 			continue
 		}
-		var stats []ImageStats
+		var stats []api.ImageStats
 		var failed error
 		if panicked := e.call("ImageStats", func() { stats, failed = c.ImageStats(ctx) }); panicked != nil {
 			failed = panicked

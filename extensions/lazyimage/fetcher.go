@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/fsbackend/lazyimage/store"
 	"github.com/sluicefs/sluice/internal/program"
@@ -272,7 +273,7 @@ const (
 
 // stats asks the program what it has counted of each image. Those that it has just been given, or is to be given when it has been started
 // again, are not among them.
-func (f *fetcher) stats(ctx context.Context) (all []extensions.ImageStats, err error) {
+func (f *fetcher) stats(ctx context.Context) (all []api.ImageStats, err error) {
 	ours, theirs, err := os.Pipe()
 	if err != nil {
 		return nil, fmt.Errorf("make a pipe: %w", err)
@@ -292,13 +293,13 @@ func (f *fetcher) stats(ctx context.Context) (all []extensions.ImageStats, err e
 	ctx, cancel := context.WithTimeout(ctx, statsLimit)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { _ = ours.SetReadDeadline(time.Now()) })()
-	var by map[string]extensions.ImageStats
+	var by map[string]api.ImageStats
 	if err := json.NewDecoder(io.LimitReader(ours, maxStats)).Decode(&by); err != nil {
 		return nil, fmt.Errorf("read what %s has counted: %w", programName, err)
 	}
 	for _, h := range images {
 		if s, ok := by[h.id]; ok {
-			s.Share, s.Path = h.share, h.path
+			s.Tag, s.Path = h.share, h.path
 			all = append(all, s)
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
+	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/fsbackend"
 	"github.com/sluicefs/sluice/fsbackend/lazyimage"
@@ -121,7 +122,7 @@ func (e *Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m 
 }
 
 // ImageStats implements extensions.ImageCounter.
-func (e *Extension) ImageStats(ctx context.Context) ([]extensions.ImageStats, error) {
+func (e *Extension) ImageStats(ctx context.Context) ([]api.ImageStats, error) {
 	return e.fetcher.stats(ctx)
 }
 

@@ -19,6 +19,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/sluicefs/sluice/control/api"
 	"github.com/sluicefs/sluice/extensions"
 	"github.com/sluicefs/sluice/extensions/extensionstest"
 	"github.com/sluicefs/sluice/fsbackend"
@@ -272,7 +273,7 @@ func TestImageStats(t *testing.T) {
 	first := tryOpen(t, h, m)
 	m.Path = "/other"
 	tryOpen(t, h, m)
-	stats := func() extensions.ImageStats {
+	stats := func() api.ImageStats {
 		t.Helper()
 		all, err := e.ImageStats(t.Context())
 		if err != nil || len(all) != 2 {
@@ -281,7 +282,7 @@ func TestImageStats(t *testing.T) {
 		if all[0].Path != "/" {
 			all[0], all[1] = all[1], all[0]
 		}
-		if all[0].Share != "root" || all[0].Path != "/" || all[1].Share != "root" || all[1].Path != "/other" || all[1].Misses != 0 {
+		if all[0].Tag != "root" || all[0].Path != "/" || all[1].Tag != "root" || all[1].Path != "/other" || all[1].Misses != 0 {
 			t.Errorf("the images are %+v", all)
 		}
 		return all[0]

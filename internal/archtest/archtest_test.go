@@ -26,7 +26,7 @@ var house = Rules{
 		"internal/link":       {"control/api"},
 		"control/controltest": {"control/api"},
 
-		"extensions":     {"fsbackend", "seccomp"},
+		"extensions":     {"control/api", "fsbackend", "seccomp"},
 		"extensions/...": {"extensions", "extensions/...", "fsbackend", "fsbackend/...", "fuseproto", "seccomp", "control/api", "internal/program", "internal/sandbox", "internal/sys", "internal/upperdir", "plugin"},
 		// What a layer plug-in speaks is for those who write one, too.
 		"plugin":            {},
