@@ -221,6 +221,24 @@ func (r *remounted) enter(ctx *fsbackend.Context) (*mount, fsbackend.Errno) {
 	}
 }
 
+// call makes a call of the mount that there is.
+func (r *remounted) call(ctx *fsbackend.Context, f func(*mount) fsbackend.Errno) fsbackend.Errno {
+	m, errno := r.enter(ctx)
+	if errno != 0 {
+		return errno
+	}
+	return m.done(f(m))
+}
+
+// callFile is call for an open file.
+func (r *remounted) callFile(ctx *fsbackend.Context, f func(*mount) fsbackend.Errno) fsbackend.Errno {
+	m, errno := r.enter(ctx)
+	if errno != 0 {
+		return errno
+	}
+	return m.file(f(m))
+}
+
 // now calls f with the mount, if there is one, of which no answer is wanted.
 func (r *remounted) now(f func(*mount)) {
 	if m := r.current.Load(); m.take() {
@@ -289,137 +307,77 @@ func (r *remounted) FileOf(node, fh uint64, use func(fd int) fsbackend.Errno) fs
 
 // Lookup implements fsbackend.Backend.
 func (r *remounted) Lookup(ctx *fsbackend.Context, parent uint64, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Lookup(ctx, parent, name, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Lookup(ctx, parent, name, out) })
 }
 
 // Getattr implements fsbackend.Backend.
 func (r *remounted) Getattr(ctx *fsbackend.Context, in *fuseproto.GetattrIn, out *fuseproto.AttrOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Getattr(ctx, in, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Getattr(ctx, in, out) })
 }
 
 // Readlink implements fsbackend.Readlinker.
 func (r *remounted) Readlink(ctx *fsbackend.Context, node uint64, dst *fsbackend.Sink) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Readlink(ctx, node, dst))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Readlink(ctx, node, dst) })
 }
 
 // Mknod implements fsbackend.Maker.
 func (r *remounted) Mknod(ctx *fsbackend.Context, in *fuseproto.MknodIn, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Mknod(ctx, in, name, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Mknod(ctx, in, name, out) })
 }
 
 // Mkdir implements fsbackend.Maker.
 func (r *remounted) Mkdir(ctx *fsbackend.Context, in *fuseproto.MkdirIn, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Mkdir(ctx, in, name, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Mkdir(ctx, in, name, out) })
 }
 
 // Symlink implements fsbackend.Maker.
 func (r *remounted) Symlink(ctx *fsbackend.Context, parent uint64, name, target fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Symlink(ctx, parent, name, target, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Symlink(ctx, parent, name, target, out) })
 }
 
 // Link implements fsbackend.Linker.
 func (r *remounted) Link(ctx *fsbackend.Context, in *fuseproto.LinkIn, name fsbackend.Name, out *fuseproto.EntryOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Link(ctx, in, name, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Link(ctx, in, name, out) })
 }
 
 // Unlink implements fsbackend.Remover.
 func (r *remounted) Unlink(ctx *fsbackend.Context, parent uint64, name fsbackend.Name) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Unlink(ctx, parent, name))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Unlink(ctx, parent, name) })
 }
 
 // Rmdir implements fsbackend.Remover.
 func (r *remounted) Rmdir(ctx *fsbackend.Context, parent uint64, name fsbackend.Name) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Rmdir(ctx, parent, name))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Rmdir(ctx, parent, name) })
 }
 
 // Rename implements fsbackend.Renamer.
 func (r *remounted) Rename(ctx *fsbackend.Context, in *fuseproto.Rename2In, oldName, newName fsbackend.Name) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Rename(ctx, in, oldName, newName))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Rename(ctx, in, oldName, newName) })
 }
 
 // Setattr implements fsbackend.Setattrer.
 func (r *remounted) Setattr(ctx *fsbackend.Context, in *fuseproto.SetattrIn, out *fuseproto.AttrOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Setattr(ctx, in, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Setattr(ctx, in, out) })
 }
 
 // Open implements fsbackend.Opener.
 func (r *remounted) Open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Open(ctx, in, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Open(ctx, in, out) })
 }
 
 // Create implements fsbackend.Creater.
 func (r *remounted) Create(ctx *fsbackend.Context, in *fuseproto.CreateIn, name fsbackend.Name, out *fuseproto.CreateOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Create(ctx, in, name, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Create(ctx, in, name, out) })
 }
 
 // Tmpfile implements fsbackend.Tmpfiler.
 func (r *remounted) Tmpfile(ctx *fsbackend.Context, in *fuseproto.CreateIn, out *fuseproto.CreateOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Tmpfile(ctx, in, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Tmpfile(ctx, in, out) })
 }
 
 // Read implements fsbackend.Reader.
 func (r *remounted) Read(ctx *fsbackend.Context, in *fuseproto.ReadIn, dst *fsbackend.Sink) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.file(m.Read(ctx, in, dst))
+	return r.callFile(ctx, func(m *mount) fsbackend.Errno { return m.Read(ctx, in, dst) })
 }
 
 // Write implements fsbackend.Writer.
@@ -434,74 +392,42 @@ func (r *remounted) Write(ctx *fsbackend.Context, in *fuseproto.WriteIn, src *fs
 
 // Flush implements fsbackend.Flusher.
 func (r *remounted) Flush(ctx *fsbackend.Context, in *fuseproto.FlushIn) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.file(m.Flush(ctx, in))
+	return r.callFile(ctx, func(m *mount) fsbackend.Errno { return m.Flush(ctx, in) })
 }
 
 // Fsync implements fsbackend.Fsyncer.
 func (r *remounted) Fsync(ctx *fsbackend.Context, in *fuseproto.FsyncIn) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.file(m.Fsync(ctx, in))
+	return r.callFile(ctx, func(m *mount) fsbackend.Errno { return m.Fsync(ctx, in) })
 }
 
 // Fsyncdir implements fsbackend.Fsyncer.
 func (r *remounted) Fsyncdir(ctx *fsbackend.Context, in *fuseproto.FsyncIn) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.file(m.Fsyncdir(ctx, in))
+	return r.callFile(ctx, func(m *mount) fsbackend.Errno { return m.Fsyncdir(ctx, in) })
 }
 
 // Syncfs implements fsbackend.Syncfser.
 func (r *remounted) Syncfs(ctx *fsbackend.Context, node uint64) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Syncfs(ctx, node))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Syncfs(ctx, node) })
 }
 
 // Opendir implements fsbackend.DirReader.
 func (r *remounted) Opendir(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fuseproto.OpenOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Opendir(ctx, in, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Opendir(ctx, in, out) })
 }
 
 // Readdir implements fsbackend.DirReader.
 func (r *remounted) Readdir(ctx *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.file(m.Readdir(ctx, in, out))
+	return r.callFile(ctx, func(m *mount) fsbackend.Errno { return m.Readdir(ctx, in, out) })
 }
 
 // Readdirplus implements fsbackend.DirPlusReader.
 func (r *remounted) Readdirplus(ctx *fsbackend.Context, in *fuseproto.ReadIn, out *fsbackend.DirList) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.file(m.Readdirplus(ctx, in, out))
+	return r.callFile(ctx, func(m *mount) fsbackend.Errno { return m.Readdirplus(ctx, in, out) })
 }
 
 // Statfs implements fsbackend.StatFSer.
 func (r *remounted) Statfs(ctx *fsbackend.Context, node uint64, out *fuseproto.StatfsOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Statfs(ctx, node, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Statfs(ctx, node, out) })
 }
 
 // Getxattr implements fsbackend.XattrReader.
@@ -526,47 +452,27 @@ func (r *remounted) Listxattr(ctx *fsbackend.Context, in *fuseproto.GetxattrIn, 
 
 // Setxattr implements fsbackend.XattrWriter.
 func (r *remounted) Setxattr(ctx *fsbackend.Context, in *fuseproto.SetxattrIn, name fsbackend.Name, value []byte) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Setxattr(ctx, in, name, value))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Setxattr(ctx, in, name, value) })
 }
 
 // Removexattr implements fsbackend.XattrWriter.
 func (r *remounted) Removexattr(ctx *fsbackend.Context, node uint64, name fsbackend.Name) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Removexattr(ctx, node, name))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Removexattr(ctx, node, name) })
 }
 
 // Access implements fsbackend.Accesser.
 func (r *remounted) Access(ctx *fsbackend.Context, in *fuseproto.AccessIn) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Access(ctx, in))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Access(ctx, in) })
 }
 
 // Fallocate implements fsbackend.Fallocater.
 func (r *remounted) Fallocate(ctx *fsbackend.Context, in *fuseproto.FallocateIn) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.file(m.Fallocate(ctx, in))
+	return r.callFile(ctx, func(m *mount) fsbackend.Errno { return m.Fallocate(ctx, in) })
 }
 
 // Lseek implements fsbackend.Lseeker.
 func (r *remounted) Lseek(ctx *fsbackend.Context, in *fuseproto.LseekIn, out *fuseproto.LseekOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.file(m.Lseek(ctx, in, out))
+	return r.callFile(ctx, func(m *mount) fsbackend.Errno { return m.Lseek(ctx, in, out) })
 }
 
 // CopyFileRange implements fsbackend.CopyFileRanger.
@@ -581,11 +487,7 @@ func (r *remounted) CopyFileRange(ctx *fsbackend.Context, in *fuseproto.CopyFile
 
 // Statx implements fsbackend.Statxer.
 func (r *remounted) Statx(ctx *fsbackend.Context, in *fuseproto.StatxIn, out *fuseproto.StatxOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.done(m.Statx(ctx, in, out))
+	return r.call(ctx, func(m *mount) fsbackend.Errno { return m.Statx(ctx, in, out) })
 }
 
 // Ioctl implements fsbackend.Ioctler.
@@ -600,18 +502,10 @@ func (r *remounted) Ioctl(ctx *fsbackend.Context, in *fuseproto.IoctlIn, arg []b
 
 // Getlk implements fsbackend.Locker.
 func (r *remounted) Getlk(ctx *fsbackend.Context, in *fuseproto.LkIn, out *fuseproto.LkOut) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.file(m.Getlk(ctx, in, out))
+	return r.callFile(ctx, func(m *mount) fsbackend.Errno { return m.Getlk(ctx, in, out) })
 }
 
 // Setlk implements fsbackend.Locker.
 func (r *remounted) Setlk(ctx *fsbackend.Context, in *fuseproto.LkIn) fsbackend.Errno {
-	m, errno := r.enter(ctx)
-	if errno != 0 {
-		return errno
-	}
-	return m.file(m.Setlk(ctx, in))
+	return r.callFile(ctx, func(m *mount) fsbackend.Errno { return m.Setlk(ctx, in) })
 }
