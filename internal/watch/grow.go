@@ -146,7 +146,7 @@ func (t *tracker) list(n *node, path string, dir *os.File, tell bool) []*node {
 		}
 		if err != nil {
 			if !errors.Is(err, io.EOF) {
-				t.beyond(noAccess, n, "", true)
+				t.unwatchable(n, err)
 			}
 			return found
 		}

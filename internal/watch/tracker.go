@@ -345,12 +345,16 @@ func (t *tracker) handle(r record, now time.Time) {
 	case r.mask&unix.IN_MOVED_FROM != 0:
 		if e != nil {
 			t.moveFrom(&move{place: place{n, r.name}, cookie: r.cookie, entry: e, due: now.Add(moveHold)})
+		} else {
+			t.goneUnknown(n, r.name, r.mask&unix.IN_ISDIR != 0)
 		}
 	case r.mask&unix.IN_MOVED_TO != 0:
 		t.moveTo(place{n, r.name}, r, now)
 	case r.mask&unix.IN_DELETE != 0:
 		if e != nil {
 			t.remove(n, r.name)
+		} else {
+			t.goneUnknown(n, r.name, r.mask&unix.IN_ISDIR != 0)
 		}
 	case e == nil:
 		t.promote(n, r.name, now)
@@ -594,8 +598,15 @@ func (t *tracker) gone(p place, e *entry) {
 	path, ok := p.dir.path(p.name)
 	secret := e.writing != nil && e.writing.create && e.writing.fresh && e.writing.held == nil
 	t.drop(e)
-	if ok && !secret {
-		t.queue.remove(path, e.typ == directory)
+	if ok {
+		t.queue.remove(path, e.typ == directory, secret)
+	}
+}
+
+// goneUnknown tells that what has never been told of is gone: a reader that has looked at the directory may know it.
+func (t *tracker) goneUnknown(n *node, name string, dir bool) {
+	if path, ok := n.path(name); ok {
+		t.queue.remove(path, dir, true)
 	}
 }
 
@@ -779,6 +790,7 @@ func (t *tracker) settleDoubt(p place) {
 	case err != nil && e != nil:
 		t.remove(p.dir, p.name)
 	case err != nil:
+		t.goneUnknown(p.dir, p.name, true)
 	case e == nil:
 		t.discover(p.dir, p.name, false, true, time.Now())
 	case e.typ != typeOf(st.Mode):

@@ -473,6 +473,57 @@ func (f *faulty) read(b []byte) (int, error) {
 	return n, err
 }
 
+// TestUnknownGone has the kernel tell that something is gone of which it did not tell that it came, and which the reader can have seen.
+func TestUnknownGone(t *testing.T) {
+	for name, mask := range map[string]uint32{"deleted": unix.IN_DELETE, "moved": unix.IN_MOVED_FROM} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			var f *faulty
+			r := follow(t, Config{Dir: dir}, func() (source, error) {
+				i, err := newInotify()
+				f = &faulty{source: i, watches: -1}
+				return f, err
+			}, nil)
+			r.w.queue.rescan("/")
+			r.until("rescan", func(evs []Event) bool { return len(evs) == 1 })
+			f.mu.Lock()
+			f.next = raw(record{wd: 2, mask: mask, name: "ghost"})
+			f.mu.Unlock()
+			write(t, dir+"/wakes", "")
+			r.until("delete", func(evs []Event) bool { return slices.Contains(texts(evs), "delete /ghost") })
+		})
+	}
+}
+
+// removing is inotify under which a directory is removed when it is watched, and before it is listed.
+type removing struct {
+	source
+	path string
+}
+
+func (s *removing) watch(fd int, mask uint32) (int32, error) {
+	wd, err := s.source.watch(fd, mask)
+	if path, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); path == s.path {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return wd, err
+}
+
+// TestGoneBeforeListed is about no limit.
+func TestGoneBeforeListed(t *testing.T) {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	r := follow(t, Config{Dir: dir}, func() (source, error) {
+		i, err := newInotify()
+		return &removing{source: i, path: dir + "/d"}, err
+	}, nil)
+	must(t, os.Mkdir(dir+"/d", 0o755))
+	r.until("delete", func(evs []Event) bool { return slices.Contains(texts(evs), "delete /d dir") })
+	if got, want := r.fence("fence"), []string{"create /d dir", "delete /d dir"}; !slices.Equal(got, want) || r.w.Stats().Limited != 0 {
+		t.Errorf("told %q, and %d limited; expected %q, and none", got, r.w.Stats().Limited, want)
+	}
+}
+
 func TestFaults(t *testing.T) {
 	for name, fault := range map[string]func(f *faulty){
 		"overflow":      func(f *faulty) { f.next = raw(record{wd: -1, mask: unix.IN_Q_OVERFLOW}) },
@@ -760,9 +811,12 @@ func (m *mirror) apply(ev Event) {
 		}
 		m.forget(ev.Path)
 		m.forget(ev.To)
-		if len(moved) == 0 {
+		switch {
+		case len(moved) == 0 && ev.Dir:
 			m.look(ev.To)
 			return
+		case len(moved) == 0:
+			moved[ev.To] = ""
 		}
 		// What was looked at before the rename was told may have been something else, or nothing.
 		for p := range moved {
