@@ -418,19 +418,25 @@ func (t *tracker) discover(n *node, name string, fresh, settled bool, now time.T
 	if err != nil {
 		return false
 	}
+	t.found(n, name, path, &st, fresh, settled, now)
+	return true
+}
+
+// found tells of what st has found at a place, as discover. It does not look again: if that is gone by now, the event that says so needs the
+// entry.
+func (t *tracker) found(n *node, name, path string, st *unix.Stat_t, fresh, settled bool, now time.Time) {
 	e := t.admit(n, name, typeOf(st.Mode), st.Size)
 	if e == nil {
-		return true
+		return
 	}
 	if e.typ == regular && !settled && st.Nlink == 1 {
 		t.begin(n, name, e, true, fresh, now)
-		return true
+		return
 	}
 	t.queue.create(path, e.typ == directory, fresh)
 	if e.typ == directory {
 		t.watch(n, name, e, true)
 	}
-	return true
 }
 
 // assume tells of what has been at a place, but no longer is: it, or a directory that it is in, has been renamed since, or it is
@@ -792,11 +798,11 @@ func (t *tracker) settleDoubt(p place) {
 	case err != nil:
 		t.goneUnknown(p.dir, p.name, true)
 	case e == nil:
-		t.discover(p.dir, p.name, false, true, time.Now())
+		t.found(p.dir, p.name, path, &st, false, true, time.Now())
 	case e.typ != typeOf(st.Mode):
 		delete(p.dir.entries, p.name)
 		t.drop(e)
-		t.discover(p.dir, p.name, false, true, time.Now())
+		t.found(p.dir, p.name, path, &st, false, true, time.Now())
 	case e.typ == directory && !e.watches(&st):
 		if e.dir != nil {
 			t.prune(e.dir)
