@@ -744,6 +744,10 @@ func (t *tracker) moveTo(to place, r record, now time.Time) {
 		t.doubt(to.dir, to.name)
 	}
 	t.queue.rename(from, path, e.typ == directory, now)
+	if (r.mask&unix.IN_ISDIR != 0) != (e.typ == directory) {
+		// It was exchanged before for one that is a directory, or is not.
+		t.doubt(to.dir, to.name)
+	}
 	// Two that were exchanged are told as two renames, and what is at the first place now is in neither.
 	if _, err := statBeneath(t.rootFD, from); err == nil {
 		t.doubt(m.dir, m.name)

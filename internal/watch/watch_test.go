@@ -495,6 +495,29 @@ func TestUnknownGone(t *testing.T) {
 	}
 }
 
+// TestRenamedAfterExchange has a directory, which the reader takes for a file after an exchange, renamed before a doubt is settled.
+func TestRenamedAfterExchange(t *testing.T) {
+	dir := t.TempDir()
+	must(t, os.MkdirAll(dir+"/d/x", 0o755))
+	write(t, dir+"/f", "1")
+	w, err := New(Config{Dir: dir})
+	must(t, err)
+	// All this is done before anything is read.
+	must(t, unix.Renameat2(unix.AT_FDCWD, dir+"/f", unix.AT_FDCWD, dir+"/d", unix.RENAME_EXCHANGE), os.Rename(dir+"/f", dir+"/e"))
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	var evs []Event
+	must(t, w.Run(ctx, func(ev Event) {
+		evs = append(evs, ev)
+		if ev == (Event{Kind: Create, Path: "/e/x", Dir: true}) {
+			cancel()
+		}
+	}))
+	if !slices.Contains(texts(evs), "create /e/x dir") {
+		t.Errorf("told %q, expected what is in /e, too", texts(evs))
+	}
+}
+
 // removing is inotify under which a directory is removed when it is watched, and before it is listed.
 type removing struct {
 	source
