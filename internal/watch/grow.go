@@ -61,8 +61,8 @@ func (t *tracker) visit(n *node, tell bool) []*node {
 	}
 	if known := t.wds[wd]; known != nil || wd == t.above {
 		switch {
-		case !t.inPlace(n):
-			// It is in neither place by now, or in that where it is known; this one has to be looked at again.
+		case !t.inPlace(n), known != nil && t.inPlace(known) && !t.inPlace(n):
+			// It is in neither place by now, or in that where it is known, perhaps since it was looked for here; this one has to be looked at again.
 			if n.parent != nil {
 				t.doubt(n.parent, n.name)
 			}
@@ -146,7 +146,7 @@ func (t *tracker) list(n *node, path string, dir *os.File, tell bool) []*node {
 		}
 		if err != nil {
 			if !errors.Is(err, io.EOF) {
-				t.beyond(noAccess, n, "", true)
+				t.unwatchable(n, err)
 			}
 			return found
 		}

@@ -13,8 +13,8 @@ const (
 	// holdRename is how long a rename waits for files that are being written: one that makes a finished tree visible under
 	// its name, as kubelet's atomic writer does, must not come before its files, and one of an unrelated file not much later.
 	holdRename = 200 * time.Millisecond
-	// recentRescan is how long it may take a reader to look at what a Rescan named, and the tracker to read that the directory was renamed
-	// before; then it is named again.
+	// recentRescan is how long it may take a reader to look at what a Rescan named, and the tracker to read what had happened there before.
+	// Until then the reader may know more than it was told, and not take a name for what the tracker does.
 	recentRescan = 10 * time.Second
 	maxRecent    = 64
 	// maxRescans is how many Rescans wait; more become one.
@@ -106,7 +106,9 @@ func (q *queue) trim() {
 }
 
 func (q *queue) remember(path string, now time.Time) {
+	q.recent = slices.DeleteFunc(q.recent, func(r sentRescan) bool { return within(path, r.path) || now.Sub(r.at) >= recentRescan })
 	if len(q.recent) == maxRecent {
+		q.recent[1].path = ancestor(q.recent[0].path, q.recent[1].path)
 		q.recent = q.recent[1:]
 	}
 	q.recent = append(q.recent, sentRescan{path, now})
@@ -120,7 +122,7 @@ func (q *queue) create(path string, dir, fresh bool) {
 		return
 	}
 	if old := q.waiting(path); old != nil {
-		if old.Kind == Create && old.Dir == dir {
+		if old.Kind == Create && old.Dir == dir && (fresh || !dir) {
 			old.ready = true
 			q.signal()
 			return
@@ -129,7 +131,8 @@ func (q *queue) create(path string, dir, fresh bool) {
 			q.forget(old)
 		}
 	}
-	q.replaced(fresh)
+	// A Rescan of path that waits is read before this, so what is told from now on is not in it.
+	q.replaced(fresh && !q.rescanned(path))
 	q.push(&item{Event: Event{Kind: Create, Path: path, Dir: dir}, fresh: fresh})
 }
 
@@ -178,14 +181,14 @@ func (q *queue) change(kind Kind, path string, dir bool) {
 	q.push(&item{Event: Event{Kind: kind, Path: path, Dir: dir}})
 }
 
-// remove tells that path is gone; of what the reader has never heard, it need not hear that.
-func (q *queue) remove(path string, dir bool) {
+// remove tells that path is gone; of what the reader knows nothing of, it need not hear that. secret says that it has not been told of path.
+func (q *queue) remove(path string, dir, secret bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if dir {
 		defer func() { q.gen++ }()
 	}
-	if q.covered(path) {
+	if q.covered(path) || secret && !q.seen(path) {
 		return
 	}
 	if old := q.waiting(path); old != nil {
@@ -196,11 +199,21 @@ func (q *queue) remove(path string, dir bool) {
 			q.trim()
 		}
 		delete(q.last, path)
-		if old.Kind == Create && old.fresh && !parent {
+		if old.Kind == Create && old.fresh && !parent && !q.seen(path) {
 			return
 		}
 	}
 	q.push(&item{Event: Event{Kind: Delete, Path: path, Dir: dir}})
+}
+
+// seen says that the reader may know path without having been told of it: it has looked, or will look, at what a Rescan names.
+func (q *queue) seen(path string) bool {
+	for _, r := range q.rescans {
+		if within(r.Path, path) {
+			return true
+		}
+	}
+	return slices.ContainsFunc(q.recent, func(r sentRescan) bool { return within(r.path, path) && time.Since(r.at) < recentRescan })
 }
 
 func (q *queue) rename(from, to string, dir bool, now time.Time) {
@@ -214,16 +227,23 @@ func (q *queue) rename(from, to string, dir bool, now time.Time) {
 	if !dir {
 		return
 	}
-	// What a Rescan names below from is to be found below to by the time that it is looked for.
+	// What a Rescan names below from is to be found below to by the time that it is looked for; and if the Rescan names where from is, the
+	// reader may have found another directory there, which it now takes for to.
 	var again []string
-	for _, r := range q.rescans {
-		if within(from, r.Path) {
-			again = append(again, to+strings.TrimPrefix(r.Path, from))
+	look := func(path string) {
+		switch {
+		case within(path, from):
+			again = append(again, to)
+		case within(from, path):
+			again = append(again, to+strings.TrimPrefix(path, from))
 		}
 	}
+	for _, r := range q.rescans {
+		look(r.Path)
+	}
 	for _, r := range q.recent {
-		if within(from, r.path) && now.Sub(r.at) < recentRescan {
-			again = append(again, to+strings.TrimPrefix(r.path, from))
+		if now.Sub(r.at) < recentRescan {
+			look(r.path)
 		}
 	}
 	for _, path := range again {

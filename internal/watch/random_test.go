@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -89,7 +90,16 @@ func TestRandom(t *testing.T) {
 			for round := range 5 {
 				var wg sync.WaitGroup
 				for thread := range uint64(1 + seed%2) {
-					wg.Go(func() { churn(rand.New(rand.NewPCG(seed, 100*thread+uint64(round))), dir, outside, 400) })
+					wg.Go(func() {
+						rnd := rand.New(rand.NewPCG(seed, 100*thread+uint64(round)))
+						for range 20 {
+							churn(rnd, dir, outside, 20)
+							if seed%3 == 2 {
+								// A Rescan may come at any time; the reader then knows more than what is told next is about.
+								r.w.queue.rescan([]string{"/", "/a", "/b"}[rnd.IntN(3)])
+							}
+						}
+					})
 				}
 				wg.Wait()
 				truth := &mirror{dir: dir, tree: make(map[string]string)}
@@ -154,6 +164,67 @@ func TestReplacedDirectory(t *testing.T) {
 	take("/d/x")
 	take("/d")
 	take("/d/x")
+}
+
+// TestRescanAhead has a reader look at what a Rescan names, and find there what is told of only later.
+func TestRescanAhead(t *testing.T) {
+	del := Event{Kind: Delete, Path: "/d/x"}
+	createDir, rescan := Event{Kind: Create, Path: "/d/x", Dir: true}, Event{Kind: Rescan, Path: "/d", Dir: true}
+	for _, tt := range []struct {
+		name          string
+		before, after func(q *queue)
+		want          []Event
+	}{
+		{"unknown", nil, func(q *queue) { q.remove("/d/x", false, true) }, nil},
+		{"unknown and seen", func(q *queue) { q.rescan("/d") }, func(q *queue) { q.remove("/d/x", false, true) }, []Event{del}},
+		{"seen elsewhere", func(q *queue) { q.rescan("/e") }, func(q *queue) { q.remove("/d/x", false, true) }, nil},
+		{"seen, then created and deleted", func(q *queue) { q.rescan("/d") }, func(q *queue) {
+			q.create("/d/x", false, true)
+			q.remove("/d/x", false, false)
+		}, []Event{del}},
+		{"another of the name seen", func(q *queue) { q.rescan("/") }, func(q *queue) { q.rename("/d", "/e", true, time.Now()) }, []Event{
+			{Kind: Rename, Path: "/d", To: "/e", Dir: true},
+			{Kind: Rescan, Path: "/e", Dir: true},
+		}},
+		{"created while its Rescan waits", nil, func(q *queue) {
+			q.rescan("/d/x")
+			q.create("/d/x", true, true)
+			q.create("/d/x/y", true, true)
+		}, []Event{{Kind: Rescan, Path: "/d/x", Dir: true}, createDir, {Kind: Create, Path: "/d/x/y", Dir: true}}},
+		{"replaced while its Create waits", nil, func(q *queue) {
+			q.create("/d/x", true, true)
+			q.create("/d/x/y", true, true)
+			q.create("/d/x", true, false)
+		}, []Event{createDir, {Kind: Create, Path: "/d/x/y", Dir: true}, createDir}},
+		{"many", func(q *queue) {
+			q.rescan("/d")
+			for i := range 2 * maxRecent {
+				q.next(time.Now())
+				q.rescan(fmt.Sprint("/e/", i))
+			}
+		}, func(q *queue) { q.remove("/d/x", false, true) }, []Event{del}},
+		{"waits and leads to more", nil, func(q *queue) {
+			q.rescan("/d")
+			q.rename("/f", "/g", false, time.Now())
+			q.remove("/d/x", false, true)
+		}, []Event{rescan, {Kind: Rename, Path: "/f", To: "/g"}, del}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			q := newQueue()
+			if tt.before != nil {
+				tt.before(q)
+				q.next(time.Now())
+			}
+			tt.after(q)
+			var got []Event
+			for ev, _, ok := q.next(time.Now()); ok; ev, _, ok = q.next(time.Now()) {
+				got = append(got, ev)
+			}
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("told %q, expected %q", texts(got), texts(tt.want))
+			}
+		})
+	}
 }
 
 func difference(got, want map[string]string) string {

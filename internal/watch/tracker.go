@@ -345,12 +345,16 @@ func (t *tracker) handle(r record, now time.Time) {
 	case r.mask&unix.IN_MOVED_FROM != 0:
 		if e != nil {
 			t.moveFrom(&move{place: place{n, r.name}, cookie: r.cookie, entry: e, due: now.Add(moveHold)})
+		} else {
+			t.goneUnknown(n, r.name, r.mask&unix.IN_ISDIR != 0)
 		}
 	case r.mask&unix.IN_MOVED_TO != 0:
 		t.moveTo(place{n, r.name}, r, now)
 	case r.mask&unix.IN_DELETE != 0:
 		if e != nil {
 			t.remove(n, r.name)
+		} else {
+			t.goneUnknown(n, r.name, r.mask&unix.IN_ISDIR != 0)
 		}
 	case e == nil:
 		t.promote(n, r.name, now)
@@ -414,19 +418,25 @@ func (t *tracker) discover(n *node, name string, fresh, settled bool, now time.T
 	if err != nil {
 		return false
 	}
+	t.found(n, name, path, &st, fresh, settled, now)
+	return true
+}
+
+// found tells of what st has found at a place, as discover. It does not look again: if that is gone by now, the event that says so needs the
+// entry.
+func (t *tracker) found(n *node, name, path string, st *unix.Stat_t, fresh, settled bool, now time.Time) {
 	e := t.admit(n, name, typeOf(st.Mode), st.Size)
 	if e == nil {
-		return true
+		return
 	}
 	if e.typ == regular && !settled && st.Nlink == 1 {
 		t.begin(n, name, e, true, fresh, now)
-		return true
+		return
 	}
 	t.queue.create(path, e.typ == directory, fresh)
 	if e.typ == directory {
 		t.watch(n, name, e, true)
 	}
-	return true
 }
 
 // assume tells of what has been at a place, but no longer is: it, or a directory that it is in, has been renamed since, or it is
@@ -594,8 +604,15 @@ func (t *tracker) gone(p place, e *entry) {
 	path, ok := p.dir.path(p.name)
 	secret := e.writing != nil && e.writing.create && e.writing.fresh && e.writing.held == nil
 	t.drop(e)
-	if ok && !secret {
-		t.queue.remove(path, e.typ == directory)
+	if ok {
+		t.queue.remove(path, e.typ == directory, secret)
+	}
+}
+
+// goneUnknown tells that what has never been told of is gone: a reader that has looked at the directory may know it.
+func (t *tracker) goneUnknown(n *node, name string, dir bool) {
+	if path, ok := n.path(name); ok {
+		t.queue.remove(path, dir, true)
 	}
 }
 
@@ -727,6 +744,10 @@ func (t *tracker) moveTo(to place, r record, now time.Time) {
 		t.doubt(to.dir, to.name)
 	}
 	t.queue.rename(from, path, e.typ == directory, now)
+	if (r.mask&unix.IN_ISDIR != 0) != (e.typ == directory) {
+		// It was exchanged before for one that is a directory, or is not.
+		t.doubt(to.dir, to.name)
+	}
 	// Two that were exchanged are told as two renames, and what is at the first place now is in neither.
 	if _, err := statBeneath(t.rootFD, from); err == nil {
 		t.doubt(m.dir, m.name)
@@ -779,12 +800,13 @@ func (t *tracker) settleDoubt(p place) {
 	case err != nil && e != nil:
 		t.remove(p.dir, p.name)
 	case err != nil:
+		t.goneUnknown(p.dir, p.name, true)
 	case e == nil:
-		t.discover(p.dir, p.name, false, true, time.Now())
+		t.found(p.dir, p.name, path, &st, false, true, time.Now())
 	case e.typ != typeOf(st.Mode):
 		delete(p.dir.entries, p.name)
 		t.drop(e)
-		t.discover(p.dir, p.name, false, true, time.Now())
+		t.found(p.dir, p.name, path, &st, false, true, time.Now())
 	case e.typ == directory && !e.watches(&st):
 		if e.dir != nil {
 			t.prune(e.dir)

@@ -8,11 +8,12 @@
 //
 // For each name, the last event that speaks of it is later than the last change of it: Create and the To of a Rename say that it is
 // there, Delete and the Path of a Rename that it is not. A reader that does with its picture of the tree what the events say, in their
-// order, has the tree when the tree rests. Four rules make that hold when events are lost, gathered or overtaken by the host:
+// order, has the tree when the tree rests. Five rules make that hold when events are lost, gathered or overtaken by the host:
 //   - Rescan says to look at a directory and everything below it again. A directory that is not there by then is told of by a later event.
 //   - A Rename from a Path that the reader does not know brings To into being; a directory then has to be looked at, as with Rescan.
 //   - What a Rename without Dir moves is a file, even if the reader has seen a directory at Path meanwhile.
 //   - A Create of what the reader knows says that another file is there now.
+//   - A Delete may name what the reader does not know: after a Rescan it is told of all that is gone, which the reader may have found.
 //
 // # What is not told
 //

@@ -473,6 +473,80 @@ func (f *faulty) read(b []byte) (int, error) {
 	return n, err
 }
 
+// TestUnknownGone has the kernel tell that something is gone of which it did not tell that it came, and which the reader can have seen.
+func TestUnknownGone(t *testing.T) {
+	for name, mask := range map[string]uint32{"deleted": unix.IN_DELETE, "moved": unix.IN_MOVED_FROM} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			var f *faulty
+			r := follow(t, Config{Dir: dir}, func() (source, error) {
+				i, err := newInotify()
+				f = &faulty{source: i, watches: -1}
+				return f, err
+			}, nil)
+			r.w.queue.rescan("/")
+			r.until("rescan", func(evs []Event) bool { return len(evs) == 1 })
+			f.mu.Lock()
+			f.next = raw(record{wd: 2, mask: mask, name: "ghost"})
+			f.mu.Unlock()
+			write(t, dir+"/wakes", "")
+			r.until("delete", func(evs []Event) bool { return slices.Contains(texts(evs), "delete /ghost") })
+		})
+	}
+}
+
+// TestRenamedAfterExchange has a directory, which the reader takes for a file after an exchange, renamed before a doubt is settled.
+func TestRenamedAfterExchange(t *testing.T) {
+	dir := t.TempDir()
+	must(t, os.MkdirAll(dir+"/d/x", 0o755))
+	write(t, dir+"/f", "1")
+	w, err := New(Config{Dir: dir})
+	must(t, err)
+	// All this is done before anything is read.
+	must(t, unix.Renameat2(unix.AT_FDCWD, dir+"/f", unix.AT_FDCWD, dir+"/d", unix.RENAME_EXCHANGE), os.Rename(dir+"/f", dir+"/e"))
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	var evs []Event
+	must(t, w.Run(ctx, func(ev Event) {
+		evs = append(evs, ev)
+		if ev == (Event{Kind: Create, Path: "/e/x", Dir: true}) {
+			cancel()
+		}
+	}))
+	if !slices.Contains(texts(evs), "create /e/x dir") {
+		t.Errorf("told %q, expected what is in /e, too", texts(evs))
+	}
+}
+
+// removing is inotify under which a directory is removed when it is watched, and before it is listed.
+type removing struct {
+	source
+	path string
+}
+
+func (s *removing) watch(fd int, mask uint32) (int32, error) {
+	wd, err := s.source.watch(fd, mask)
+	if path, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); path == s.path {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return wd, err
+}
+
+// TestGoneBeforeListed is about no limit.
+func TestGoneBeforeListed(t *testing.T) {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	must(t, err)
+	r := follow(t, Config{Dir: dir}, func() (source, error) {
+		i, err := newInotify()
+		return &removing{source: i, path: dir + "/d"}, err
+	}, nil)
+	must(t, os.Mkdir(dir+"/d", 0o755))
+	r.until("delete", func(evs []Event) bool { return slices.Contains(texts(evs), "delete /d dir") })
+	if got, want := r.fence("fence"), []string{"create /d dir", "delete /d dir"}; !slices.Equal(got, want) || r.w.Stats().Limited != 0 {
+		t.Errorf("told %q, and %d limited; expected %q, and none", got, r.w.Stats().Limited, want)
+	}
+}
+
 func TestFaults(t *testing.T) {
 	for name, fault := range map[string]func(f *faulty){
 		"overflow":      func(f *faulty) { f.next = raw(record{wd: -1, mask: unix.IN_Q_OVERFLOW}) },
@@ -760,9 +834,12 @@ func (m *mirror) apply(ev Event) {
 		}
 		m.forget(ev.Path)
 		m.forget(ev.To)
-		if len(moved) == 0 {
+		switch {
+		case len(moved) == 0 && ev.Dir:
 			m.look(ev.To)
 			return
+		case len(moved) == 0:
+			moved[ev.To] = ""
 		}
 		// What was looked at before the rename was told may have been something else, or nothing.
 		for p := range moved {
