@@ -200,7 +200,12 @@ func TestScenarios(t *testing.T) {
 			tt.do(t, dir)
 			// What waits for its end may be told after a fence, so the last that is expected is waited for.
 			r.until("event expected", func(evs []Event) bool { return slices.Contains(texts(evs), tt.want[len(tt.want)-1]) })
-			if got := r.fence("fence"); !slices.Equal(got, tt.want) {
+			// A file of which nothing is heard for a while is told of, be it that its writer has yet to write.
+			got := slices.DeleteFunc(r.fence("fence"), func(ev string) bool {
+				path, modified := strings.CutPrefix(ev, "modify ")
+				return modified && !slices.Contains(tt.want, ev) && slices.Contains(tt.want, "create "+path)
+			})
+			if !slices.Equal(got, tt.want) {
 				t.Errorf("told %q, expected %q", got, tt.want)
 			}
 		})
@@ -521,13 +526,15 @@ func TestRenamedAfterExchange(t *testing.T) {
 // removing is inotify under which a directory is removed when it is watched, and before it is listed.
 type removing struct {
 	source
-	path string
+	path    string
+	removed chan struct{}
 }
 
 func (s *removing) watch(fd int, mask uint32) (int32, error) {
 	wd, err := s.source.watch(fd, mask)
 	if path, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd)); path == s.path {
 		err = errors.Join(err, os.Remove(path))
+		close(s.removed)
 	}
 	return wd, err
 }
@@ -536,14 +543,17 @@ func (s *removing) watch(fd int, mask uint32) (int32, error) {
 func TestGoneBeforeListed(t *testing.T) {
 	dir, err := filepath.EvalSymlinks(t.TempDir())
 	must(t, err)
+	removed := make(chan struct{})
 	r := follow(t, Config{Dir: dir}, func() (source, error) {
 		i, err := newInotify()
-		return &removing{source: i, path: dir + "/d"}, err
+		return &removing{source: i, path: dir + "/d", removed: removed}, err
 	}, nil)
 	must(t, os.Mkdir(dir+"/d", 0o755))
-	r.until("delete", func(evs []Event) bool { return slices.Contains(texts(evs), "delete /d dir") })
-	if got, want := r.fence("fence"), []string{"create /d dir", "delete /d dir"}; !slices.Equal(got, want) || r.w.Stats().Limited != 0 {
-		t.Errorf("told %q, and %d limited; expected %q, and none", got, r.w.Stats().Limited, want)
+	<-removed
+	got, want := r.fence("fence"), []string{"create /d dir", "delete /d dir"}
+	// What came and went at once need not be told.
+	if len(got) > 0 && !slices.Equal(got, want) || r.w.Stats().Limited != 0 {
+		t.Errorf("told %q, and %d limited; expected %q or nothing, and none", got, r.w.Stats().Limited, want)
 	}
 }
 
