@@ -25,6 +25,9 @@ const (
 	maxDoubts = 1024
 	// readsToDoubt is after how many reads doubts are looked into even if the kernel's queue never is empty.
 	readsToDoubt = 64
+	// doubtAgain is after how long a doubt is looked into again that was put off, and maxDoubtTries how often.
+	doubtAgain    = 10 * time.Millisecond
+	maxDoubtTries = 50
 	// recordRate and recordBurst bound what a tree costs in which somebody does nothing but make events; who makes more loses
 	// some, and causes a Rescan.
 	recordRate  = 50_000 // a second
@@ -50,9 +53,9 @@ type tracker struct {
 	above   int32 // watch of the directory that the tree has its name in; -1
 	bytes   int64
 	moves   []*move
-	writing list.List  // of *writing, by due
-	created []*writing // those to be told as Create, and some that no longer are
-	doubts  map[place]struct{}
+	writing list.List         // of *writing, by due
+	created []*writing        // those to be told as Create, and some that no longer are
+	doubts  map[place]int     // how often it was put off
 	lost    bool              // close has to be called: some of this is wrong
 	limited [len(limits)]bool // limits that have been told
 
@@ -129,7 +132,7 @@ func (t *tracker) open(ctx context.Context) error {
 	t.root = &node{wd: -1}
 	t.wds = make(map[int32]*node)
 	t.bytes = 0
-	t.doubts = make(map[place]struct{})
+	t.doubts = make(map[place]int)
 	t.limited = [len(limits)]bool{}
 	t.grow(t.root, false)
 	if t.root.wd < 0 {
@@ -231,11 +234,16 @@ func (t *tracker) run(ctx context.Context) {
 		pending := t.src.pending()
 		if len(t.doubts) > 0 && (!pending || reads%readsToDoubt == 0) {
 			t.settleDoubts()
-			continue
+			if len(t.doubts) == 0 || t.lost || t.src.pending() {
+				continue
+			}
 		}
 		var deadline time.Time
 		if !pending {
 			deadline = t.due()
+		}
+		if soon := now.Add(doubtAgain); len(t.doubts) > 0 && (deadline.IsZero() || soon.Before(deadline)) {
+			deadline = soon
 		}
 		n, err := t.read(buf, deadline)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -771,21 +779,34 @@ func (t *tracker) doubt(dir *node, name string) {
 		t.lose()
 		return
 	}
-	t.doubts[place{dir, name}] = struct{}{}
+	t.doubts[place{dir, name}] = 0
 }
 
 func (t *tracker) settleDoubts() {
 	doubts := t.doubts
-	t.doubts = make(map[place]struct{})
-	for p := range doubts {
+	t.doubts = make(map[place]int)
+	for p, tries := range doubts {
 		if t.lost {
 			return
 		}
-		t.settleDoubt(p)
+		t.settleDoubt(p, tries)
 	}
 }
 
-func (t *tracker) settleDoubt(p place) {
+// misplaced says that a directory is no longer where it is known to be: events that say so are yet to be read.
+func (t *tracker) misplaced(dir *node) bool {
+	if dir.parent == nil {
+		return false
+	}
+	path, ok := dir.path("")
+	if !ok {
+		return false
+	}
+	st, err := statBeneath(t.rootFD, path)
+	return err != nil || identityOf(&st) != dir.id
+}
+
+func (t *tracker) settleDoubt(p place, tries int) {
 	if t.wds[p.dir.wd] != p.dir {
 		return
 	}
@@ -796,6 +817,10 @@ func (t *tracker) settleDoubt(p place) {
 	t.endMoveFrom(p)
 	e := p.dir.entries[p.name]
 	st, err := statBeneath(t.rootFD, path)
+	if tries < maxDoubtTries && t.misplaced(p.dir) {
+		t.doubts[p] = tries + 1 // what was found, or not, is not the directory's
+		return
+	}
 	switch {
 	case err != nil && e != nil:
 		t.remove(p.dir, p.name)

@@ -523,6 +523,53 @@ func TestRenamedAfterExchange(t *testing.T) {
 	}
 }
 
+// renaming is inotify of which nothing is read until ready is closed, and under which something happens as soon as nothing waits any more.
+type renaming struct {
+	source
+	ready chan struct{}
+	late  func()
+}
+
+func (s *renaming) read(buf []byte) (int, error) {
+	<-s.ready
+	return s.source.read(buf)
+}
+
+func (s *renaming) pending() bool {
+	if s.source.pending() {
+		return true
+	}
+	select {
+	case <-s.ready:
+		if late := s.late; late != nil {
+			s.late = nil
+			late()
+		}
+	default:
+	}
+	return false
+}
+
+// TestRenamedWhileInDoubt has a directory renamed when a doubt about a file in it is about to be settled: the file is not gone.
+func TestRenamedWhileInDoubt(t *testing.T) {
+	dir := t.TempDir()
+	must(t, os.Mkdir(dir+"/d", 0o755))
+	write(t, dir+"/c", "1")
+	ready := make(chan struct{})
+	r := follow(t, Config{Dir: dir}, func() (source, error) {
+		i, err := newInotify()
+		return &renaming{source: i, ready: ready, late: func() { must(t, os.Rename(dir+"/d", dir+"/e")) }}, err
+	}, nil)
+	// There is another /c when the rename is read, which may have been an exchange.
+	must(t, os.Rename(dir+"/c", dir+"/d/c"))
+	write(t, dir+"/c", "2")
+	close(ready)
+	r.until("rename", func(evs []Event) bool { return slices.Contains(texts(evs), "rename /d /e dir") })
+	if got := r.fence("fence"); slices.ContainsFunc(got, func(ev string) bool { return strings.HasPrefix(ev, "delete") }) {
+		t.Errorf("told %q, expected nothing to be gone", got)
+	}
+}
+
 // removing is inotify under which a directory is removed when it is watched, and before it is listed.
 type removing struct {
 	source
