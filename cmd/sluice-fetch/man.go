@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/sluicefs/sluice/internal/cli"
 )
@@ -37,15 +38,8 @@ func writeMan(w io.Writer, root *cobra.Command) error {
 	}
 	b.WriteString("\\fBsluice\\-fetch\\fR [\\fB\\-\\-control\\-fd\\fR \\fIdescriptor\\fR]\n")
 	fmt.Fprintf(&b, ".SH DESCRIPTION\n%s\n", cli.Roff(root.Long))
-	cli.ManFlags(&b, root.LocalNonPersistentFlags(), cli.Timed)
-	b.WriteString(".SH OPTIONS OF ALL COMMANDS\n")
-	cli.ManFlags(&b, root.PersistentFlags(), cli.Timed)
-	b.WriteString(".SH COMMANDS\n")
-	for _, cmd := range all {
-		path, arguments := cli.Spelled(cmd)
-		fmt.Fprintf(&b, ".SS \"%s %s\"\n%s\n", cli.Roff(strings.TrimPrefix(path, root.Name()+" ")), cli.Roff(arguments), cli.Roff(cmd.Long))
-		cli.ManFlags(&b, cmd.LocalNonPersistentFlags(), cli.Timed)
-	}
+	cli.ManFlags(&b, root.LocalNonPersistentFlags(), func(*pflag.Flag) bool { return false })
+	cli.ManCommands(&b, root)
 	b.WriteString(manRest)
 	_, err := io.WriteString(w, b.String())
 	return err

@@ -28,8 +28,8 @@ func Spelled(cmd *cobra.Command) (path, arguments string) {
 	return cmd.CommandPath(), arguments
 }
 
-// Timed, for ManFlags, has the default be told of options that are times.
-func Timed(f *pflag.Flag) bool { return f.Value.Type() == "duration" }
+// timed has the default be told of options that are times.
+func timed(f *pflag.Flag) bool { return f.Value.Type() == "duration" }
 
 // Roff escapes s for lines of a manual page, in troff's man macros.
 func Roff(s string) string {
@@ -65,6 +65,21 @@ func ManFlags(b *strings.Builder, fs *pflag.FlagSet, hasDefault func(*pflag.Flag
 		}
 		b.WriteString("\n")
 	})
+}
+
+// ManCommands writes the sections of a manual page on the options that all of root's commands have, and on each of them.
+func ManCommands(b *strings.Builder, root *cobra.Command) {
+	b.WriteString(".SH OPTIONS OF ALL COMMANDS\n")
+	ManFlags(b, root.PersistentFlags(), timed)
+	b.WriteString(".SH COMMANDS\n")
+	for _, cmd := range Commands(root) {
+		path, arguments := Spelled(cmd)
+		fmt.Fprintf(b, ".SS \"%s %s\"\n%s\n", Roff(strings.TrimPrefix(path, root.Name()+" ")), Roff(arguments), Roff(cmd.Long))
+		ManFlags(b, cmd.LocalNonPersistentFlags(), timed)
+		if cmd.Example != "" {
+			fmt.Fprintf(b, ".PP\nExamples:\n.PP\n.nf\n%s\n.fi\n", Roff(cmd.Example))
+		}
+	}
 }
 
 // Sentence makes a sentence of a usage text.
