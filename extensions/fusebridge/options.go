@@ -1,6 +1,7 @@
 package fusebridge
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os/user"
@@ -54,7 +55,7 @@ func parseOptions(m extensions.Mount) (*options, error) {
 		case "group":
 			group = value
 		case "network":
-			o.network, err = !hasValue || value == "host", oneOf(cmpOr(value, "host"), "host", "none")
+			o.network, err = !hasValue || value == "host", oneOf(cmp.Or(value, "host"), "host", "none")
 		case "timeout":
 			o.timeout, err = seconds(value)
 		case "restart":
@@ -111,13 +112,6 @@ var looksUpInParallel = map[string]bool{"squashfuse": true, "squashfuse_ll": tru
 // parallelLookups says whether the program may be sent several lookups in a directory at a time whatever its INIT says.
 func (o *options) parallelLookups() bool {
 	return o.lookups == "parallel" || o.lookups == "" && looksUpInParallel[filepath.Base(o.args[0])]
-}
-
-func cmpOr(a, b string) string {
-	if a == "" {
-		return b
-	}
-	return a
 }
 
 // validate checks what options say together.

@@ -28,6 +28,7 @@
 package fusebridge
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -106,14 +107,6 @@ func (c *Config) Validate() error {
 	return nil
 }
 
-func or[T comparable](v, otherwise T) T {
-	var zero T
-	if v == zero {
-		return otherwise
-	}
-	return v
-}
-
 // Bridge is a FUSE program as a backend.
 type Bridge struct {
 	cfg  Config
@@ -149,11 +142,11 @@ func New(ctx context.Context, cfg Config) (*Bridge, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	cfg.Timeout = or(cfg.Timeout, 30*time.Second)
-	cfg.StartTimeout = or(cfg.StartTimeout, 30*time.Second)
-	cfg.RestartWait = or(cfg.RestartWait, 2*time.Second)
-	cfg.MaxWrite = or(cfg.MaxWrite, DefaultMaxWrite)
-	cfg.MaxNodes = or(cfg.MaxNodes, 1<<20)
+	cfg.Timeout = cmp.Or(cfg.Timeout, 30*time.Second)
+	cfg.StartTimeout = cmp.Or(cfg.StartTimeout, 30*time.Second)
+	cfg.RestartWait = cmp.Or(cfg.RestartWait, 2*time.Second)
+	cfg.MaxWrite = cmp.Or(cfg.MaxWrite, DefaultMaxWrite)
+	cfg.MaxNodes = cmp.Or(cfg.MaxNodes, 1<<20)
 	root := &node{id: fuseproto.FUSE_ROOT_ID, typ: unix.S_IFDIR}
 	b := &Bridge{
 		cfg: cfg, log: ratelog.New(cfg.Log, time.Second, 10),

@@ -2,6 +2,7 @@ package fusebridge
 
 import (
 	"bytes"
+	"cmp"
 
 	"golang.org/x/sys/unix"
 
@@ -146,7 +147,7 @@ func (w *burst) flush() {
 			e.lookup = lookup{}
 		}
 		node := e.entry.NodeId
-		if !w.out.AddPlus(&e.entry, or(e.head.Ino, or(node, w.dir.id)), e.head.Off, e.head.Type&0xf, e.name) && node != 0 {
+		if !w.out.AddPlus(&e.entry, cmp.Or(e.head.Ino, cmp.Or(node, w.dir.id)), e.head.Off, e.head.Type&0xf, e.name) && node != 0 {
 			w.b.Forget(node, 1)
 		}
 		e.name = nil

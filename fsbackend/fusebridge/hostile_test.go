@@ -2,6 +2,7 @@ package fusebridge
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"slices"
 	"strings"
@@ -522,7 +523,7 @@ func FuzzReplies(f *testing.F) {
 		}
 		c, b, _, _ := newFake(t, Config{Timeout: 30 * time.Millisecond, RestartWait: time.Microsecond, MaxNodes: 8}, answer)
 		e, _ := c.Lookup(root, "x")
-		id := or(e.NodeId, root)
+		id := cmp.Or(e.NodeId, root)
 		_, _ = c.Getattr(id)
 		_, _ = c.Chmod(id, 0o600)
 		_, _ = c.Readlink(id)

@@ -1,6 +1,8 @@
 package fusebridge
 
 import (
+	"cmp"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicefs/sluice/fsbackend"
@@ -24,7 +26,7 @@ func (b *Bridge) Readdir(ctx *fsbackend.Context, in *fuseproto.ReadIn, out *fsba
 		if reply, ok, bad = d.next(reply, false); bad && out.Written() == 0 {
 			return unix.EIO
 		}
-		if ok && !out.Add(or(d.head.Ino, h.node.id), d.head.Off, d.head.Type&0xf, d.name) {
+		if ok && !out.Add(cmp.Or(d.head.Ino, h.node.id), d.head.Off, d.head.Type&0xf, d.name) {
 			break
 		}
 	}

@@ -73,7 +73,7 @@ func (b *Bridge) open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 	case fsbackend.OK:
 		decode(r.reply, out)
 		h.at = place{r.c, out.Fh}
-		h.direct = in.Flags&unix.O_DIRECT != 0 || out.OpenFlags&fuseproto.FOPEN_DIRECT_IO != 0
+		h.direct = pastCache(in.Flags, out.OpenFlags)
 		out.OpenFlags, out.BackingID = out.OpenFlags&openFlags, 0
 	case unix.ENOSYS:
 		without.Store(true)
@@ -90,6 +90,12 @@ func (b *Bridge) open(ctx *fsbackend.Context, in *fuseproto.OpenIn, out *fusepro
 		b.close(&fuseproto.ReleaseIn{InHeader: in.InHeader, Fh: out.Fh, Flags: in.Flags}, dir, true)
 	}
 	return errno
+}
+
+// pastCache says whether the data of a file opened with flags, for which the program has answered openFlags, go past the guest's page
+// cache.
+func pastCache(flags, openFlags uint32) bool {
+	return flags&unix.O_DIRECT != 0 || openFlags&fuseproto.FOPEN_DIRECT_IO != 0
 }
 
 // cut truncates the file of h, which was opened with flags, for a program that leaves O_TRUNC to SETATTR as without
@@ -200,7 +206,7 @@ func (b *Bridge) create(ctx *fsbackend.Context, op fuseproto.Opcode, in *fusepro
 	b.touch(n)
 	b.keepEntry(n, &out.EntryOut, b.version(n), parent, name, b.version(p))
 	h := &handle{flags: in.Flags & reopenFlags, again: in.Flags&unix.O_ACCMODE == unix.O_RDONLY, at: place{r.c, fh}}
-	h.direct = in.Flags&unix.O_DIRECT != 0 || out.OpenFlags&fuseproto.FOPEN_DIRECT_IO != 0
+	h.direct = pastCache(in.Flags, out.OpenFlags)
 	out.Fh = b.opened(n, h)
 	out.OpenFlags, out.BackingID = out.OpenFlags&openFlags, 0
 	if !cut || out.Size == 0 { // which a new file has
