@@ -151,11 +151,7 @@ func lowerMounts(tag, path string, lowers []api.LowerSpec) (mounts []extensions.
 
 // outside is what the extension has of the daemon for h.
 func (k *keeper) outside(h *hostedGraft) *extensions.Outside {
-	out := &extensions.Outside{Log: h.log, Tell: h.tell, StateDir: k.stateDir, Plugins: k.plugins}
-	out.Has = func(name string) bool {
-		_, hosted := k.registry.Hosted(name)
-		return hosted || name == extensions.Passthrough || name == extensions.Mem
-	}
+	out := &extensions.Outside{Log: h.log, Tell: h.tell, StateDir: k.stateDir, Plugins: k.plugins, Has: k.registry.MayBePart}
 	out.OnClose = func(f func() error) {
 		h.mu.Lock()
 		defer h.mu.Unlock()

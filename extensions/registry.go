@@ -165,6 +165,12 @@ func (r Registry) Inside(in *Inside, m Mount, g *Given) (Choice, error) {
 	return e.choose("OpenInside", m.Path, m.ReadOnly, func() (fsbackend.Backend, Options, error) { return h.OpenInside(in, deepCopy(m), g) })
 }
 
+// MayBePart says whether Outside.Open opens a Mount whose Backend is name.
+func (r Registry) MayBePart(name string) bool {
+	_, hosted := r.Hosted(name)
+	return hosted || reserved(name)
+}
+
 // Check returns what is wrong with m, as far as can be said without a look at the host. A panic is an error.
 func (r Registry) Check(m Mount) error {
 	switch m.Backend {
@@ -186,11 +192,7 @@ func (r Registry) Check(m Mount) error {
 	if !ok {
 		return nil
 	}
-	has := func(name string) bool {
-		_, ok := r.Hosted(name)
-		return ok || reserved(name)
-	}
-	if panicked := e.call("CheckMount", func() { err = c.CheckMount(&Checking{Has: has, Mount: r.Check}, deepCopy(m)) }); panicked != nil {
+	if panicked := e.call("CheckMount", func() { err = c.CheckMount(&Checking{Has: r.MayBePart, Mount: r.Check}, deepCopy(m)) }); panicked != nil {
 		err = panicked
 	}
 	if err != nil {
