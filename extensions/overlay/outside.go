@@ -81,6 +81,11 @@ func readMount(m extensions.Mount, has func(string) bool) (*Options, []extension
 	case len(lowers) == 0:
 		return nil, nil, errors.New("lowerdir= is missing: it names at least one layer, DIR[:DIR...] with the uppermost first")
 	}
+	for _, l := range lowers {
+		if l.Backend == extensions.Passthrough && !filepath.IsAbs(l.Source) {
+			return nil, nil, fmt.Errorf("layer %q is relative: expected an absolute path of the host, or //NAME/DATA/PATH for a plug-in", l.Source)
+		}
+	}
 	if options.Plugins != nil {
 		plugins := "programs=" + joinColons(options.Plugins)
 		for i := range lowers {
@@ -121,9 +126,6 @@ func (Extension) OpenOutside(ctx context.Context, out *extensions.Outside, m ext
 	g := &extensions.Given{}
 	told := given{Options: options, Redirect: options.Redirect}
 	for _, l := range lowers {
-		if l.Backend == extensions.Passthrough && !filepath.IsAbs(l.Source) {
-			return g, fmt.Errorf("layer %q is relative: expected an absolute path of the host, or //NAME/DATA/PATH for a plug-in", l.Source)
-		}
 		p, err := out.Open(ctx, l)
 		if err != nil {
 			return g, fmt.Errorf("layer %s: %w", layerName(l), err)
